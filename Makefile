@@ -1,0 +1,36 @@
+# Every target works from nothing: the virtual environment is built first where it is missing.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	$(BIN)/python -m distributed.demo $(if $(PICTURES),--pictures "$(PICTURES)")
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python bench/model.py
+	$(BIN)/python bench/stream.py
+
+clean:
+	rm -rf $(VENV) data/demo runs/demo .pytest_cache .mypy_cache .ruff_cache
+
+# The seconds that the installation took are written down: the demo's summary shows them.
+$(STAMP): pyproject.toml constraints.txt
+	@start=$$(date +%s); \
+	$(PYTHON) -m venv $(VENV) && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]" && \
+	echo $$(( $$(date +%s) - start )) > $(STAMP)

@@ -1,0 +1,1 @@
+"""Training on Ray: imports measnet and shards."""

@@ -1,0 +1,408 @@
+"""`TrainConfig`: all that a training run is made of, its presets, YAML in and out, and the command line.
+
+Imports neither torch nor Ray: a wrong field is answered in a fraction of a second. Lengths and intervals
+are in samples, never in steps of one machine, so that a recipe means the same on any number of workers.
+"""
+
+import dataclasses
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+import yaml
+
+from measnet.config import ModelConfig, from_dict, tiny, to_dict
+from shards.config import PAPER_REPEATS, DataConfig
+from shards.tasks import DEGRADATIONS, TASKS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The optimisation, in samples: the same curve on any number of workers."""
+
+    samples: int = 150 * 162_646
+    """Length of the run, in samples."""
+    global_batch: int = 32
+    """Samples per optimizer step, over all workers and accumulation."""
+    micro_batch: int = 4
+    """Samples per forward pass. Part of the recipe: batch norm and the balance loss see one micro-batch."""
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """`adam` as in the paper; `adamw` as in the authors' program."""
+    lr: float = 2e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay with adamw, L2 penalty with adam."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    warmup_samples: int = 0
+    """Samples over which the learning rate rises linearly to its peak; then a cosine falls to zero."""
+    clip: float = 1.0
+    """Largest norm of the global gradient; 0 does not clip."""
+    balance_weight: float = 1e-4
+    """Lambda, the weight of the balance loss (Eq. 12)."""
+    ema_decay: float = 0.999
+    """Decay per optimizer step of the averaged weights that are evaluated and exported; 0 keeps no average."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return -(-self.samples // self.global_batch)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches in one global batch."""
+        return self.global_batch // self.micro_batch
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range, and batches that do not fit into one another."""
+        for name in ("samples", "global_batch", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"recipe.{name} is {getattr(self, name)}, but must be at least 1")
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"recipe.global_batch {self.global_batch} must be a multiple of recipe.micro_batch {self.micro_batch}"
+            )
+        if not 0 <= self.warmup_samples < self.samples:
+            raise ValueError(
+                f"recipe.warmup_samples is {self.warmup_samples}, but must lie below recipe.samples ({self.samples})"
+            )
+        for name, low, high in (("beta1", 0, 1), ("beta2", 0, 1), ("ema_decay", 0, 1)):
+            if not low <= getattr(self, name) < high:
+                raise ValueError(
+                    f"recipe.{name} is {getattr(self, name)}, but must lie in [{low}, {high})"
+                )
+        for name in ("clip", "balance_weight", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"recipe.{name} is {getattr(self, name)}, but must not be negative"
+                )
+        if self.lr <= 0:
+            raise ValueError(f"recipe.lr is {self.lr}, but must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How DeepSpeed runs the recipe; none of it changes what is learnt beyond rounding."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What ZeRO shards over the workers: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic of the forward pass; weights stay fp32. `auto`: bf16 on a GPU that supports it, else fp32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile. `auto`: on with a GPU, off on a CPU, where it does not pay."""
+    activation_checkpointing: bool = False
+    """Recompute transformer blocks in the backward pass: less memory, about a third more time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingConfig:
+    """How many workers, on what, and how long to wait for them."""
+
+    workers: str = "1"
+    """Training processes: a number, or a range such as 1..8 within which Ray may add and remove some."""
+    device: Literal["auto", "gpu", "cpu"] = "auto"
+    """`auto`: one GPU per worker where the cluster has any, else the CPU."""
+    cpus_per_worker: int = 0
+    """CPU cores per worker; 0 divides the cores of this machine evenly among the workers."""
+    max_failures: int = 3
+    """Restarts after a lost worker or node before the run gives up; -1 never gives up."""
+    start_timeout_s: float = 60.0
+    """Seconds to wait for the workers' resources before saying what is missing and trying again."""
+    give_up_s: float = 1800.0
+    """Seconds without enough workers after which the run ends with the command that continues it."""
+    collective_timeout_s: float = 600.0
+    """Seconds after which a collective operation that does not finish counts as a failure."""
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Least and largest number of workers."""
+        low, _, high = self.workers.partition("..")
+        return int(low), int(high or low)
+
+    def __post_init__(self) -> None:
+        """Refuse a malformed range and values out of range."""
+        if (
+            not re.fullmatch(r"[1-9]\d*(\.\.[1-9]\d*)?", self.workers)
+            or self.bounds[0] > self.bounds[1]
+        ):
+            raise ValueError(
+                f"scaling.workers is {self.workers!r}; write a number (4) or a range (1..8)"
+            )
+        if self.cpus_per_worker < 0:
+            raise ValueError(
+                f"scaling.cpus_per_worker is {self.cpus_per_worker}, but must be 0 or more"
+            )
+        if self.max_failures < -1:
+            raise ValueError(f"scaling.max_failures is {self.max_failures}, but must be -1 or more")
+        for name in ("start_timeout_s", "give_up_s", "collective_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ValueError(
+                    f"scaling.{name} is {getattr(self, name)}, but must be above 0 seconds"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntervalConfig:
+    """How often things happen besides training; all intervals in samples, rounded up to whole steps."""
+
+    checkpoint: int = 50_000
+    """Samples between checkpoints; one is always written at the end."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept besides the best one."""
+    validate: int = 160_000
+    """Samples between validations; 0 validates only at the end."""
+    validation_pictures: int = 20
+    """Pictures restored per degradation in a validation while training; 0 takes all."""
+    log: int = 320
+    """Samples between two points of the curves in MLflow."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        for name, least in (
+            ("checkpoint", 1),
+            ("keep_checkpoints", 1),
+            ("validate", 0),
+            ("validation_pictures", 0),
+            ("log", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"every.{name} is {getattr(self, name)}, but must be at least {least}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Where MLflow keeps what happened."""
+
+    uri: str = ""
+    """Tracking server or database; empty takes MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in this folder."""
+    experiment: str = "measnet"
+    """MLflow experiment that the run belongs to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run."""
+
+    name: str = "paper-5task"
+    """Name of the run; the same name in the same storage goes on from its last checkpoint."""
+    storage: str = "runs"
+    """Folder or URI of runs, reachable from all nodes; the run lives in STORAGE/NAME."""
+    seed: int = 0
+    """Seed of weights, order, crops, flips, noise and gates."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    recipe: Recipe = field(default_factory=Recipe)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    every: IntervalConfig = field(default_factory=IntervalConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        """Check what concerns several sections at once."""
+        if not re.fullmatch(r"[\w.-]+", self.name) or self.name in (".", ".."):
+            raise ValueError(
+                f"name is {self.name!r}; use letters, digits, dot, dash and underscore"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}, but must lie in [0, 2^63)")
+        low, high = self.scaling.bounds
+        if low == high and self.recipe.micro_batches % low:
+            fits = [
+                n
+                for n in range(1, self.recipe.micro_batches + 1)
+                if self.recipe.micro_batches % n == 0
+            ]
+            raise ValueError(
+                f"recipe.global_batch {self.recipe.global_batch} is {self.recipe.micro_batches} micro-batches of "
+                f"{self.recipe.micro_batch}, which scaling.workers {low} cannot share evenly; "
+                f"use {', '.join(map(str, fits))} workers, or change recipe.global_batch"
+            )
+
+    @property
+    def folder(self) -> str:
+        """Folder or URI of this run."""
+        return f"{self.storage.rstrip('/')}/{self.name}"
+
+
+def demo() -> TrainConfig:
+    """All five tasks at tiny width, on the photographs that `make demo` packs.
+
+    Command: `make demo`, or `python -m distributed.train demo` on shards that are already there.
+    """
+    return TrainConfig(
+        name="demo",
+        model=tiny(),
+        data=DataConfig(
+            train="data/demo/shards/train",
+            validation="data/demo/shards/test",
+            crop=64,
+            repeats=dict.fromkeys(DEGRADATIONS, 1),
+            loader_workers=0,
+        ),
+        recipe=Recipe(
+            samples=3_200,
+            global_batch=8,
+            micro_batch=4,
+            lr=2e-3,
+            warmup_samples=160,
+            ema_decay=0.98,
+        ),
+        every=IntervalConfig(checkpoint=800, validate=1_600, validation_pictures=1, log=80),
+    )
+
+
+def local_4090() -> TrainConfig:
+    """The paper's network and three-task recipe on one RTX 4090, bf16, accumulating to the same global batch.
+
+    Command: `python -m distributed.train local-4090`. Hours and result: not measured yet.
+    """
+    return dataclasses.replace(paper_3task(), name="local-4090")
+
+
+def paper_3task() -> TrainConfig:
+    """Noise, rain and haze with the paper's recipe: Adam, 2e-4, cosine, 150 epochs, crops of 128.
+
+    Command: `python -m distributed.train paper-3task`. The paper reports 32.85 dB on average (Table I).
+    """
+    repeats = {
+        name: PAPER_REPEATS[name]
+        for name, row in DEGRADATIONS.items()
+        if row.task not in ("deblur", "lowlight")
+    }
+    return TrainConfig(
+        name="paper-3task", data=DataConfig(repeats=repeats), recipe=Recipe(samples=150 * 142_431)
+    )
+
+
+def paper_5task() -> TrainConfig:
+    """All five tasks with the paper's recipe.
+
+    Command: `python -m distributed.train paper-5task`. The paper reports 30.64 dB on average (Table II).
+    """
+    return TrainConfig()
+
+
+def _paper_single(task: str) -> Callable[[], TrainConfig]:
+    def preset() -> TrainConfig:
+        names = [name for name, row in DEGRADATIONS.items() if row.task == task]
+        draws = {
+            "denoise": 46_296,
+            "derain": 24_000,
+            "dehaze": 72_135,
+            "deblur": 10_515,
+            "lowlight": 9_700,
+        }[task]
+        return TrainConfig(
+            name=f"paper-single-{task}",
+            data=DataConfig(repeats={name: PAPER_REPEATS[name] for name in names}),
+            recipe=Recipe(samples=150 * draws),
+        )
+
+    preset.__doc__ = f"The paper's recipe on {task} alone (Fig. 8).\n\nCommand: `python -m distributed.train paper-single-{task}`."
+    return preset
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "demo": demo,
+    "local-4090": local_4090,
+    "paper-3task": paper_3task,
+    "paper-5task": paper_5task,
+    **{f"paper-single-{task}": _paper_single(task) for task in TASKS},
+}
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The configuration as YAML that `from_yaml` reads back."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def from_yaml(text: str) -> TrainConfig:
+    """Read a configuration; fields that are left out keep their defaults.
+
+    Raises:
+        ValueError: not YAML, unknown field, wrong type or value.
+    """
+    try:
+        data = yaml.load(text, Loader=_YamlLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from error
+    return from_dict(TrainConfig, data or {})
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as a string; people who write learning rates mean a number."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def parse(
+    argv: Sequence[str] | None = None, prog: str = "python -m distributed.train"
+) -> TrainConfig:
+    """Read `[preset] [--config FILE.yaml] [--section.field value ...]`.
+
+    Prints one message and exits with code 2 where the command line is wrong.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        default = _starting_point(arguments)
+        return tyro.cli(
+            TrainConfig, default=default, args=arguments, prog=prog, description=_description(prog)
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _starting_point(arguments: list[str]) -> TrainConfig:
+    """Take the preset or the --config file off the arguments."""
+    if arguments and not arguments[0].startswith("-"):
+        name = arguments.pop(0)
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+        return PRESETS[name]()
+    if "--config" in arguments:
+        at = arguments.index("--config")
+        if at + 1 == len(arguments):
+            raise ValueError("--config needs the name of a YAML file")
+        path = Path(arguments[at + 1])
+        del arguments[at : at + 2]
+        try:
+            return from_yaml(path.read_text())
+        except OSError as error:
+            raise ValueError(f"cannot read --config {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return TrainConfig()
+
+
+def _description(prog: str) -> str:
+    rows = "\n".join(
+        f"  {name:<24}{(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items()
+    )
+    return f"{prog} [PRESET | --config FILE.yaml] [--section.field value ...]\n\nPresets:\n{rows}"
+
+
+def as_metrics(config: Any) -> dict[str, Any]:
+    """The configuration as flat `section.field -> value`, as MLflow keeps parameters."""
+
+    def walk(prefix: str, value: Any) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {
+                k: v
+                for name, inner in value.items()
+                for k, v in walk(f"{prefix}{name}.", inner).items()
+            }
+        return {prefix[:-1]: value}
+
+    return walk("", to_dict(config))

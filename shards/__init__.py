@@ -1,0 +1,1 @@
+"""Raw datasets -> WebDataset shards -> batches; imports nothing of the other rooms."""

@@ -1,0 +1,1 @@
+"""The search for N, K and lambda: imports distributed."""
