@@ -1,8 +1,9 @@
 """PSNR and SSIM, with range, colour space, border and crop stated in a `Protocol`.
 
-The field's protocol (PromptIR, AdaIR, MoCE-IR, MEASNet) is `FIELD`: RGB in [0, 1], clipped, not rounded to
-8 bit, the whole picture, data range 1, no border cut; PSNR over all pixels and channels at once, SSIM by
-scikit-image's default (7 x 7 uniform window, sample covariance) per channel, then averaged.
+The field's protocol (PromptIR, AdaIR, MoCE-IR, MEASNet) is `FIELD`: RGB in [0, 1], clipped, not
+rounded to 8 bit, the whole picture, data range 1, no border cut; PSNR over all pixels and channels
+at once, SSIM by scikit-image's default (7 x 7 uniform window, sample covariance) per channel, then
+averaged.
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ class Protocol:
     border: int = 0
     """Pixels cut off on each side before comparing, as super-resolution tables do."""
     crop16: bool = False
-    """Compare the centre crop whose sides are multiples of 16, to match programs that test on it."""
+    """Compare the centre crop whose sides are multiples of 16, for programs that test on it."""
 
     def __post_init__(self) -> None:
         """Refuse a negative border."""
@@ -74,13 +75,12 @@ def ssim(
 ) -> float:
     """Structural similarity, 1 for equal pictures; mean over channels and pixels.
 
-    Arguments and errors as for `psnr`; what is compared must be at least 7 x 7 pixels, SSIM's window.
+    Arguments and errors as for `psnr`; at least 7 x 7 pixels, SSIM's window, must be compared.
     """
     a, b = _compared(restored, clean, protocol)
     if min(a.shape[:2]) < _SSIM_WINDOW:
-        raise ValueError(
-            f"SSIM needs at least {_SSIM_WINDOW}x{_SSIM_WINDOW} pixels, got {a.shape[0]}x{a.shape[1]}"
-        )
+        size = f"{a.shape[0]}x{a.shape[1]}"
+        raise ValueError(f"SSIM needs at least {_SSIM_WINDOW}x{_SSIM_WINDOW} pixels, got {size}")
     return float(structural_similarity(a, b, data_range=1.0, channel_axis=2))
 
 
