@@ -1,0 +1,572 @@
+"""MLflow: the one place that talks to it, and never in the way of training.
+
+Metrics go to a JSON-lines file first; a background thread sends what stands there to MLflow in
+batches. Where MLflow does not answer, training neither waits nor stops: the file keeps everything,
+and whoever comes next (the thread, a resumed run, `finish` in the driver) sends the rest. Sending a
+point twice is harmless, because it has the same name, step, time and value.
+
+A training run has a key, kept in its folder; its MLflow run is the one tagged with that key. So a
+run that is resumed, retried or moved goes on in the same MLflow run.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import queue
+import secrets
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import psutil
+
+from distributed.config import TrackingConfig, TrainConfig, as_metrics, to_yaml
+from distributed.storage import open_folder
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+KEY_TAG = "measnet.key"
+KEY_FILE = "tracking.key"
+METRICS_FILE = "metrics.jsonl"
+SYSTEM_EVERY_S = 10.0
+"""Seconds between two points of the system's metrics."""
+_BATCH, _PARAMS = 1000, 100
+"""Most metrics and most parameters in one request; MLflow refuses more."""
+
+Status = Literal["FINISHED", "KILLED", "FAILED"]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a training run is recorded; plain strings, so that it travels to the workers."""
+
+    uri: str
+    """Tracking server or database."""
+    experiment: str
+    """Name of the experiment."""
+    name: str
+    """Name shown in MLflow."""
+    key: str
+    """Identity of the training run, kept in its folder."""
+    tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Tags that the MLflow run is created with."""
+    id: str = ""
+    """MLflow's run id; empty until MLflow has answered for the first time."""
+
+
+def run_key(folder: str) -> str:
+    """The identity of the run in this folder or URI: made once, then the same for ever."""
+    fs, root = open_folder(folder)
+    path = f"{root}/{KEY_FILE}"
+    if fs.exists(path):
+        with fs.open(path, "r") as file:
+            return str(file.read()).strip()
+    fs.makedirs(root, exist_ok=True)
+    key = secrets.token_hex(16)
+    with fs.open(path, "w") as file:
+        file.write(key + "\n")
+    return key
+
+
+def tracking_uri(tracking: TrackingConfig) -> str:
+    """The server or database: as configured, else MLFLOW_TRACKING_URI, else ./mlflow.db.
+
+    A relative SQLite path becomes absolute, for the workers run in folders of their own.
+
+    Raises:
+        ValueError: a kind of store that MLflow no longer keeps up.
+    """
+    uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "") or "sqlite:///mlflow.db"
+    if uri.startswith("sqlite:///"):
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
+    if "://" not in uri or uri.startswith("file:"):
+        raise ValueError(
+            f"tracking.uri is {uri!r}, but MLflow no longer keeps runs in plain folders; "
+            "use sqlite:///FILE.db or the http:// address of a server"
+        )
+    return uri
+
+
+def prepare(
+    tracking: TrackingConfig, *, name: str, key: str, tags: Mapping[str, str] | None = None
+) -> Run:
+    """Open the store and the run; called once, by the driver, before any worker starts.
+
+    SQLite is created here, for several processes that open a fresh one at once damage it. Where
+    MLflow does not answer, the run's id stays empty and the workers' tracker asks again later.
+
+    Raises:
+        ValueError: a tracking URI that cannot be used.
+    """
+    run = Run(
+        uri=tracking_uri(tracking),
+        experiment=tracking.experiment,
+        name=name,
+        key=key,
+        tags=dict(tags or {}),
+    )
+    try:
+        return _open(run, create_database=True)
+    except Exception as error:  # MLflow raises its own, SQLAlchemy's and requests' errors
+        log.warning(
+            "MLflow at %s does not answer (%s); %s keeps the metrics until it does",
+            run.uri,
+            _first_line(error),
+            METRICS_FILE,
+        )
+        return run
+
+
+def describe(
+    run: Run,
+    config: TrainConfig,
+    *,
+    manifests: Mapping[str, tuple[str, str]],
+    cost: Mapping[str, float],
+) -> bool:
+    """Record what the run is made of: parameters, configuration, data, code, environment, cost.
+
+    Parameters cannot change in MLflow: where a resumed run differs (more workers, say), the new
+    value goes into the tag `resumed.NAME`.
+
+    Args:
+        run: from `prepare`.
+        config: of the training run.
+        manifests: `training` and `validation` -> (URI, fingerprint) of their shards.
+        cost: FLOPs, parameters and the like by name; kept as metrics `cost/NAME` and cost.json.
+
+    Returns:
+        Whether MLflow took it.
+    """
+
+    def send(client: "MlflowClient", run: Run) -> None:
+        _send_params(client, run.id, {k: str(v) for k, v in as_metrics(config).items()})
+        _send_data(client, run.id, manifests)
+        for tag, value in code_version().items():
+            client.set_tag(run.id, tag, value)
+        client.log_text(run.id, to_yaml(config), "config.yaml")
+        client.log_dict(run.id, environment(), "environment.json")
+        client.log_text(run.id, installed_packages(), "requirements.txt")
+        if cost:
+            client.log_dict(run.id, dict(cost), "cost.json")
+            names = {f"cost/{name}": float(value) for name, value in cost.items()}
+            _send_metrics(client, run.id, [{"time": 0, "step": 0, "metrics": names}])
+
+    return _attempt(run, "the description of the run", send)
+
+
+def log_artifacts(run: Run, path: Path, folder: str = "") -> bool:
+    """Store a file, or all files of a folder, under `folder`; whether MLflow took it."""
+
+    def send(client: "MlflowClient", run: Run) -> None:
+        _send_artifact(client, run.id, path, folder)
+
+    return _attempt(run, f"{path.name}", send)
+
+
+def log_model(run: Run, weights: Path) -> bool:
+    """Store exported weights as an MLflow model that holds code and safetensors, and no pickle.
+
+    `mlflow.pyfunc.load_model("runs:/RUN_ID/model").predict(pictures)` restores pictures
+    (B, H, W, 3), floats in [0, 1].
+    """
+
+    def send(client: "MlflowClient", run: Run) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(weights, Path(folder) / "model")
+            client.log_artifacts(run.id, str(Path(folder) / "model"), "model")
+
+    return _attempt(run, "the model", send)
+
+
+def save_model(weights: Path, folder: Path) -> None:
+    """Write an MLflow model (pyfunc, from code) of exported weights into a new folder."""
+    import numpy as np
+    from mlflow import pyfunc
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    here = Path(__file__).resolve().parent
+    picture = TensorSpec(np.dtype(np.float32), (-1, -1, -1, 3), "pictures")
+    pyfunc.save_model(
+        path=str(folder),
+        python_model=str(here / "served.py"),
+        artifacts={"weights": str(weights)},
+        code_paths=[str(here.parent / "measnet")],
+        pip_requirements=[
+            f"{name}=={_version(name)}" for name in ("torch", "safetensors", "numpy")
+        ],
+        signature=ModelSignature(inputs=Schema([picture]), outputs=Schema([picture])),
+    )
+
+
+def finish(run: Run, status: Status, folder: Path | None = None) -> Run:
+    """Send what the workers could not, and set the run's end; called by the driver.
+
+    Args:
+        run: from `prepare`.
+        status: FINISHED, KILLED (stopped by the user) or FAILED.
+        folder: of the tracker's file; None sends nothing.
+
+    Returns:
+        The run, with its id where MLflow answered.
+    """
+    state = {"run": run}
+
+    def send(client: "MlflowClient", run: Run) -> None:
+        state["run"] = run
+        if folder is not None and (folder / METRICS_FILE).exists():
+            _send_metrics(client, run.id, read_metrics(folder))
+        client.set_terminated(run.id, status)
+
+    _attempt(run, f"the end of the run ({status})", send)
+    return state["run"]
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a tracker's file; a last line that was cut short is left out."""
+    records, _ = _read_from(folder / METRICS_FILE, 0)
+    return records
+
+
+class Tracker:
+    """Metrics of one training run, held by rank 0 of its workers.
+
+    `metrics` and `artifact` return at once and never raise because of MLflow. A point that the file
+    holds already, as after a restart from an earlier checkpoint, is not recorded again: each metric
+    has one value per step.
+    """
+
+    def __init__(
+        self, folder: Path, run: Run | None, *, every_s: float = 2.0, retry_s: float = 15.0
+    ):
+        """Go on in `folder`, which may hold the file of an earlier attempt.
+
+        Args:
+            folder: where `metrics.jsonl` lies; on this machine, or mounted.
+            run: from `prepare`; None keeps the file only.
+            every_s: seconds between two batches.
+            retry_s: seconds to wait after MLflow did not answer.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / METRICS_FILE
+        self._last: dict[str, int] = {}
+        records, end = _read_from(self._path, 0)
+        for record in records:
+            self._last.update(dict.fromkeys(record["metrics"], record["step"]))
+        self._system_step = self._last.get("system/cpu_utilization_percentage", -1)
+        self._file = self._path.open("ab", buffering=0)
+        self._file.truncate(end)  # half a line, where a writer was killed
+        self._run, self._sent = run, 0
+        self._every_s, self._retry_s = every_s, retry_s
+        self._artifacts: queue.SimpleQueue[tuple[Path, str]] = queue.SimpleQueue()
+        self._waiting: list[tuple[Path, str]] = []
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._system, self._system_at = SystemMetrics(), 0.0
+        self.problem: str | None = None
+        """Why MLflow did not take the last batch; None where it did."""
+        self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
+        self._thread.start()
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Record `values` after `step` samples."""
+        with self._lock:
+            new = {
+                name: float(value)
+                for name, value in values.items()
+                if step > self._last.get(name, -1)
+            }
+            if not new:
+                return
+            self._last.update(dict.fromkeys(new, step))
+            record = {"time": int(time.time() * 1000), "step": int(step), "metrics": new}
+            self._file.write(json.dumps(record).encode() + b"\n")
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Have a file, or all of a folder, stored under `folder`; it must stay until it is sent."""
+        self._artifacts.put((path, folder))
+
+    def close(self, deadline_s: float = 20.0) -> bool:
+        """Send what is left, within the time given; whether MLflow has everything."""
+        self._stop.set()
+        self._thread.join(deadline_s)
+        done = not self._thread.is_alive() and self.problem is None
+        self._file.close()
+        return done or self._run is None
+
+    def _work(self) -> None:
+        wait = self._every_s
+        while not self._stop.wait(wait):
+            wait = self._every_s if self._send() else self._retry_s
+        self._send()
+
+    def _send(self) -> bool:
+        """One batch; False where MLflow did not take it."""
+        try:
+            self._sample_system()
+            if self._run is None:
+                return True
+            self._run = _open(self._run)
+            records, end = _read_from(self._path, self._sent)
+            client = _client(self._run)
+            _send_metrics(client, self._run.id, records)
+            self._sent = end
+            self._send_artifacts(client, self._run.id)
+        except Exception as error:  # whatever MLflow raises must not reach training
+            if self.problem is None:
+                log.warning("MLflow did not take a batch, will try again: %s", _first_line(error))
+            self.problem = _first_line(error)
+            return False
+        self.problem = None
+        return True
+
+    def _send_artifacts(self, client: "MlflowClient", run_id: str) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._waiting.append(self._artifacts.get_nowait())
+        while self._waiting:
+            path, folder = self._waiting[0]
+            if path.exists():
+                _send_artifact(client, run_id, path, folder)
+            else:
+                log.warning("%s has gone before it could be sent to MLflow", path)
+            self._waiting.pop(0)
+
+    def _sample_system(self) -> None:
+        now = time.monotonic()
+        if now - self._system_at >= SYSTEM_EVERY_S:
+            self._system_at = now
+            self._system_step += 1
+            self.metrics(self._system.read(), self._system_step)
+
+
+class SystemMetrics:
+    """Load of this machine, under the names that MLflow's page `System metrics` shows."""
+
+    def __init__(self) -> None:
+        """Start counting the network's bytes."""
+        self._network = psutil.net_io_counters()
+        psutil.cpu_percent()
+
+    def read(self) -> dict[str, float]:
+        """CPU and GPU in per cent, memory, disk and network in MB."""
+        memory, disk = psutil.virtual_memory(), psutil.disk_usage(os.getcwd())
+        network = psutil.net_io_counters()
+        values = {
+            "cpu_utilization_percentage": psutil.cpu_percent(),
+            "system_memory_usage_megabytes": memory.used / 1e6,
+            "system_memory_usage_percentage": memory.percent,
+            "process_memory_megabytes": psutil.Process().memory_info().rss / 1e6,
+            "disk_usage_megabytes": disk.used / 1e6,
+            "disk_usage_percentage": disk.percent,
+            "network_receive_megabytes": (network.bytes_recv - self._network.bytes_recv) / 1e6,
+            "network_transmit_megabytes": (network.bytes_sent - self._network.bytes_sent) / 1e6,
+            **_gpus(),
+        }
+        return {f"system/{name}": float(value) for name, value in values.items()}
+
+
+def code_version() -> dict[str, str]:
+    """The commit of the code that runs, where git knows it, and the version of the package."""
+    tags = {"measnet.version": _version("measnet-ray")}
+    here = Path(__file__).resolve().parent
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+
+        def git(*arguments: str) -> str:
+            command = ["git", "-C", str(here), *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+            return done.stdout.strip()
+
+        if git("ls-files", "tracking.py"):  # not merely installed below somebody's repository
+            tags["mlflow.source.git.commit"] = git("rev-parse", "HEAD")
+            changed = git("status", "--porcelain", "--untracked-files=no")
+            tags["measnet.code_changed"] = str(bool(changed)).lower()
+    return tags
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions that matter for a result."""
+    packages = ("torch", "ray", "deepspeed", "webdataset", "mlflow", "numpy", "pillow")
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cpus": psutil.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "gpus": _gpu_names(),
+        "packages": {name: _version(name) for name in packages},
+    }
+
+
+def installed_packages() -> str:
+    """Every installed distribution as `name==version`, sorted, a line each."""
+    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    lines = (f"{name}=={version}" for name, version in found.items() if name)
+    return "\n".join(sorted(lines, key=str.lower)) + "\n"
+
+
+def _configure() -> None:
+    """Before MLflow is imported: nothing phones home, and a server that is away costs seconds."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ["DO_NOT_TRACK"] = "true"
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+
+def _client(run: Run) -> "MlflowClient":
+    _configure()
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):  # a page of migrations on a fresh database
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(run.uri)
+
+
+def _open(run: Run, *, create_database: bool = False) -> Run:
+    """Find or make the run of this key, and set it running; raises where MLflow does not answer."""
+    if run.id:
+        return run
+    database = run.uri.removeprefix("sqlite:///") if run.uri.startswith("sqlite:") else ""
+    if database and not create_database and not Path(database).exists():
+        raise FileNotFoundError(f"{database} is not on this machine")
+    if database:
+        Path(database).parent.mkdir(parents=True, exist_ok=True)
+    client = _client(run)
+    experiment = client.get_experiment_by_name(run.experiment)
+    if experiment is None:
+        place = str(Path(database).parent / "mlruns" / run.experiment) if database else None
+        experiment_id = client.create_experiment(run.experiment, artifact_location=place)
+    else:
+        experiment_id = experiment.experiment_id
+    found = client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{run.key}'", max_results=1)
+    if found:
+        run_id = found[0].info.run_id
+        client.update_run(run_id, status="RUNNING")
+    else:
+        tags = {**run.tags, KEY_TAG: run.key}
+        run_id = client.create_run(experiment_id, run_name=run.name, tags=tags).info.run_id
+    return dataclasses.replace(run, id=run_id)
+
+
+def _attempt(run: Run, what: str, send: Any) -> bool:
+    """Call `send(client, run)`; a warning and False where MLflow does not answer."""
+    try:
+        run = _open(run)
+        send(_client(run), run)
+    except Exception as error:  # MLflow raises its own, SQLAlchemy's and requests' errors
+        log.warning("MLflow at %s did not take %s: %s", run.uri, what, _first_line(error))
+        return False
+    return True
+
+
+def _send_metrics(
+    client: "MlflowClient", run_id: str, records: Sequence[Mapping[str, Any]]
+) -> None:
+    _configure()
+    from mlflow.entities import Metric
+
+    points: list[Metric] = [
+        Metric(name, value, record["time"], record["step"])
+        for record in records
+        for name, value in record["metrics"].items()
+    ]
+    for at in range(0, len(points), _BATCH):
+        client.log_batch(run_id, metrics=points[at : at + _BATCH])
+
+
+def _send_params(client: "MlflowClient", run_id: str, params: Mapping[str, str]) -> None:
+    from mlflow.entities import Param
+
+    known = client.get_run(run_id).data.params
+    new = [Param(name, value[:6000]) for name, value in params.items() if name not in known]
+    for at in range(0, len(new), _PARAMS):
+        client.log_batch(run_id, params=new[at : at + _PARAMS])
+    for name, value in params.items():
+        if known.get(name, value[:6000]) != value[:6000]:
+            client.set_tag(run_id, f"resumed.{name}", value)
+
+
+def _send_data(
+    client: "MlflowClient", run_id: str, manifests: Mapping[str, tuple[str, str]]
+) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    inputs = []
+    for context, (uri, fingerprint) in manifests.items():
+        client.set_tag(run_id, f"data.{context}.fingerprint", fingerprint)
+        source = json.dumps({"uri": uri, "fingerprint": fingerprint})
+        name = uri.rstrip("/").rsplit("/", 1)[-1]
+        dataset = Dataset(name, fingerprint[:36], "local", source)
+        inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
+    if inputs:
+        client.log_inputs(run_id, inputs)
+
+
+def _send_artifact(client: "MlflowClient", run_id: str, path: Path, folder: str) -> None:
+    if path.is_dir():
+        client.log_artifacts(run_id, str(path), folder or None)
+    else:
+        client.log_artifact(run_id, str(path), folder or None)
+
+
+def _read_from(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
+    """Whole records after byte `start`, and the byte after the last of them."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            data = file.read()
+    except FileNotFoundError:
+        return [], start
+    whole = data[: data.rfind(b"\n") + 1]
+    records = []
+    for line in whole.splitlines():
+        with contextlib.suppress(ValueError):  # a disk that was full cut a line in the middle
+            records.append(json.loads(line))
+    return records, start + len(whole)
+
+
+def _gpus() -> dict[str, float]:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return {}
+    values = {}
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        values[f"gpu_{index}_memory_usage_megabytes"] = (total - free) / 1e6
+        values[f"gpu_{index}_memory_usage_percentage"] = 100 * (total - free) / total
+        with contextlib.suppress(Exception):  # needs NVIDIA's management library
+            values[f"gpu_{index}_utilization_percentage"] = torch.cuda.utilization(index)
+    return values
+
+
+def _gpu_names() -> list[str]:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -1,0 +1,206 @@
+import json
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from distributed import tracking
+from distributed.config import PRESETS, TrackingConfig, as_metrics
+from distributed.tracking import Run, Tracker, finish, prepare, read_metrics, run_key
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One SQLite store for all tests here: making one takes seconds."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+    prepare(TrackingConfig(uri=uri), name="first", key="first")
+    return uri
+
+
+@pytest.fixture
+def run(database: str, request: pytest.FixtureRequest) -> Run:
+    return prepare(TrackingConfig(uri=database), name="demo", key=request.node.name)
+
+
+def history(run: Run, name: str) -> list[tuple[int, float]]:
+    return [(m.step, m.value) for m in tracking._client(run).get_metric_history(run.id, name)]
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def frozen_server() -> Iterator[str]:
+    """A server that takes connections and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen(8)
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_metrics_reach_the_file_and_mlflow(tmp_path: Path, run: Run) -> None:
+    tracker = Tracker(tmp_path, run, every_s=0.05)
+    for step in range(8, 33, 8):
+        tracker.metrics({"train/loss": 1 / step, "train/lr": 0.1}, step)
+    assert tracker.close()
+    expected = [(step, 1 / step) for step in range(8, 33, 8)]
+    kept = [r for r in read_metrics(tmp_path) if "train/loss" in r["metrics"]]
+    assert [(r["step"], r["metrics"]["train/loss"]) for r in kept] == expected
+    assert history(run, "train/loss") == expected
+    assert len(history(run, "system/cpu_utilization_percentage")) == 1
+
+
+def test_replays_add_nothing(tmp_path: Path, run: Run) -> None:
+    tracker = Tracker(tmp_path, run)
+    tracker.metrics({"train/loss": 0.5}, 8)
+    assert tracker.close()
+    finish(run, "FINISHED", tmp_path)
+    finish(run, "FINISHED", tmp_path)
+    assert history(run, "train/loss") == [(8, 0.5)]
+
+
+def test_a_resumed_run_goes_on_in_the_same_mlflow_run(tmp_path: Path, run: Run) -> None:
+    first = Tracker(tmp_path, run)
+    for step in (8, 16, 24):
+        first.metrics({"train/loss": step / 100}, step)
+    assert first.close()
+    finish(run, "FAILED", tmp_path)
+    again = prepare(TrackingConfig(uri=run.uri), name="demo", key=run.key)
+    assert again.id == run.id
+    assert tracking._client(run).get_run(run.id).info.status == "RUNNING"
+    second = Tracker(tmp_path, again)  # from the checkpoint at 8: two steps are done again
+    for step in (16, 24, 32):
+        second.metrics({"train/loss": step / 100}, step)
+    assert second.close()
+    assert history(run, "train/loss") == [(8, 0.08), (16, 0.16), (24, 0.24), (32, 0.32)]
+
+
+def test_half_a_line_of_a_killed_writer_is_dropped(tmp_path: Path) -> None:
+    whole = json.dumps({"time": 1, "step": 8, "metrics": {"a": 1.0}}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"time": 2, "st')
+    tracker = Tracker(tmp_path, None)
+    tracker.metrics({"a": 2.0}, 16)
+    assert tracker.close()
+    points = [(r["step"], r["metrics"]["a"]) for r in read_metrics(tmp_path) if "a" in r["metrics"]]
+    assert points == [(8, 1.0), (16, 2.0)]
+
+
+@pytest.mark.parametrize("status", ["FINISHED", "KILLED", "FAILED"])
+def test_the_driver_sets_the_end(run: Run, status: tracking.Status) -> None:
+    assert finish(run, status).id == run.id
+    assert tracking._client(run).get_run(run.id).info.status == status
+
+
+def test_what_a_killed_worker_kept_is_sent_by_the_driver(tmp_path: Path, run: Run) -> None:
+    worker = Tracker(tmp_path, None)  # never sent anything
+    worker.metrics({"train/loss": 0.25}, 8)
+    worker.close()
+    finish(run, "KILLED", tmp_path)
+    assert history(run, "train/loss") == [(8, 0.25)]
+
+
+def test_refused_connections_neither_stop_nor_slow_training(tmp_path: Path) -> None:
+    uri = f"http://127.0.0.1:{closed_port()}"
+    start = time.monotonic()
+    run = prepare(TrackingConfig(uri=uri), name="demo", key="k")
+    assert run.id == "" and time.monotonic() - start < 15
+    tracker = Tracker(tmp_path, run, every_s=0.01, retry_s=0.01)
+    slowest = 0.0
+    for step in range(200):
+        before = time.perf_counter()
+        tracker.metrics({"train/loss": 1.0}, step)
+        slowest = max(slowest, time.perf_counter() - before)
+        time.sleep(0.002)
+    assert slowest < 0.1
+    assert not tracker.close(deadline_s=10)
+    assert tracker.problem is not None
+    assert sum("train/loss" in r["metrics"] for r in read_metrics(tmp_path)) == 200
+    assert finish(run, "FAILED", tmp_path).id == ""
+
+
+def test_a_frozen_server_does_not_hold_up_the_end(
+    tmp_path: Path, frozen_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    run = Run(uri=frozen_server, experiment="measnet", name="demo", key="k")
+    tracker = Tracker(tmp_path, run, every_s=0.01)
+    tracker.metrics({"train/loss": 1.0}, 8)
+    time.sleep(0.1)
+    start = time.monotonic()
+    assert not tracker.close(deadline_s=0.5)
+    assert time.monotonic() - start < 1
+    assert read_metrics(tmp_path)[0]["metrics"]["train/loss"] == 1.0
+
+
+def test_a_store_that_comes_back_gets_everything(tmp_path: Path, database: str) -> None:
+    """A worker on a node without the database file fails softly and catches up later."""
+    there, away = Path(database.removeprefix("sqlite:///")), tmp_path / "mlflow.db"
+    run = Run(uri=f"sqlite:///{away}", experiment="measnet", name="demo", key="back")
+    tracker = Tracker(tmp_path, run, every_s=0.02, retry_s=0.02)
+    tracker.metrics({"train/loss": 1.0}, 8)
+    time.sleep(0.2)
+    assert tracker.problem is not None and not away.exists()
+    away.symlink_to(there)
+    tracker.metrics({"train/loss": 0.5}, 16)
+    assert tracker.close()
+    opened = tracking._open(run)
+    assert history(opened, "train/loss") == [(8, 1.0), (16, 0.5)]
+
+
+def test_describe_records_what_the_run_is_made_of(run: Run) -> None:
+    config = PRESETS["demo"]()
+    manifests = {"training": ("data/demo/train", "a" * 64), "validation": ("data/t", "b" * 64)}
+    assert tracking.describe(run, config, manifests=manifests, cost={"parameters": 1234})
+    client = tracking._client(run)
+    found = client.get_run(run.id)
+    assert found.data.params == {k: str(v) for k, v in as_metrics(config).items()}
+    assert found.data.metrics["cost/parameters"] == 1234
+    assert found.data.tags["data.training.fingerprint"] == "a" * 64
+    assert found.data.tags["measnet.version"]
+    assert {d.dataset.digest for d in found.inputs.dataset_inputs} == {"a" * 36, "b" * 36}
+    names = {a.path for a in client.list_artifacts(run.id)}
+    assert names == {"config.yaml", "environment.json", "requirements.txt", "cost.json"}
+    changed = config.__class__(name="demo", seed=7)
+    assert tracking.describe(run, changed, manifests=manifests, cost={})
+    again = client.get_run(run.id).data
+    assert again.params["seed"] == "0" and again.tags["resumed.seed"] == "7"
+
+
+def test_artifacts_go_through_the_background(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "grids").mkdir()
+    (tmp_path / "grids" / "derain.png").write_bytes(b"png")
+    tracker = Tracker(tmp_path / "run", run)
+    tracker.artifact(tmp_path / "grids", "samples/100")
+    tracker.artifact(tmp_path / "nowhere.png")  # gone: said in the log, nothing else
+    assert tracker.close()
+    files = tracking._client(run).list_artifacts(run.id, "samples/100")
+    assert [f.path for f in files] == ["samples/100/derain.png"]
+    assert tracking.log_artifacts(run, tmp_path / "grids" / "derain.png", "end")
+
+
+def test_key_stays_the_same(tmp_path: Path) -> None:
+    key = run_key(str(tmp_path / "run"))
+    assert run_key(str(tmp_path / "run")) == key != run_key(str(tmp_path / "other"))
+
+
+def test_where_runs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking.tracking_uri(TrackingConfig()) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert tracking.tracking_uri(TrackingConfig()) == "http://127.0.0.1:5000"
+    assert tracking.tracking_uri(TrackingConfig(uri="sqlite:////x/y.db")) == "sqlite:////x/y.db"
+    with pytest.raises(ValueError, match="no longer keeps runs in plain folders"):
+        tracking.tracking_uri(TrackingConfig(uri="./mlruns"))
+
+
+def test_nothing_phones_home() -> None:
+    tracking._configure()
+    from mlflow.telemetry.utils import is_telemetry_disabled
+
+    assert is_telemetry_disabled()
