@@ -56,6 +56,11 @@ class ModelConfig:
         """Refuse sizes that do not fit together."""
         for field in ("dim", "num_refinement_blocks", "prompts", "prompt_dim"):
             _at_least("model." + field, getattr(self, field), 1)
+        if self.dim % 4:
+            raise ValueError(
+                f"model.dim is {self.dim}, but must be a multiple of 4: the frequency decomposition cuts "
+                f"2·dim channels into 8 groups"
+            )
         for level, (blocks, heads) in enumerate(zip(self.num_blocks, self.heads, strict=True)):
             _at_least(f"model.num_blocks[{level}]", blocks, 1)
             _at_least(f"model.heads[{level}]", heads, 1)

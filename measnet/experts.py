@@ -1,0 +1,198 @@
+"""Per-pixel expert selection: gates, banks, ensemble and balance (Eq. 2-6).
+
+Legend: `b` pictures, `p` pixels of all pictures, `n` experts, `k` chosen experts, `c` channels, `h`
+hidden.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from measnet.transformer import weight
+
+ExpertPath = Literal["auto", "dense", "sorted"]
+BALANCE_EPSILON = 1e-10
+
+
+class Routed(NamedTuple):
+    """What a library of experts gives back."""
+
+    features: Tensor
+    """(B, H, W, C)."""
+    balance: Tensor
+    """() fp32, the balance loss of this library."""
+    shares: Tensor
+    """(B, N) fp32, detached: the share of each picture's pixels that chose expert n; rows sum to K."""
+
+
+def resolve_path(path: ExpertPath, experts: int, top_k: int, device: torch.device) -> str:
+    """`dense` or `sorted`; the rule behind `auto`.
+
+    Dense computes all N experts in one matrix product and masks: no device-to-host synchronisation,
+    static shapes, so it is what compiles and exports, and what a GPU likes until it wastes too much
+    (N ≥ 8·K). Sorted computes only the K chosen of each pixel: on a CPU it wins as soon as K < N.
+    """
+    if path != "auto":
+        return path
+    if torch.compiler.is_compiling() or experts == top_k:
+        return "dense"
+    if device.type == "cpu":
+        return "sorted"
+    return "sorted" if experts >= 8 * top_k else "dense"
+
+
+def squared_variation(load: Tensor) -> Tensor:
+    """Squared coefficient of variation σ²/(μ² + ε) over the last dimension, the experts (Eq. 6)."""
+    return load.var(-1, correction=0) / (load.mean(-1).square() + BALANCE_EPSILON)
+
+
+class ExpertBank(nn.Module):
+    """N expert MLPs C → hidden → C with GELU and biases, in four tensors for all of them.
+
+    One tensor holds all experts' weights, so every expert takes part in every backward pass, also
+    one that no pixel chose: its gradient is zero, not missing.
+    """
+
+    def __init__(self, experts: int, channels: int, hidden: int) -> None:
+        """`experts` is N."""
+        super().__init__()
+        self.weight_in = weight(experts, hidden, channels, fan_in=channels)
+        self.bias_in = weight(experts, hidden, fan_in=channels)
+        self.weight_out = weight(experts, channels, hidden, fan_in=hidden)
+        self.bias_out = weight(experts, channels, fan_in=hidden)
+
+    def forward(self, x_pc: Tensor, gate_pk: Tensor, index_pk: Tensor, path: str) -> Tensor:
+        """Eq. 3: Σ_k gate · E_index(x) for each of P pixels, by the `dense` or the `sorted` path."""
+        if path == "sorted":
+            out_pkc = self.chosen(x_pc, index_pk)
+            return (out_pkc * gate_pk.unsqueeze(-1).to(out_pkc.dtype)).sum(1)
+        gate_pn = scatter_gates(gate_pk, index_pk, len(self.bias_in)).to(x_pc.dtype)
+        hidden_pnh = self._hidden(x_pc) * gate_pn.unsqueeze(-1)
+        merged = self.weight_out.transpose(0, 1).flatten(1)  # (C, N·h): the sum is in the product
+        return F.linear(hidden_pnh.flatten(1), merged) + gate_pn @ self.bias_out.to(x_pc.dtype)
+
+    def all(self, x_pc: Tensor) -> Tensor:
+        """Every expert's output for every pixel, (P, N, C)."""
+        hidden_nph = self._hidden(x_pc).transpose(0, 1)
+        out_npc = hidden_nph @ self.weight_out.transpose(1, 2).to(hidden_nph.dtype)
+        return out_npc.transpose(0, 1) + self.bias_out
+
+    def chosen(self, x_pc: Tensor, index_pk: Tensor) -> Tensor:
+        """The outputs of the experts that each pixel chose, (P, K, C): pixels sorted by expert, put back."""
+        flat = index_pk.flatten()
+        order = torch.argsort(flat, stable=True)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        counts = torch.bincount(flat, minlength=len(self.bias_in)).tolist()
+        top_k = index_pk.shape[1]
+        parts = _Gather.apply(x_pc, order, back, top_k).split(counts)
+        out = torch.cat([self._expert(n, part) for n, part in enumerate(parts)])
+        return _Gather.apply(out, back, order, 1).view(len(x_pc), top_k, -1)
+
+    def _hidden(self, x_pc: Tensor) -> Tensor:
+        hidden = F.linear(x_pc, self.weight_in.flatten(0, 1), self.bias_in.flatten())
+        return F.gelu(hidden).view(len(x_pc), *self.bias_in.shape)
+
+    def _expert(self, n: int, x_pc: Tensor) -> Tensor:
+        hidden = F.gelu(F.linear(x_pc, self.weight_in[n], self.bias_in[n]))
+        return F.linear(hidden, self.weight_out[n], self.bias_out[n])
+
+
+class _Gather(torch.autograd.Function):
+    """Row `i` of the output is row `order[i] // copies` of the input; `back` is the inverse of `order`.
+
+    torch's own gather adds row by row in the backward pass; knowing the inverse, it is a gather
+    too.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, order: Tensor, back: Tensor, copies: int) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(back)
+        ctx.copies = copies
+        return x.index_select(0, order if copies == 1 else order // copies)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
+        (back,) = ctx.saved_tensors
+        gradient = gradient.index_select(0, back)
+        if ctx.copies > 1:
+            gradient = gradient.unflatten(0, (-1, ctx.copies)).sum(1)
+        return gradient, None, None, None
+
+
+def scatter_gates(gate_pk: Tensor, index_pk: Tensor, experts: int) -> Tensor:
+    """The K gates of each row in their places among N, zeros elsewhere: (P, N)."""
+    zeros = gate_pk.new_zeros(len(gate_pk), experts)
+    return zeros.scatter(1, index_pk, gate_pk)
+
+
+class PromptGate(nn.Module):
+    """The product of Eq. 2: [features, prompt] × p_e -> one logit per expert and pixel, always fp32.
+
+    The prompt is the same for all pixels of a picture, so its half is computed once per picture.
+    """
+
+    def __init__(self, channels: int, experts: int, prompt_length: int | None) -> None:
+        """`prompt_length` is M; None: the features alone decide (ablation)."""
+        super().__init__()
+        rows = channels if prompt_length is None else 2 * channels
+        self.weight = weight(rows, experts, fan_in=rows)
+        self.to_channels = None if prompt_length is None else nn.Linear(prompt_length, channels)
+
+    def forward(self, x_bhwc: Tensor, prompt_bm: Tensor | None) -> Tensor:
+        """Logits (B, H, W, N)."""
+        prompt_bc = None if self.to_channels is None else self.to_channels(prompt_bm)
+        with torch.autocast(x_bhwc.device.type, enabled=False):
+            return gate_logits(x_bhwc.float(), prompt_bc, self.weight.float())
+
+
+def gate_logits(x_bhwc: Tensor, prompt_bc: Tensor | None, weight_cn: Tensor) -> Tensor:
+    """[features, prompt] × weight, without building the concatenation."""
+    channels = x_bhwc.shape[-1]
+    logits = x_bhwc @ weight_cn[:channels]
+    if prompt_bc is not None:
+        logits = logits + (prompt_bc.float() @ weight_cn[channels:])[:, None, None]
+    return logits
+
+
+class PixelExperts(nn.Module):
+    """STP-G-MESE: each pixel passes through the K experts that its features and the prompt choose (Eq. 2-6)."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        experts: int,
+        top_k: int,
+        expansion: float,
+        prompt_length: int | None,
+        path: ExpertPath,
+    ) -> None:
+        """`experts` is N, `top_k` K; an expert has int(channels · expansion) hidden channels."""
+        super().__init__()
+        self.experts, self.top_k, self.path = experts, top_k, path
+        self.gate = PromptGate(channels, experts, prompt_length)
+        self.bank = ExpertBank(experts, channels, int(channels * expansion))
+
+    def forward(
+        self, x_bhwc: Tensor, prompt_bm: Tensor | None, generator: torch.Generator | None = None
+    ) -> Routed:
+        """Features (B, H, W, C) and prompts (B, M) -> features plus experts; this gate draws no noise."""
+        probability_bpn = torch.softmax(self.gate(x_bhwc, prompt_bm).flatten(1, 2), dim=-1)  # W
+        gate_bpk, index_bpk = probability_bpn.topk(self.top_k, dim=-1)
+        path = resolve_path(self.path, self.experts, self.top_k, x_bhwc.device)
+        x_pc = x_bhwc.flatten(0, 2)
+        out_pc = self.bank(x_pc, gate_bpk.flatten(0, 1), index_bpk.flatten(0, 1), path)
+        counts_bn = count_choices(index_bpk, self.experts)
+        balance_b = squared_variation(probability_bpn.sum(1)) + squared_variation(counts_bn)
+        shares_bn = counts_bn / index_bpk.shape[1]
+        return Routed(x_bhwc + out_pc.view(x_bhwc.shape), balance_b.mean(), shares_bn)
+
+
+def count_choices(index_bpk: Tensor, experts: int) -> Tensor:
+    """S̃ (Eq. 5): how many pixels of each picture chose each expert, (B, N) fp32, without gradient."""
+    flat = index_bpk.flatten(1)
+    ones = torch.ones_like(flat, dtype=torch.float32)
+    return ones.new_zeros(len(flat), experts).scatter_add(1, flat, ones)

@@ -1,0 +1,249 @@
+"""The decoder's part: frequency decomposition and the per-picture expert ensemble (Eq. 7-10)."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from measnet.experts import ExpertPath, resolve_path, scatter_gates
+from measnet.transformer import Merge, convolve, weight
+
+GROUPS = 8
+"""Channel groups that share one low-pass kernel (Eq. 7)."""
+TAPS = 9
+"""A kernel is 3×3."""
+MOMENTUM = 0.1
+NORM_EPSILON = 1e-5
+
+
+class KernelNorm(nn.Module):
+    """Batch norm of one value per picture and channel, which also trains with a single picture.
+
+    At inference it is batch norm: (x − running mean) / √(running variance + ε) · weight + bias. In
+    training it normalises by the micro-batch's own statistics, as batch norm does. One picture
+    alone has no variance, so it is normalised by the running statistics, as at inference, and still
+    moves them.
+
+    The running statistics move by 0.1 towards mean and unbiased variance of what was seen: at each
+    training forward, or, where the statistics are deferred, once per call of `commit_statistics`
+    from the pictures of all forwards and all ranks since. A single picture counts with its squared
+    distance from the running mean.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    moments: Tensor
+
+    def __init__(self, channels: int) -> None:
+        """`channels` values are normalised, each by itself."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        # Count, sum and sum of squares of the pictures since the last commit.
+        moments = torch.zeros(3, channels, dtype=torch.float64)
+        self.register_buffer("moments", moments, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KernelNorm":
+        """Moves with the model, but a cast to half precision leaves the statistics as exact as they are."""
+        exact = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, value in exact.items():
+            moved = self._buffers[name]
+            assert value is not None and moved is not None
+            if moved.dtype != value.dtype:
+                self._buffers[name] = value.to(moved.device)
+        return self
+
+    def forward(self, x_bc: Tensor, defer: bool) -> Tensor:
+        """(B, channels) fp32 -> same; `defer` only adds to the moments that `commit_statistics` folds in."""
+        if not self.training or len(x_bc) == 1:
+            mean, variance = self.running_mean.clone(), self.running_var.clone()
+        else:
+            mean, variance = x_bc.mean(0), x_bc.var(0, correction=0)
+        if self.training:
+            self._observe(x_bc.detach().double(), defer)
+        scale = torch.rsqrt(variance + NORM_EPSILON) * self.weight.float()
+        return (x_bc - mean) * scale + self.bias.float()
+
+    def _observe(self, x_bc: Tensor, defer: bool) -> None:
+        count = torch.full_like(x_bc[0], len(x_bc))
+        self.moments.add_(torch.stack([count, x_bc.sum(0), x_bc.square().sum(0)]))
+        if not defer:
+            self.fold()
+
+    def fold(self) -> None:
+        """Move the running statistics towards the collected moments, and forget those."""
+        count, total, squares = self.moments
+        mean = total / count.clamp_min(1)
+        several = (squares - total * mean).clamp_min(0) / (count - 1).clamp_min(1)
+        one = (mean - self.running_mean).square()
+        step = MOMENTUM * (count > 0)  # nothing was seen: nothing moves
+        self.running_var.lerp_(torch.where(count > 1, several, one).float(), step.float())
+        self.running_mean.lerp_(mean.float(), step.float())
+        self.moments.zero_()
+
+
+def commit_statistics(model: nn.Module, reduce: Callable[[Tensor], Any] | None = None) -> None:
+    """Fold the statistics of all deferred forwards into the running ones; call once per optimizer step.
+
+    Args:
+        model: holds `FrequencySplit` blocks whose forwards ran with deferred statistics.
+        reduce: sums its argument, one flat float64 tensor, in place over the ranks
+        (`dist.all_reduce`).
+            All ranks get the same sums, so they keep the same running statistics, and the result
+            does not depend on how the pictures were shared out.
+    """
+    norms = [module for module in model.modules() if isinstance(module, KernelNorm)]
+    if not norms:
+        return
+    if reduce is not None:
+        flat = torch.cat([norm.moments.flatten() for norm in norms])
+        reduce(flat)
+        for norm, summed in zip(
+            norms, flat.split([norm.moments.numel() for norm in norms]), strict=True
+        ):
+            norm.moments.copy_(summed.view_as(norm.moments))
+    for norm in norms:
+        norm.fold()
+
+
+class FrequencySplit(nn.Module):
+    """FD: a low-pass kernel predicted per picture and channel group; the rest is high frequency (Eq. 7-8)."""
+
+    def __init__(self, channels: int) -> None:
+        """`channels` is a multiple of 8."""
+        super().__init__()
+        self.predict = nn.Parameter(torch.empty(GROUPS * TAPS, channels))
+        nn.init.normal_(self.predict, std=math.sqrt(2 / (GROUPS * TAPS)))  # kaiming, fan-out
+        self.norm = KernelNorm(GROUPS * TAPS)
+
+    def forward(self, x_bhwc: Tensor, defer: bool = False) -> tuple[Tensor, Tensor]:
+        """(B, H, W, C) -> (F_low, F_high), each (B, H, W, C); their sum is the input."""
+        batch, channels = len(x_bhwc), x_bhwc.shape[-1]
+        with torch.autocast(x_bhwc.device.type, enabled=False):
+            pooled_bc = x_bhwc.mean((1, 2), dtype=torch.float32)
+            taps = self.norm(F.linear(pooled_bc, self.predict.float()), defer)
+            kernel = torch.softmax(taps.view(batch, GROUPS, TAPS), dim=-1)
+        kernel = kernel.to(x_bhwc.dtype).view(batch, GROUPS, 1, 3, 3)
+        kernel = kernel.repeat_interleave(channels // GROUPS, dim=1)  # (B, C, 1, 3, 3)
+        padded = F.pad(x_bhwc.permute(0, 3, 1, 2), (1, 1, 1, 1), mode="reflect")
+        # One depth-wise convolution per picture: each has kernels of its own.
+        low = torch.cat(
+            [
+                F.conv2d(one, its_kernel, groups=channels)
+                for one, its_kernel in zip(padded.split(1), kernel.unbind(), strict=True)
+            ]
+        ).permute(0, 2, 3, 1)
+        return low, x_bhwc - low
+
+
+class PictureExperts(nn.Module):
+    """MEE: each picture passes through the K experts that its pooled features choose (Eq. 9-10).
+
+    "Varying parameters" of the paper's experts: expert n of N is an MLP C → (n+1)·C/N → C (n from 0) with
+    GELU, so the last is as wide as the features and the first the cheapest.
+    """
+
+    def __init__(self, channels: int, *, experts: int, top_k: int, path: ExpertPath) -> None:
+        """`experts` is N, `top_k` K."""
+        super().__init__()
+        self.top_k, self.path = top_k, path
+        self.norm = nn.LayerNorm(channels)
+        self.depthwise = weight(channels, 1, 3, 3, fan_in=9)
+        self.project = weight(channels, channels, fan_in=channels)
+        self.gate = weight(experts, channels, fan_in=channels)
+        self.gate_bias = nn.Parameter(torch.zeros(experts))
+        self.widths = [max(1, channels * (n + 1) // experts) for n in range(experts)]
+        hidden = sum(self.widths)
+        # One after the other in one tensor: every expert is in every backward pass, chosen or not.
+        self.weight_in = weight(hidden, channels, fan_in=channels)
+        self.bias_in = weight(hidden, fan_in=channels)
+        self.weight_out = weight(channels, hidden, fan_in=max(1, hidden // experts))
+        self.bias_out = weight(experts, channels, fan_in=channels)
+
+    def forward(self, x_bhwc: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, W, C) -> the input plus its experts, and the choice as (B, N) zeros and ones."""
+        depth = convolve(self.norm(x_bhwc), self.depthwise, groups=len(self.depthwise))  # F^d
+        gate_bk, index_bk = self._choose(depth)
+        mixed = F.linear(depth, self.project) * (depth + 1)  # F^pd = F^p ⊙ F^d + F^p
+        gate_bn = scatter_gates(gate_bk, index_bk, len(self.widths))
+        path = resolve_path(self.path, len(self.widths), self.top_k, x_bhwc.device)
+        if path == "sorted":
+            out = self._chosen(mixed, gate_bn, index_bk)
+        else:
+            out = self._dense(mixed, gate_bn)
+        chosen_bn = scatter_gates(torch.ones_like(gate_bk).detach(), index_bk, len(self.widths))
+        return x_bhwc + out, chosen_bn
+
+    def _choose(self, depth_bhwc: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(depth_bhwc.device.type, enabled=False):
+            pooled_bc = depth_bhwc.mean((1, 2), dtype=torch.float32)
+            logits = F.linear(pooled_bc, self.gate.float(), self.gate_bias.float())
+            gate_bk, index_bk = torch.softmax(logits, dim=-1).topk(self.top_k, dim=-1)
+        return gate_bk, index_bk
+
+    def _dense(self, x_bhwc: Tensor, gate_bn: Tensor) -> Tensor:
+        """All experts as one MLP, whose hidden channels are weighted by their expert's gate."""
+        gate_bn = gate_bn.to(x_bhwc.dtype)
+        per_hidden = torch.cat(
+            [gate_bn[:, n : n + 1].expand(-1, width) for n, width in enumerate(self.widths)], dim=1
+        )
+        hidden = F.gelu(F.linear(x_bhwc, self.weight_in, self.bias_in))
+        out = F.linear(hidden * per_hidden[:, None, None], self.weight_out)
+        return out + (gate_bn @ self.bias_out.to(gate_bn.dtype))[:, None, None]
+
+    def _chosen(self, x_bhwc: Tensor, gate_bn: Tensor, index_bk: Tensor) -> Tensor:
+        """Only the chosen experts of each picture, side by side as one narrower MLP."""
+        outs = []
+        for x_hwc, gate_n, chosen in zip(x_bhwc, gate_bn, index_bk.tolist(), strict=True):
+            parts_in, parts_out, biases = [], [], []
+            for n in sorted(chosen):
+                rows = slice(sum(self.widths[:n]), sum(self.widths[: n + 1]))
+                parts_in.append(self.weight_in[rows])
+                biases.append(self.bias_in[rows])
+                # The gate goes into the small matrix, not over the pixels.
+                parts_out.append(self.weight_out[:, rows] * gate_n[n])
+            hidden = F.gelu(F.linear(x_hwc, torch.cat(parts_in), torch.cat(biases)))
+            outs.append(
+                F.linear(hidden, torch.cat(parts_out, dim=1), gate_n @ self.bias_out.float())
+            )
+        return torch.stack(outs)
+
+
+class FrequencyExperts(nn.Module):
+    """FD-MEE: low and high frequencies each through experts of their own, then [high, low] → 1×1 → C.
+
+    Without FD the experts see the undivided features; without MEE the frequencies are only merged.
+    """
+
+    def __init__(
+        self, channels: int, *, experts: int, top_k: int, path: ExpertPath, fd: bool, mee: bool
+    ) -> None:
+        """`fd`, `mee`: the switches of the ablation."""
+        super().__init__()
+        self.split = FrequencySplit(channels) if fd else None
+        names = ("high", "low") if fd else ("all",)
+        self.experts = nn.ModuleDict(
+            {
+                name: PictureExperts(channels, experts=experts, top_k=top_k, path=path)
+                for name in (names if mee else ())
+            }
+        )
+        self.merge = Merge(channels, channels) if fd else None
+
+    def forward(self, x_bhwc: Tensor, defer: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """(B, H, W, C) -> same, and for each band the choice (B, N)."""
+        bands = {"all": x_bhwc}
+        if self.split is not None:
+            bands["low"], bands["high"] = self.split(x_bhwc, defer)
+        choices = {}
+        for name, experts in self.experts.items():
+            bands[name], choices[name] = experts(bands[name])
+        if self.merge is None:
+            return bands["all"], choices
+        return self.merge(bands["high"], bands["low"]), choices

@@ -1,0 +1,25 @@
+"""What training minimises (Eq. 11-12)."""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from measnet.network import Restoration
+
+
+class Losses(NamedTuple):
+    """0-d fp32 tensors."""
+
+    total: Tensor
+    """Eq. 12: l1 + balance_weight · balance."""
+    l1: Tensor
+    """Eq. 11: mean absolute difference over all pixels and channels."""
+    balance: Tensor
+    """Eq. 6, unweighted."""
+
+
+def restoration_loss(restoration: Restoration, clean: Tensor, balance_weight: float) -> Losses:
+    """The training loss of one micro-batch; `clean` is (B, 3, H, W), λ is `balance_weight` (1e-4 in the paper)."""
+    l1 = F.l1_loss(restoration.image.float(), clean.float())
+    return Losses(l1 + balance_weight * restoration.balance_loss, l1, restoration.balance_loss)

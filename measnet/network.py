@@ -1,0 +1,251 @@
+"""MEASNet, top to bottom as the paper's Fig. 2 draws it.
+
+Features are BHWC (see transformer.py). Levels 1 to 4 have dim, 2·dim, 4·dim, 8·dim channels at 1,
+1/2, 1/4, 1/8 of the size; on the way up level 1 keeps 2·dim, for there the encoder's features are
+concatenated.
+"""
+
+import json
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from measnet import config as configs
+from measnet.config import ModelConfig
+from measnet.experts import PixelExperts, Routed
+from measnet.frequency import FrequencyExperts
+from measnet.prompts import PromptConcat, TaskPrompt
+from measnet.transformer import Conv3x3, Downsample, Merge, TransformerBlock, Upsample
+
+LEAST_SIZE = 16
+"""Smaller pictures are padded to this; the prompt needs 9 pixels a side, level 4 a whole one."""
+FORMAT = "measnet-1"
+"""What the metadata of our safetensors files say they are."""
+
+
+class Restoration(NamedTuple):
+    """What `MEASNet` returns, in training and in evaluation."""
+
+    image: Tensor
+    """(B, 3, H, W), as large as the input; not clamped."""
+    balance_loss: Tensor
+    """() fp32: Eq. 6 over the pictures and blocks, unweighted; 0 where no block routes pixels."""
+    routing: dict[str, Tensor]
+    """Block -> (B, N), detached. Per-pixel libraries ("encoder1"): the share of the picture's pixels that
+    chose expert n (rows sum to K). Per-picture ones ("decoder3.low"): 1 where chosen."""
+
+
+class MEASNet(nn.Module):
+    """Multi-expert adaptive selection network: one network for haze, rain, noise, blur and low light."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Random weights; `from_pretrained` reads trained ones."""
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        """Recompute the transformer blocks in the backward pass instead of keeping what is inside."""
+        self.defer_statistics = False
+        """Running statistics wait for `measnet.frequency.commit_statistics`."""
+        self.least_size = LEAST_SIZE
+        width1, width2, width3, width4 = (config.dim * 2**level for level in range(4))
+
+        self.prompt = TaskPrompt(config.prompts, config.prompt_dim) if config.tspg else None
+        self.patch_embed = Conv3x3(3, width1)
+        self.experts1 = self._pixel_experts(width1)
+        self.encoder1 = self._blocks(width1, level=1)
+        self.down1 = Downsample(width1)
+        self.experts2 = self._pixel_experts(width2)
+        self.encoder2 = self._blocks(width2, level=2)
+        self.down2 = Downsample(width2)
+        self.experts3 = self._pixel_experts(width3)
+        self.encoder3 = self._blocks(width3, level=3)
+        self.down3 = Downsample(width3)
+
+        self.latent = self._blocks(width4, level=4)
+
+        self.up3 = Upsample(width4)
+        self.reduce3 = Merge(width3, width3)
+        self.frequency3 = self._frequency_experts(width3)
+        self.decoder3 = self._blocks(width3, level=3)
+        self.up2 = Upsample(width3)
+        self.reduce2 = Merge(width2, width2)
+        self.frequency2 = self._frequency_experts(width2)
+        self.decoder2 = self._blocks(width2, level=2)
+        self.up1 = Upsample(width2)
+        self.frequency1 = self._frequency_experts(width2)
+        self.decoder1 = self._blocks(width2, level=1)
+        self.refinement = self._blocks(width2, level=1, count=config.num_refinement_blocks)
+        self.output = Conv3x3(width2, 3)
+
+        self.extra = nn.ModuleDict()
+        """Blocks that the paper does not have; filled by the variant official."""
+        if config.variant == "official":
+            from measnet.official import adapt
+
+            adapt(self)
+
+    def forward(self, image: Tensor, *, generator: torch.Generator | None = None) -> Restoration:
+        """Restore a batch.
+
+        Args:
+            image: (B, 3, H, W) in [0, 1], any size; padded inside to a multiple of 8 and a least
+            size.
+            generator: source of the gates' noise (variant official, in training).
+        """
+        padded = self._pad(image).to(self.patch_embed.weight.dtype)
+        prompt = None if self.prompt is None else self.prompt(padded)
+        routed: list[Routed] = []
+        choices: dict[str, Tensor] = {}
+
+        x = self.patch_embed(padded.permute(0, 2, 3, 1).contiguous())
+        x = self._select(self.experts1, x, prompt, generator, routed)
+        skip1 = self._run(self.encoder1, x)
+        x = self._select(self.experts2, self.down1(skip1), prompt, generator, routed)
+        skip2 = self._run(self.encoder2, x)
+        x = self._select(self.experts3, self.down2(skip2), prompt, generator, routed)
+        skip3 = self._run(self.encoder3, x)
+
+        x = self._run(self.latent, self.down3(skip3))
+        x = self._extra("latent", x, padded)
+
+        x = self.reduce3(self.up3(x), skip3)
+        x = self._decompose(self.frequency3, x, "decoder3", choices)
+        x = self._run(self.decoder3, x)
+        x = self._extra("decoder3", x, padded)
+        x = self.reduce2(self.up2(x), skip2)
+        x = self._decompose(self.frequency2, x, "decoder2", choices)
+        x = self._run(self.decoder2, x)
+        x = self._extra("decoder2", x, padded)
+        x = torch.cat([self.up1(x), skip1], dim=-1)
+        x = self._decompose(self.frequency1, x, "decoder1", choices)
+        x = self._run(self.decoder1, x)
+        x = self._run(self.refinement, x)
+        residual = self.output(x).permute(0, 3, 1, 2)[..., : image.shape[-2], : image.shape[-1]]
+
+        shares = {f"encoder{i + 1}": one.shares.detach() for i, one in enumerate(routed)}
+        return Restoration(image + residual, self._balance(routed, image), shares | choices)
+
+    def save_pretrained(self, path: str | PathLike[str]) -> None:
+        """Write weights and running statistics as safetensors, with the config as JSON in the metadata."""
+        state = {name: value.contiguous() for name, value in self.state_dict().items()}
+        metadata = {"format": FORMAT, "config": json.dumps(configs.to_dict(self.config))}
+        aside = Path(f"{path}.part")
+        save_file(state, aside, metadata)
+        aside.replace(path)
+
+    @classmethod
+    def from_pretrained(cls, path: str | PathLike[str]) -> "MEASNet":
+        """Read what `save_pretrained` wrote; in evaluation mode, on the CPU.
+
+        Raises:
+            ValueError: not such a file, or its weights do not fit its config.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # safetensors' own error type covers every damage
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} holds no MEASNet config; weights of the authors' program are read by measnet.official.load"
+            )
+        model = cls(configs.from_dict(ModelConfig, json.loads(metadata["config"]), "model"))
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{path} does not fit its own config: {error}") from error
+        return model.eval()
+
+    def _blocks(self, channels: int, level: int, count: int | None = None) -> nn.ModuleList:
+        config = self.config
+        count = config.num_blocks[level - 1] if count is None else count
+        heads = config.heads[level - 1]
+        return nn.ModuleList(
+            TransformerBlock(channels, heads, config.ffn_expansion) for _ in range(count)
+        )
+
+    def _pixel_experts(self, channels: int) -> nn.Module | None:
+        """STP-G-MESE, or what the ablation leaves of it."""
+        config = self.config
+        if config.mese:
+            return PixelExperts(
+                channels,
+                experts=config.pixel_experts,
+                top_k=config.pixel_top_k,
+                expansion=config.ffn_expansion,
+                prompt_length=config.prompt_dim if config.tspg else None,
+                path=config.expert_path,
+            )
+        return PromptConcat(channels, config.prompt_dim) if config.tspg else None
+
+    def _frequency_experts(self, channels: int) -> nn.Module | None:
+        """FD-MEE, or what the ablation leaves of it."""
+        config = self.config
+        if not (config.fd or config.mee):
+            return None
+        return FrequencyExperts(
+            channels,
+            experts=config.image_experts,
+            top_k=config.image_top_k,
+            path=config.expert_path,
+            fd=config.fd,
+            mee=config.mee,
+        )
+
+    def _pad(self, image: Tensor) -> Tensor:
+        """To a multiple of 8 and the least size, by repeating the last row and column."""
+        height, width = image.shape[-2:]
+        below = max(-height % 8, self.least_size - height)
+        right = max(-width % 8, self.least_size - width)
+        return F.pad(image, (0, right, 0, below), mode="replicate") if below or right else image
+
+    def _select(
+        self,
+        experts: nn.Module | None,
+        x: Tensor,
+        prompt: Tensor | None,
+        generator: torch.Generator | None,
+        routed: list[Routed],
+    ) -> Tensor:
+        if experts is None:
+            return x
+        if isinstance(experts, PromptConcat):
+            return experts(x, prompt)
+        routed.append(experts(x, prompt, generator))
+        return routed[-1].features
+
+    def _decompose(
+        self, experts: nn.Module | None, x: Tensor, level: str, choices: dict[str, Tensor]
+    ) -> Tensor:
+        if experts is None:
+            return x
+        x, chosen = experts(x, self.defer_statistics)
+        choices.update({f"{level}.{band}": one for band, one in chosen.items()})
+        return x
+
+    def _extra(self, name: str, x: Tensor, image: Tensor) -> Tensor:
+        return self.extra[name](x, image) if name in self.extra else x
+
+    def _run(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        for block in blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x)
+        return x
+
+    def _balance(self, routed: list[Routed], image: Tensor) -> Tensor:
+        if not routed:
+            return torch.zeros((), device=image.device)
+        losses = torch.stack([one.balance for one in routed])
+        return losses.sum() if self.config.variant == "official" else losses.mean()

@@ -1,0 +1,62 @@
+"""TSPG, task-specific prompt generation (Eq. 1)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from measnet.transformer import weight
+
+LEAST_SIZE = 9
+"""Pixels a side that two convolutions of stride 3 need."""
+
+
+class TaskPrompt(nn.Module):
+    """p̃ = gelu(q · P_t): a mix `q` of T learnt basic prompts `P_t`, read off the degraded picture (Eq. 1)."""
+
+    def __init__(self, prompts: int, length: int, width: int = 64) -> None:
+        """`prompts` is T, `length` M; `width` the channels of the small network that reads the picture."""
+        super().__init__()
+
+        def leaky() -> nn.Module:
+            return nn.LeakyReLU(0.1)
+
+        self.reader = nn.Sequential(
+            *(nn.Conv2d(3, width, 3, stride=3), leaky()),
+            *(nn.Conv2d(width, width, 3, stride=3), leaky()),
+            *(nn.Conv2d(width, width, 1), leaky()),
+            *(nn.Conv2d(width, width, 1), leaky()),
+            nn.Conv2d(width, 32, 1),
+        )
+        self.mix = nn.Linear(32, prompts)
+        self.prompts = nn.Parameter(torch.randn(prompts, length))
+
+    def forward(self, image_bchw: Tensor) -> Tensor:
+        """(B, 3, H, W) -> the prompt of each picture, (B, M).
+
+        Raises:
+            ValueError: the picture is too small for the two strided convolutions.
+        """
+        if min(image_bchw.shape[-2:]) < LEAST_SIZE:
+            height, width = image_bchw.shape[-2:]
+            raise ValueError(
+                f"the picture is {height}x{width}, but must have at least {LEAST_SIZE} pixels a side"
+            )
+        read_bc = self.reader(image_bchw).mean((2, 3))
+        q_bt = torch.softmax(self.mix(read_bc).float(), dim=-1).to(read_bc.dtype)
+        return F.gelu(q_bt @ self.prompts.to(read_bc.dtype))
+
+
+class PromptConcat(nn.Module):
+    """TSPG without experts (Table VI): the prompt beside every pixel, a 1×1 convolution 2C → C."""
+
+    def __init__(self, channels: int, length: int) -> None:
+        """`length` is M."""
+        super().__init__()
+        self.to_channels = nn.Linear(length, channels)
+        self.weight = weight(channels, 2 * channels, fan_in=2 * channels)
+
+    def forward(self, x_bhwc: Tensor, prompt_bm: Tensor) -> Tensor:
+        """Features (B, H, W, C) and prompts (B, M) -> (B, H, W, C)."""
+        for_features, for_prompt = self.weight.chunk(2, dim=1)
+        prompt_bc = F.linear(self.to_channels(prompt_bm), for_prompt)
+        return F.linear(x_bhwc, for_features) + prompt_bc[:, None, None]

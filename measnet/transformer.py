@@ -1,0 +1,176 @@
+"""The backbone's parts: channel attention, gated feed-forward, down and up sampling.
+
+Features are `x_bhwc`: batch, height, width, channels, contiguous. In that layout a 1×1 convolution
+is one matrix product and layer norm one fused kernel; a spatial convolution sees the same memory as
+a channels-last picture.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPSILON = 1e-12  # the least norm that a query or key is divided by
+
+
+def weight(*shape: int, fan_in: int) -> nn.Parameter:
+    """A parameter drawn uniformly within ±1/√fan_in, as torch draws those of convolutions."""
+    bound = 1 / math.sqrt(fan_in)
+    return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
+
+
+def convolve(x_bhwc: Tensor, kernel: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+    """`F.conv2d` with zero padding to the same size (odd kernels) on BHWC features."""
+    padding = (kernel.shape[-2] // 2, kernel.shape[-1] // 2)
+    x_bchw = F.conv2d(x_bhwc.permute(0, 3, 1, 2), kernel, bias, padding=padding, groups=groups)
+    return x_bchw.permute(0, 2, 3, 1)
+
+
+class Conv3x3(nn.Module):
+    """A dense 3×3 convolution without bias on BHWC features."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        """`channels` in, `out` out."""
+        super().__init__()
+        self.weight = weight(out, channels, 3, 3, fan_in=channels * 9)
+
+    def forward(self, x_bhwc: Tensor) -> Tensor:
+        """(B, H, W, channels) -> (B, H, W, out)."""
+        return convolve(x_bhwc, self.weight)
+
+
+class ChannelAttention(nn.Module):
+    """Attention whose tokens are the channels: softmax(q kᵀ · temperature) v, heads split the channels.
+
+    Query and key are L2-normalised along the pixels. The norms are applied to the small C×C product
+    and the output projection is merged into the attention matrix, so that each large tensor is
+    touched once.
+    """
+
+    def __init__(self, channels: int, heads: int) -> None:
+        """`heads` divides `channels`."""
+        super().__init__()
+        self.heads = heads
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.qkv = weight(3 * channels, channels, fan_in=channels)
+        self.qkv_depthwise = weight(3 * channels, 1, 3, 3, fan_in=9)
+        self.project_out = weight(channels, channels, fan_in=channels)
+
+    def forward(self, x_bhwc: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        qkv = convolve(F.linear(x_bhwc, self.qkv), self.qkv_depthwise, groups=len(self.qkv))
+        q_bpc, k_bpc, v_bpc = qkv.flatten(1, 2).chunk(3, dim=-1)
+        out = attend_channels(q_bpc, k_bpc, v_bpc, self.temperature, self.project_out)
+        return out.view(x_bhwc.shape)
+
+
+def attend_channels(
+    q_bpc: Tensor, k_bpc: Tensor, v_bpc: Tensor, temperature: Tensor, project_out: Tensor
+) -> Tensor:
+    """Channel attention over P pixels followed by its 1×1 convolution; `temperature` is (heads, 1, 1).
+
+    Norms and softmax are fp32 under every precision.
+    """
+    heads = len(temperature)
+    q_bhcp = q_bpc.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)
+    k_bhpc = k_bpc.unflatten(-1, (heads, -1)).transpose(1, 2)
+    gram = (q_bhcp @ k_bhpc).float()
+    q_norm = torch.linalg.vector_norm(q_bpc, dim=1, dtype=torch.float32).clamp_min(EPSILON)
+    k_norm = torch.linalg.vector_norm(k_bpc, dim=1, dtype=torch.float32).clamp_min(EPSILON)
+    cosine = gram / q_norm.view(*gram.shape[:3], 1) / k_norm.view(len(gram), heads, 1, -1)
+    attention_bhcc = torch.softmax(cosine * temperature.float(), dim=-1).to(v_bpc.dtype)
+    project_hcc = project_out.unflatten(1, (heads, -1)).transpose(0, 1)
+    mixed = (project_hcc @ attention_bhcc).transpose(1, 2).flatten(2)  # (B, C out, C of v)
+    return v_bpc @ mixed.transpose(1, 2).to(v_bpc.dtype)
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward: 1×1 to twice the hidden channels, depth-wise 3×3, gelu(a) · b, 1×1 back.
+
+    The two halves are computed apart, so that neither has to be cut out of a larger tensor; hidden
+    channels are padded to a multiple of 16 while computing (the parameters are not), which vector
+    units and tensor cores prefer over the odd counts that an expansion of 2.66 gives.
+    """
+
+    def __init__(self, channels: int, expansion: float) -> None:
+        """`int(channels · expansion)` hidden channels."""
+        super().__init__()
+        hidden = int(channels * expansion)
+        self.padding = -hidden % 16
+        self.project_in = weight(2, hidden, channels, fan_in=channels)
+        self.depthwise = weight(2, hidden, 1, 3, 3, fan_in=9)
+        self.project_out = weight(channels, hidden, fan_in=hidden)
+
+    def forward(self, x_bhwc: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        project_in = F.pad(self.project_in, (0, 0, 0, self.padding))
+        depthwise = F.pad(self.depthwise, (0, 0, 0, 0, 0, 0, 0, self.padding))
+        a, b = (
+            convolve(F.linear(x_bhwc, p), d, groups=len(d))
+            for p, d in zip(project_in, depthwise, strict=True)
+        )
+        return F.linear(F.gelu(a) * b, F.pad(self.project_out, (0, self.padding)))
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)); the norms go over the channels."""
+
+    def __init__(self, channels: int, heads: int, expansion: float) -> None:
+        """See `ChannelAttention` and `FeedForward`."""
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attention = ChannelAttention(channels, heads)
+        self.norm2 = nn.LayerNorm(channels)
+        self.feed_forward = FeedForward(channels, expansion)
+
+    def forward(self, x_bhwc: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        x_bhwc = x_bhwc + self.attention(self.norm1(x_bhwc))
+        return x_bhwc + self.feed_forward(self.norm2(x_bhwc))
+
+
+class Downsample(nn.Module):
+    """Half the size, twice the channels: 3×3 convolution C → C/2, pixel-unshuffle by 2."""
+
+    def __init__(self, channels: int) -> None:
+        """`channels` is even."""
+        super().__init__()
+        self.conv = Conv3x3(channels, channels // 2)
+
+    def forward(self, x_bhwc: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H/2, W/2, 2C)."""
+        x = self.conv(x_bhwc).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # b h i w j c
+        return x.permute(0, 1, 3, 5, 2, 4).flatten(3)
+
+
+class Upsample(nn.Module):
+    """Twice the size, half the channels: 3×3 convolution C → 2C, pixel-shuffle by 2."""
+
+    def __init__(self, channels: int) -> None:
+        """`channels` is even."""
+        super().__init__()
+        self.conv = Conv3x3(channels, channels * 2)
+
+    def forward(self, x_bhwc: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, 2H, 2W, C/2)."""
+        x = self.conv(x_bhwc).unflatten(3, (-1, 2, 2))  # b h w c i j
+        return x.permute(0, 1, 4, 2, 5, 3).flatten(3, 4).flatten(1, 2)
+
+
+class Merge(nn.Module):
+    """Two feature maps, concatenated and brought to `out` channels by a 1×1 convolution.
+
+    Computed as the sum of two products: nothing is concatenated.
+    """
+
+    def __init__(self, channels: int, out: int, *, bias: bool = False) -> None:
+        """Both inputs have `channels` channels."""
+        super().__init__()
+        self.weight = weight(out, 2 * channels, fan_in=2 * channels)
+        self.bias = weight(out, fan_in=2 * channels) if bias else None
+
+    def forward(self, first_bhwc: Tensor, second_bhwc: Tensor) -> Tensor:
+        """Two of (B, H, W, channels) -> (B, H, W, out)."""
+        for_first, for_second = self.weight.chunk(2, dim=1)
+        return F.linear(first_bhwc, for_first, self.bias) + F.linear(second_bhwc, for_second)
