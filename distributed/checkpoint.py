@@ -1,0 +1,354 @@
+"""Checkpoints: written off the critical path, whole or unseen, free of ranks and ZeRO stages.
+
+A checkpoint is a folder `RUN/checkpoints/SAMPLES-ATTEMPT` of
+
+    weights.safetensors     the network as it trains
+    ema.safetensors         its average, with the configuration: what is evaluated and exported
+    optimizer.safetensors   Adam's moments, whole tensors by parameter name
+    state.json              samples consumed, updates made, configuration, data, best score, MLflow run
+    checkpoint.json         the marker, written last: size and sha256 of each file above
+
+A folder without its marker, or one whose files do not agree with it, is not a checkpoint. No name is used
+twice, so whatever a dead process left behind cannot mix with what its successor writes.
+
+Nothing else is needed to go on exactly: the order of samples, their crops and noise, and the noise of the
+gates are functions of the seed and the count of samples, not the state of some generator.
+
+    python -m distributed.checkpoint {list,show,verify,export,prune} RUN
+"""
+
+import dataclasses
+import hashlib
+import json
+import secrets
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any
+
+import fsspec
+import tyro
+
+from distributed.storage import open_folder, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MARKER = "checkpoint.json"
+STATE = "state.json"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """Where a run stands; with the tensors beside it, all that is needed to go on."""
+
+    samples: int
+    """Samples consumed by completed steps: the position in the order of samples."""
+    updates: int
+    """Updates of the weights: steps less those skipped because of a gradient that was not finite."""
+    config: dict[str, Any]
+    """The configuration of the run."""
+    data: str
+    """Fingerprint of the shards that it trains on."""
+    plan: str
+    """Fingerprint of the order of samples."""
+    best: float | None = None
+    """Best validation score so far: PSNR in dB, averaged over the tasks."""
+    score: float | None = None
+    """Validation score of these weights, where they were validated."""
+    mlflow_run_id: str | None = None
+    """The MLflow run that a resumed run goes on in."""
+    finished: bool = False
+    """Whether the run had reached its end."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that has a marker; `problem` says whether it is whole."""
+
+    fs: fsspec.AbstractFileSystem
+    path: str
+    marker: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return PurePosixPath(self.path).name
+
+    @property
+    def samples(self) -> int:
+        """Samples consumed when it was taken."""
+        return int(self.marker["samples"])
+
+    @property
+    def score(self) -> float | None:
+        """Validation score, where it was validated."""
+        score = self.marker.get("score")
+        return None if score is None else float(score)
+
+    def problem(self, *, hashes: bool = True) -> str | None:
+        """What is wrong with it, or None where every file is there and as it was written."""
+        for name, expected in self.marker["files"].items():
+            file = f"{self.path}/{name}"
+            if not self.fs.exists(file):
+                return f"{name} is missing"
+            size = self.fs.size(file)
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes instead of {expected['bytes']}"
+            if hashes and _sha256(self.fs, file) != expected["sha256"]:
+                return f"{name} was changed: its sha256 differs"
+        return None
+
+    def state(self) -> RunState:
+        """Read where the run stood."""
+        return RunState(**read_json(self.fs, f"{self.path}/{STATE}"))
+
+    def tensors(self, kind: str) -> "dict[str, Tensor]":
+        """Read `weights`, `ema` or `optimizer` as CPU tensors by name."""
+        from safetensors.torch import load
+
+        with self.fs.open(f"{self.path}/{kind}.safetensors", "rb") as file:
+            return load(file.read())
+
+    def remove(self) -> None:
+        """Delete it, the marker first, so that no half-deleted checkpoint looks whole."""
+        self.fs.rm(f"{self.path}/{MARKER}")
+        self.fs.rm(self.path, recursive=True)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Tensors on the CPU and the state that belongs to them, ready to be written by another thread."""
+
+    state: RunState
+    weights: "Mapping[str, Tensor]"
+    ema: "Mapping[str, Tensor]"
+    optimizer: "Mapping[str, Tensor]"
+
+    def write(self, run: str) -> Checkpoint:
+        """Write a checkpoint into the run's folder, the marker last."""
+        from safetensors.torch import save
+
+        fs, root = open_folder(run)
+        path = f"{root}/checkpoints/{self.state.samples:012d}-{secrets.token_hex(3)}"
+        fs.makedirs(path, exist_ok=True)
+        model = json.dumps(self.state.config["model"])
+        files = {
+            "weights.safetensors": save(dict(self.weights)),
+            "ema.safetensors": save(dict(self.ema), {"format": "pt", "config": model}),
+            "optimizer.safetensors": save(dict(self.optimizer)),
+            STATE: json.dumps(dataclasses.asdict(self.state), indent=2).encode(),
+        }
+        listed = {}
+        for name, data in files.items():
+            with fs.open(f"{path}/{name}", "wb") as file:
+                file.write(data)
+            listed[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        marker = {
+            "version": VERSION,
+            "samples": self.state.samples,
+            "score": self.state.score,
+            "written": time.time(),
+            "files": listed,
+        }
+        with fs.open(f"{path}/{MARKER}", "wb") as file:
+            file.write(json.dumps(marker, indent=2).encode())
+        return Checkpoint(fs, path, marker)
+
+
+def listed(run: str) -> list[Checkpoint]:
+    """All checkpoints of a run that have a marker, oldest first."""
+    fs, root = open_folder(run)
+    found = []
+    for folder in _folders(fs, root):
+        marker = _read_marker(fs, folder)
+        if marker is not None:
+            found.append(Checkpoint(fs, folder, marker))
+    return sorted(found, key=lambda c: (c.samples, c.marker["written"]))
+
+
+def newest_whole(run: str, say: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
+    """The newest checkpoint that is whole; damaged ones are passed over, and `say` is told of each."""
+    for checkpoint in reversed(listed(run)):
+        problem = checkpoint.problem()
+        if problem is None:
+            return checkpoint
+        say(f"checkpoint {checkpoint.name} is damaged ({problem}); going back to the one before")
+    return None
+
+
+def best(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
+    """The checkpoint with the best validation score."""
+    scored = [c for c in checkpoints if c.score is not None]
+    return max(scored, key=lambda c: (c.score, c.samples), default=None)
+
+
+def prune(run: str, keep: int) -> list[str]:
+    """Keep the newest `keep` whole checkpoints and the best one; returns the names of what was removed.
+
+    What has no marker, or is damaged, is removed too: nobody can write into it any more, for names are
+    not used twice. Call it where no other writer is at work.
+    """
+    fs, root = open_folder(run)
+    whole = [c for c in listed(run) if c.problem(hashes=False) is None]
+    kept = {c.path for c in whole[-keep:]}
+    top = best(whole)
+    if top is not None:
+        kept.add(top.path)
+    removed = []
+    for folder in _folders(fs, root):
+        if folder not in kept:
+            marker = f"{folder}/{MARKER}"
+            if fs.exists(marker):
+                fs.rm(marker)  # first, so that no half-deleted checkpoint looks whole
+            fs.rm(folder, recursive=True)
+            removed.append(PurePosixPath(folder).name)
+    return removed
+
+
+def _folders(fs: fsspec.AbstractFileSystem, root: str) -> list[str]:
+    folder = f"{root}/checkpoints"
+    if not fs.exists(folder):
+        return []
+    return sorted(
+        e["name"].rstrip("/") for e in fs.ls(folder, detail=True) if e["type"] == "directory"
+    )
+
+
+def _read_marker(fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, Any] | None:
+    """The marker, or None where there is none or it is not one (cut short, say)."""
+    try:
+        marker = read_json(fs, f"{folder}/{MARKER}")
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return (
+        marker if isinstance(marker, dict) and "files" in marker and "samples" in marker else None
+    )
+
+
+def _sha256(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    digest = hashlib.sha256()
+    with fs.open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# ---- command line ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Command:
+    run: tyro.conf.Positional[str]
+    """Folder or URI of the run, such as runs/demo."""
+
+
+@dataclass(frozen=True)
+class List(_Command):
+    """A line per checkpoint: samples, score, size, whether it is whole."""
+
+
+@dataclass(frozen=True)
+class Show(_Command):
+    """Where the newest whole checkpoint stands, and its configuration."""
+
+
+@dataclass(frozen=True)
+class Verify(_Command):
+    """Read every byte of every checkpoint; exit code 1 where one is damaged."""
+
+
+@dataclass(frozen=True)
+class Export(_Command):
+    """Write the averaged weights, with the configuration inside, to one .safetensors file."""
+
+    out: tyro.conf.Positional[str]
+    """The file to write."""
+    which: Annotated[str, tyro.conf.arg(metavar="newest|best|NAME")] = "newest"
+    """Which checkpoint."""
+
+
+@dataclass(frozen=True)
+class Prune(_Command):
+    """Remove all but the newest checkpoints and the best; not while the run is going on."""
+
+    keep: int = 2
+    """Newest checkpoints to keep."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one of the commands; returns the exit code."""
+    command = tyro.cli(
+        List | Show | Verify | Export | Prune,  # type: ignore[arg-type]
+        args=argv,
+        prog="python -m distributed.checkpoint",
+    )
+    try:
+        return _run(command)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(command: List | Show | Verify | Export | Prune) -> int:
+    checkpoints = listed(command.run)
+    if not checkpoints:
+        raise ValueError(
+            f"{command.run} holds no checkpoint; `ls {command.run}` shows what is there"
+        )
+    match command:
+        case List() | Verify():
+            return _print_table(checkpoints, hashes=isinstance(command, Verify))
+        case Show():
+            print(json.dumps(dataclasses.asdict(_choose(checkpoints, "newest").state()), indent=2))
+        case Export():
+            chosen = _choose(checkpoints, command.which)
+            out_fs, out = open_folder(command.out)
+            with (
+                chosen.fs.open(f"{chosen.path}/ema.safetensors", "rb") as source,
+                out_fs.open(out, "wb") as target,
+            ):
+                target.write(source.read())
+            print(f"wrote {command.out}: the averaged weights after {chosen.samples:,} samples")
+        case Prune():
+            removed = prune(command.run, command.keep)
+            print(
+                f"removed {len(removed)} checkpoints" + "".join(f"\n  {name}" for name in removed)
+            )
+    return 0
+
+
+def _choose(checkpoints: Sequence[Checkpoint], which: str) -> Checkpoint:
+    whole = [c for c in checkpoints if c.problem() is None]
+    chosen = {"newest": whole[-1] if whole else None, "best": best(whole)}
+    chosen.update({c.name: c for c in whole})
+    found = chosen.get(which)
+    if found is None:
+        raise ValueError(
+            f"no whole checkpoint {which!r}; there are: {', '.join(c.name for c in whole)}"
+        )
+    return found
+
+
+def _print_table(checkpoints: Sequence[Checkpoint], *, hashes: bool) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("checkpoint", "samples", "PSNR", "MiB", "state")
+    damaged = 0
+    for c in checkpoints:
+        problem = c.problem(hashes=hashes)
+        damaged += problem is not None
+        size = sum(f["bytes"] for f in c.marker["files"].values()) / 2**20
+        score = "" if c.score is None else f"{c.score:.2f}"
+        state = problem or ("whole" if hashes else "whole (sizes only; `verify` reads every byte)")
+        table.add_row(c.name, f"{c.samples:,}", score, f"{size:.1f}", state)
+    Console().print(table)
+    return 1 if damaged else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

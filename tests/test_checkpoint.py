@@ -1,0 +1,89 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from distributed import checkpoint as checkpoints
+from distributed.checkpoint import RunState, Snapshot, main
+
+
+def write(run: Path, samples: int, score: float | None = None) -> checkpoints.Checkpoint:
+    state = RunState(
+        samples=samples,
+        updates=samples // 8,
+        config={"model": {"dim": 16}},
+        data="d",
+        plan="p",
+        score=score,
+    )
+    tensors = {"w": torch.full((3, 2), float(samples))}
+    moments = {"exp_avg.w": torch.ones(3, 2)}
+    return Snapshot(state, tensors, tensors, moments).write(str(run))
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    write(tmp_path, 8)
+    written = write(tmp_path, 16, score=30.5)
+    newest = checkpoints.newest_whole(str(tmp_path))
+    assert newest is not None and newest.path == written.path
+    assert newest.state().samples == 16
+    assert newest.score == 30.5
+    assert torch.equal(newest.tensors("weights")["w"], torch.full((3, 2), 16.0))
+    assert newest.problem() is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "missing", "no marker", "half marker"])
+def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path: Path, damage: str) -> None:
+    write(tmp_path, 8)
+    folder = Path(write(tmp_path, 16).path)
+    file, marker = folder / "optimizer.safetensors", folder / checkpoints.MARKER
+    match damage:
+        case "cut":
+            file.write_bytes(file.read_bytes()[:-1])
+        case "flip":
+            data = bytearray(file.read_bytes())
+            data[-1] ^= 1
+            file.write_bytes(data)
+        case "missing":
+            file.unlink()
+        case "no marker":
+            marker.unlink()
+        case "half marker":
+            marker.write_text(marker.read_text()[:40])
+    said: list[str] = []
+    newest = checkpoints.newest_whole(str(tmp_path), said.append)
+    assert newest is not None and newest.samples == 8
+    if "marker" not in damage:  # without a marker there is nothing to speak of
+        assert "optimizer.safetensors" in said[0] and "going back" in said[0]
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    for samples, score in ((8, 31.0), (16, 35.0), (24, 33.0), (32, None), (40, 34.0)):
+        write(tmp_path, samples, score)
+    leftover = tmp_path / "checkpoints" / "000000000048-dead00"
+    leftover.mkdir()
+    (leftover / "weights.safetensors").write_bytes(b"half")
+    removed = checkpoints.prune(str(tmp_path), keep=2)
+    assert [c.samples for c in checkpoints.listed(str(tmp_path))] == [16, 32, 40]
+    assert leftover.name in removed and not leftover.exists()
+
+
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(tmp_path / "run")
+    assert main(["list", run]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+    write(Path(run), 8, 30.0)
+    damaged = Path(write(Path(run), 16).path)
+    assert main(["verify", run]) == 0
+    (damaged / "weights.safetensors").write_bytes(b"x")
+    assert main(["verify", run]) == 1
+    capsys.readouterr()
+    assert main(["show", run]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 8
+    out = tmp_path / "model.safetensors"
+    assert main(["export", run, str(out), "--which", "best"]) == 0
+    assert out.stat().st_size > 0
+    assert main(["export", run, str(out), "--which", "nonsense"]) == 2
+    assert main(["prune", run, "--keep", "1"]) == 0
+    assert [c.samples for c in checkpoints.listed(run)] == [8]

@@ -1,0 +1,171 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distributed import engine as engines
+from distributed.config import EngineConfig, Recipe, ScalingConfig, TrainConfig
+from tests.ranks import run_ranks
+
+RECIPE = Recipe(
+    samples=800, global_batch=8, micro_batch=2, lr=1e-2, warmup_samples=80, ema_decay=0.9, clip=1.0
+)
+
+
+def test_learning_rate_warms_up_from_above_zero_and_falls_to_zero() -> None:
+    rates = [engines.learning_rate(RECIPE, s) for s in range(0, 801, 8)]
+    assert rates[0] == pytest.approx(RECIPE.lr * 8 / 80)
+    assert max(rates) == pytest.approx(RECIPE.lr)
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+    half = engines.learning_rate(RECIPE, 80 + 720 // 2)
+    assert half == pytest.approx(RECIPE.lr * 0.5 * (1 + math.cos(math.pi / 2)))
+    assert all(later <= earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_decisions_name_their_reason() -> None:
+    config = TrainConfig(recipe=RECIPE, scaling=ScalingConfig(workers="2"))
+    decisions = engines.decide(config, 2, torch.device("cpu"))
+    assert decisions.precision == ("fp32", "the device is a CPU")
+    assert decisions.accumulation == ("2", "global batch 8 / 2 workers / micro-batch 2")
+    settings = engines.deepspeed_config(config, decisions)
+    assert settings["gradient_accumulation_steps"] == 2
+    assert settings["gradient_clipping"] == RECIPE.clip
+    assert settings["torch_autocast"]["enabled"] is False
+
+
+def _network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(7, 13), nn.LayerNorm(13), nn.GELU(), nn.Linear(13, 5, bias=False), nn.Linear(5, 3)
+    )
+
+
+def _steps(engine: Any, average: engines.WeightAverage, steps: range, poison: int) -> list[float]:
+    """Mean loss of each step; step `poison` has a NaN on the last rank only."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    share = RECIPE.micro_batches // world
+    means = []
+    for step in steps:
+        engines.set_learning_rate(engine, engines.learning_rate(RECIPE, step * RECIPE.global_batch))
+        updates = engines.guarded_optimizer(engine).updates
+        total = torch.zeros(1, dtype=torch.float64)
+        for place in range(rank * share, (rank + 1) * share):
+            noise = torch.Generator().manual_seed(1000 * step + place)
+            x = torch.randn(RECIPE.micro_batch, 7, generator=noise)
+            y = x[:, :3] ** 2
+            if step == poison and rank == world - 1:
+                x = x * float("nan")
+            loss = (engine(x) - y).abs().mean()
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach().double() / RECIPE.micro_batches
+        if engines.guarded_optimizer(engine).updates > updates:
+            average.update(updates + 1)
+        dist.all_reduce(total)
+        means.append(total.item())
+    return means
+
+
+def _state(engine: Any, average: engines.WeightAverage) -> dict[str, dict[str, torch.Tensor]]:
+    with average.in_place():
+        averaged = engines.weights(engine)
+    return {
+        "weights": engines.weights(engine),
+        "ema": averaged,
+        "optimizer": engines.optimizer_state(engine),
+    }
+
+
+def train_and_resume(stages: list[int], precision: str) -> list[dict[str, Any]]:
+    """Six steps in one go, and again with a new engine from the state after three, per ZeRO stage."""
+    results = []
+    for stage in stages:
+        config = TrainConfig(
+            recipe=RECIPE, engine=EngineConfig(zero_stage=stage, precision=precision)
+        )
+        decisions = engines.decide(config, dist.get_world_size(), torch.device("cpu"))
+        engine = engines.initialize(config, decisions, _network())
+        average = engines.WeightAverage(engine, RECIPE.ema_decay)
+        losses = _steps(engine, average, range(3), poison=2)
+        middle = _state(engine, average)
+        updates = engines.guarded_optimizer(engine).updates
+        later = _steps(engine, average, range(3, 6), poison=-1)
+
+        shared = [middle]
+        dist.broadcast_object_list(shared, src=0)
+        network = _network()
+        network.load_state_dict(shared[0]["weights"])
+        again = engines.initialize(config, decisions, network)
+        average_again = engines.WeightAverage(again, RECIPE.ema_decay)
+        engines.load_optimizer_state(again, shared[0]["optimizer"], updates)
+        average_again.load(shared[0]["ema"])
+        resumed = _steps(again, average_again, range(3, 6), poison=-1)
+        results.append(
+            {
+                "losses": losses + later,
+                "resumed": resumed,
+                "updates": engines.guarded_optimizer(engine).updates,
+                "end": _state(engine, average),
+                "end_resumed": _state(again, average_again),
+            }
+        )
+    return results
+
+
+def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[kind].keys() == b[kind].keys()
+        and all(torch.equal(a[kind][n], b[kind][n]) for n in a[kind])
+        for kind in a
+    )
+
+
+@pytest.fixture(scope="module")
+def runs() -> dict[int, list[dict[str, Any]]]:
+    """World size -> results of ZeRO 0, 1, 2, 3 on rank 0."""
+    return {w: run_ranks(w, train_and_resume, [0, 1, 2, 3], "fp32")[0] for w in (1, 2)}
+
+
+def test_resume_is_bit_identical_in_every_stage(runs: dict[int, list[dict[str, Any]]]) -> None:
+    for results in runs.values():
+        for stage, result in enumerate(results):
+            assert result["resumed"] == result["losses"][3:], f"stage {stage}"
+            assert _same(result["end"], result["end_resumed"]), f"stage {stage}"
+            assert len(result["end"]["optimizer"]) == 2 * 8 - 2  # two moments of seven parameters
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_update_on_all(
+    runs: dict[int, list[dict[str, Any]]],
+) -> None:
+    for results in runs.values():
+        for result in results:
+            assert math.isnan(result["losses"][2])
+            assert all(map(math.isfinite, result["losses"][3:]))
+            assert result["updates"] == 5
+
+
+def test_stages_and_worlds_agree(runs: dict[int, list[dict[str, Any]]]) -> None:
+    reference = runs[1][0]
+    for results in runs.values():
+        for result in results:
+            assert result["losses"][3:] == pytest.approx(reference["losses"][3:], rel=1e-5)
+            for kind, tensors in reference["end"].items():
+                for name, tensor in tensors.items():
+                    torch.testing.assert_close(
+                        result["end"][kind][name], tensor, rtol=1e-4, atol=1e-6
+                    )
+
+
+def test_state_of_another_network_is_refused_by_name() -> None:
+    with pytest.raises(Exception, match=r"no exp_avg\.0\.weight"):
+        run_ranks(1, _load_foreign_state)
+
+
+def _load_foreign_state() -> None:
+    config = TrainConfig(recipe=RECIPE, engine=EngineConfig(zero_stage=0))
+    decisions = engines.decide(config, 1, torch.device("cpu"))
+    engine = engines.initialize(config, decisions, _network())
+    engines.load_optimizer_state(engine, {"exp_avg.other": torch.zeros(1)}, 1)
