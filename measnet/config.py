@@ -1,4 +1,4 @@
-"""What the network is made of: `ModelConfig`, its presets, and the strict dict <-> dataclass conversion.
+"""What the network is made of: `ModelConfig`, its presets, strict dict <-> dataclass conversion.
 
 Imports no torch, so that a wrong command line is answered at once.
 """
@@ -18,7 +18,7 @@ class ModelConfig:
     """Architecture of MEASNet; equation numbers are those of the paper."""
 
     variant: Literal["paper", "official"] = "paper"
-    """`paper` computes the equations as printed; `official` what the authors' released program computes."""
+    """`paper`: the equations as printed; `official`: what the authors' program computes."""
     dim: int = 48
     """Channels at level 1; levels 2, 3, 4 have 2, 4, 8 times as many."""
     num_blocks: tuple[int, int, int, int] = (4, 6, 6, 8)
@@ -28,7 +28,7 @@ class ModelConfig:
     heads: tuple[int, int, int, int] = (1, 2, 4, 8)
     """Attention heads at levels 1 to 4; each divides its level's channels."""
     ffn_expansion: float = 2.66
-    """Hidden channels of the feed-forward and of the pixel experts, as a multiple of the level's."""
+    """Hidden channels of feed-forward and pixel experts, as a multiple of the level's."""
     prompts: int = 32
     """T, the number of learnt basic prompts (Eq. 1)."""
     prompt_dim: int = 256
@@ -50,7 +50,7 @@ class ModelConfig:
     mee: bool = True
     """Per-picture expert ensemble (Eq. 9-10); off in the ablation of Table VI."""
     expert_path: Literal["auto", "dense", "sorted"] = "auto"
-    """How per-pixel experts are computed: all N masked, or only the K chosen. The result is the same."""
+    """How experts are computed: all N masked, or only the K chosen. The result is the same."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together."""
@@ -58,8 +58,8 @@ class ModelConfig:
             _at_least("model." + field, getattr(self, field), 1)
         if self.dim % 4:
             raise ValueError(
-                f"model.dim is {self.dim}, but must be a multiple of 4: the frequency decomposition cuts "
-                f"2·dim channels into 8 groups"
+                f"model.dim is {self.dim}, but must be a multiple of 4: "
+                f"the frequency decomposition cuts 2·dim channels into 8 groups"
             )
         for level, (blocks, heads) in enumerate(zip(self.num_blocks, self.heads, strict=True)):
             _at_least(f"model.num_blocks[{level}]", blocks, 1)
@@ -67,8 +67,8 @@ class ModelConfig:
             channels = self.dim * 2**level
             if channels % heads:
                 raise ValueError(
-                    f"model.heads[{level}] is {heads}, but the {channels} channels of level {level + 1} "
-                    f"(model.dim {self.dim}) must divide by it"
+                    f"model.heads[{level}] is {heads}, but the {channels} channels of level "
+                    f"{level + 1} (model.dim {self.dim}) must divide by it"
                 )
         if self.ffn_expansion * self.dim < 1:
             raise ValueError(
@@ -79,7 +79,8 @@ class ModelConfig:
             _at_least(f"model.{kind}_experts", experts, 1)
             if not 1 <= top_k <= experts:
                 raise ValueError(
-                    f"model.{kind}_top_k is {top_k}, but must lie between 1 and model.{kind}_experts ({experts})"
+                    f"model.{kind}_top_k is {top_k}, but must lie between 1 and "
+                    f"model.{kind}_experts ({experts})"
                 )
         if self.variant == "official" and not (self.tspg and self.mese and self.fd and self.mee):
             raise ValueError(
@@ -132,7 +133,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
         where: dotted path of `data`, for the messages.
 
     Raises:
-        ValueError: unknown field or wrong type, by its dotted name; and what the dataclass itself refuses.
+        ValueError: unknown field or wrong type, by its dotted name; and what the dataclass refuses.
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"{where or cls.__name__} must be a mapping of fields, not {data!r}")
@@ -149,7 +150,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
 
 
 def replace_dotted(config: T, changes: Mapping[str, Any]) -> T:
-    """A copy of `config` with dotted fields changed, all at once: `{"model.pixel_experts": 8, ...}`.
+    """A copy of `config` with dotted fields changed at once: `{"model.pixel_experts": 8, ...}`.
 
     Applied together because fields are checked against each other (K = 7 needs N = 8 first).
     """

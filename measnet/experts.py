@@ -24,7 +24,7 @@ class Routed(NamedTuple):
     balance: Tensor
     """() fp32, the balance loss of this library."""
     shares: Tensor
-    """(B, N) fp32, detached: the share of each picture's pixels that chose expert n; rows sum to K."""
+    """(B, N) fp32, detached: share of the picture's pixels that chose expert n; rows sum to K."""
 
 
 def resolve_path(path: ExpertPath, experts: int, top_k: int, device: torch.device) -> str:
@@ -64,7 +64,7 @@ class ExpertBank(nn.Module):
         self.bias_out = weight(experts, channels, fan_in=hidden)
 
     def forward(self, x_pc: Tensor, gate_pk: Tensor, index_pk: Tensor, path: str) -> Tensor:
-        """Eq. 3: Σ_k gate · E_index(x) for each of P pixels, by the `dense` or the `sorted` path."""
+        """Eq. 3: Σ_k gate · E_index(x) for each pixel, by the `dense` or the `sorted` path."""
         if path == "sorted":
             out_pkc = self.chosen(x_pc, index_pk)
             return (out_pkc * gate_pk.unsqueeze(-1).to(out_pkc.dtype)).sum(1)
@@ -80,7 +80,7 @@ class ExpertBank(nn.Module):
         return out_npc.transpose(0, 1) + self.bias_out
 
     def chosen(self, x_pc: Tensor, index_pk: Tensor) -> Tensor:
-        """The outputs of the experts that each pixel chose, (P, K, C): pixels sorted by expert, put back."""
+        """What the experts give that each pixel chose, (P, K, C): sorted by expert, put back."""
         flat = index_pk.flatten()
         order = torch.argsort(flat, stable=True)
         back = torch.empty_like(order)
@@ -101,7 +101,7 @@ class ExpertBank(nn.Module):
 
 
 class _Gather(torch.autograd.Function):
-    """Row `i` of the output is row `order[i] // copies` of the input; `back` is the inverse of `order`.
+    """Row `i` of the output is row `order[i] // copies` of the input; `back` inverts `order`.
 
     torch's own gather adds row by row in the backward pass; knowing the inverse, it is a gather
     too.
@@ -129,7 +129,7 @@ def scatter_gates(gate_pk: Tensor, index_pk: Tensor, experts: int) -> Tensor:
 
 
 class PromptGate(nn.Module):
-    """The product of Eq. 2: [features, prompt] × p_e -> one logit per expert and pixel, always fp32.
+    """The product of Eq. 2: [features, prompt] × p_e, a logit per expert and pixel, always fp32.
 
     The prompt is the same for all pixels of a picture, so its half is computed once per picture.
     """
@@ -158,7 +158,7 @@ def gate_logits(x_bhwc: Tensor, prompt_bc: Tensor | None, weight_cn: Tensor) -> 
 
 
 class PixelExperts(nn.Module):
-    """STP-G-MESE: each pixel passes through the K experts that its features and the prompt choose (Eq. 2-6)."""
+    """STP-G-MESE: each pixel passes through the K experts it and the prompt choose (Eq. 2-6)."""
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ class PixelExperts(nn.Module):
     def forward(
         self, x_bhwc: Tensor, prompt_bm: Tensor | None, generator: torch.Generator | None = None
     ) -> Routed:
-        """Features (B, H, W, C) and prompts (B, M) -> features plus experts; this gate draws no noise."""
+        """(B, H, W, C) and prompts (B, M) -> features plus experts; this gate draws no noise."""
         probability_bpn = torch.softmax(self.gate(x_bhwc, prompt_bm).flatten(1, 2), dim=-1)  # W
         gate_bpk, index_bpk = probability_bpn.topk(self.top_k, dim=-1)
         path = resolve_path(self.path, self.experts, self.top_k, x_bhwc.device)
@@ -192,7 +192,7 @@ class PixelExperts(nn.Module):
 
 
 def count_choices(index_bpk: Tensor, experts: int) -> Tensor:
-    """S̃ (Eq. 5): how many pixels of each picture chose each expert, (B, N) fp32, without gradient."""
+    """S̃ (Eq. 5): how many pixels of each picture chose each expert, (B, N) fp32."""
     flat = index_bpk.flatten(1)
     ones = torch.ones_like(flat, dtype=torch.float32)
     return ones.new_zeros(len(flat), experts).scatter_add(1, flat, ones)

@@ -49,7 +49,7 @@ class KernelNorm(nn.Module):
         self.register_buffer("moments", moments, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KernelNorm":
-        """Moves with the model, but a cast to half precision leaves the statistics as exact as they are."""
+        """Moves with the model, but a cast to half precision leaves the statistics exact."""
         exact = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, value in exact.items():
@@ -60,7 +60,7 @@ class KernelNorm(nn.Module):
         return self
 
     def forward(self, x_bc: Tensor, defer: bool) -> Tensor:
-        """(B, channels) fp32 -> same; `defer` only adds to the moments that `commit_statistics` folds in."""
+        """(B, channels) fp32 -> same; `defer`: the statistics wait for `commit_statistics`."""
         if not self.training or len(x_bc) == 1:
             mean, variance = self.running_mean.clone(), self.running_var.clone()
         else:
@@ -89,7 +89,7 @@ class KernelNorm(nn.Module):
 
 
 def commit_statistics(model: nn.Module, reduce: Callable[[Tensor], Any] | None = None) -> None:
-    """Fold the statistics of all deferred forwards into the running ones; call once per optimizer step.
+    """Fold the statistics of all deferred forwards into the running ones, once per optimizer step.
 
     Args:
         model: holds `FrequencySplit` blocks whose forwards ran with deferred statistics.
@@ -113,7 +113,7 @@ def commit_statistics(model: nn.Module, reduce: Callable[[Tensor], Any] | None =
 
 
 class FrequencySplit(nn.Module):
-    """FD: a low-pass kernel predicted per picture and channel group; the rest is high frequency (Eq. 7-8)."""
+    """FD: a low-pass kernel per picture and channel group; the rest is high frequency (Eq. 7-8)."""
 
     def __init__(self, channels: int) -> None:
         """`channels` is a multiple of 8."""
@@ -143,10 +143,10 @@ class FrequencySplit(nn.Module):
 
 
 class PictureExperts(nn.Module):
-    """MEE: each picture passes through the K experts that its pooled features choose (Eq. 9-10).
+    """MEE: each picture passes through the K experts that its features choose (Eq. 9-10).
 
-    "Varying parameters" of the paper's experts: expert n of N is an MLP C → (n+1)·C/N → C (n from 0) with
-    GELU, so the last is as wide as the features and the first the cheapest.
+    "Varying parameters" of the paper's experts: expert n of N is an MLP C → (n+1)·C/N → C (n from
+    0) with GELU, so the last is as wide as the features and the first the cheapest.
     """
 
     def __init__(self, channels: int, *, experts: int, top_k: int, path: ExpertPath) -> None:
@@ -216,7 +216,7 @@ class PictureExperts(nn.Module):
 
 
 class FrequencyExperts(nn.Module):
-    """FD-MEE: low and high frequencies each through experts of their own, then [high, low] → 1×1 → C.
+    """FD-MEE: low and high frequencies through experts of their own, then [high, low] → 1×1 → C.
 
     Without FD the experts see the undivided features; without MEE the frequencies are only merged.
     """

@@ -20,6 +20,12 @@ class Losses(NamedTuple):
 
 
 def restoration_loss(restoration: Restoration, clean: Tensor, balance_weight: float) -> Losses:
-    """The training loss of one micro-batch; `clean` is (B, 3, H, W), λ is `balance_weight` (1e-4 in the paper)."""
+    """The training loss of one micro-batch.
+
+    Args:
+        restoration: what the network gave.
+        clean: (B, 3, H, W) in [0, 1], the target.
+        balance_weight: λ of Eq. 12; 1e-4 in the paper.
+    """
     l1 = F.l1_loss(restoration.image.float(), clean.float())
     return Losses(l1 + balance_weight * restoration.balance_loss, l1, restoration.balance_loss)

@@ -38,19 +38,19 @@ class Restoration(NamedTuple):
     balance_loss: Tensor
     """() fp32: Eq. 6 over the pictures and blocks, unweighted; 0 where no block routes pixels."""
     routing: dict[str, Tensor]
-    """Block -> (B, N), detached. Per-pixel libraries ("encoder1"): the share of the picture's pixels that
-    chose expert n (rows sum to K). Per-picture ones ("decoder3.low"): 1 where chosen."""
+    """Block -> (B, N), detached. Per-pixel libraries ("encoder1"): share of the picture's pixels
+    that chose expert n (rows sum to K). Per-picture ones ("decoder3.low"): 1 where chosen."""
 
 
 class MEASNet(nn.Module):
-    """Multi-expert adaptive selection network: one network for haze, rain, noise, blur and low light."""
+    """Multi-expert adaptive selection network: one for haze, rain, noise, blur and low light."""
 
     def __init__(self, config: ModelConfig) -> None:
         """Random weights; `from_pretrained` reads trained ones."""
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        """Recompute the transformer blocks in the backward pass instead of keeping what is inside."""
+        """Recompute the transformer blocks in the backward pass: less memory, more time."""
         self.defer_statistics = False
         """Running statistics wait for `measnet.frequency.commit_statistics`."""
         self.least_size = LEAST_SIZE
@@ -133,7 +133,7 @@ class MEASNet(nn.Module):
         return Restoration(image + residual, self._balance(routed, image), shares | choices)
 
     def save_pretrained(self, path: str | PathLike[str]) -> None:
-        """Write weights and running statistics as safetensors, with the config as JSON in the metadata."""
+        """Write weights and running statistics as safetensors, the config in its metadata."""
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
         metadata = {"format": FORMAT, "config": json.dumps(configs.to_dict(self.config))}
         aside = Path(f"{path}.part")
@@ -157,7 +157,8 @@ class MEASNet(nn.Module):
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
         if metadata.get("format") != FORMAT:
             raise ValueError(
-                f"{path} holds no MEASNet config; weights of the authors' program are read by measnet.official.load"
+                f"{path} holds no MEASNet config; weights of the authors' program are read by "
+                "measnet.official.load"
             )
         model = cls(configs.from_dict(ModelConfig, json.loads(metadata["config"]), "model"))
         try:

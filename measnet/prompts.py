@@ -11,10 +11,10 @@ LEAST_SIZE = 9
 
 
 class TaskPrompt(nn.Module):
-    """p̃ = gelu(q · P_t): a mix `q` of T learnt basic prompts `P_t`, read off the degraded picture (Eq. 1)."""
+    """p̃ = gelu(q · P_t): a mix `q` of T learnt prompts `P_t`, read off the picture (Eq. 1)."""
 
     def __init__(self, prompts: int, length: int, width: int = 64) -> None:
-        """`prompts` is T, `length` M; `width` the channels of the small network that reads the picture."""
+        """`prompts` is T, `length` M; `width` the channels of what reads the picture."""
         super().__init__()
 
         def leaky() -> nn.Module:
@@ -39,7 +39,7 @@ class TaskPrompt(nn.Module):
         if min(image_bchw.shape[-2:]) < LEAST_SIZE:
             height, width = image_bchw.shape[-2:]
             raise ValueError(
-                f"the picture is {height}x{width}, but must have at least {LEAST_SIZE} pixels a side"
+                f"the picture is {height}x{width}, but needs at least {LEAST_SIZE} pixels a side"
             )
         read_bc = self.reader(image_bchw).mean((2, 3))
         q_bt = torch.softmax(self.mix(read_bc).float(), dim=-1).to(read_bc.dtype)

@@ -41,7 +41,7 @@ class Conv3x3(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Attention whose tokens are the channels: softmax(q kᵀ · temperature) v, heads split the channels.
+    """Attention among the channels: softmax(q kᵀ · temperature) v; heads split the channels.
 
     Query and key are L2-normalised along the pixels. The norms are applied to the small C×C product
     and the output projection is merged into the attention matrix, so that each large tensor is
@@ -68,7 +68,7 @@ class ChannelAttention(nn.Module):
 def attend_channels(
     q_bpc: Tensor, k_bpc: Tensor, v_bpc: Tensor, temperature: Tensor, project_out: Tensor
 ) -> Tensor:
-    """Channel attention over P pixels followed by its 1×1 convolution; `temperature` is (heads, 1, 1).
+    """Channel attention over P pixels and its 1×1 convolution; `temperature` is (heads, 1, 1).
 
     Norms and softmax are fp32 under every precision.
     """
