@@ -1,4 +1,5 @@
-"""`DataConfig`: which shards are read, in which mix, and what happens to a sample on its way into a batch.
+"""`DataConfig`: which shards are read, in which mix, and what happens to a sample on its way into a
+batch.
 
 Imports neither torch nor numpy, so that a wrong command line is answered at once.
 """
@@ -17,7 +18,8 @@ PAPER_REPEATS = {
     "deblur": 5,
     "lowlight": 20,
 }
-"""Uses of each sample per epoch in the authors' recipe; with their datasets 162,646 samples an epoch."""
+"""Uses of each sample per epoch in the authors' recipe; with their datasets 162,646 samples an
+epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,19 +35,24 @@ class DataConfig:
     crop: int = 128
     """Side of the square training crops, in pixels."""
     augment: Literal["flips", "dihedral", "none"] = "flips"
-    """`flips`: horizontal and vertical, as in the paper; `dihedral`: all eight flips and quarter turns."""
+    """`flips`: horizontal and vertical, as in the paper; `dihedral`: all eight flips and quarter
+    turns."""
     order: Literal["uniform", "local"] = "uniform"
-    """`uniform` shuffles over everything; `local` opens few shards at a time, for very large remote sets."""
+    """`uniform` shuffles over everything; `local` opens few shards at a time, for very large remote
+    sets."""
     noise_rounding: Literal["truncate", "round"] = "truncate"
-    """How noisy pictures become 8 bit: `truncate` as the field does it (half a grey level darker)."""
+    """How noisy pictures become 8 bit: `truncate` as the field does it (half a grey level
+    darker)."""
     loader_workers: int = 2
     """Decoding processes per training worker; 0 decodes in the training process."""
     cache_dir: str = "data/cache"
-    """Folder of each node's local copies of remote shards; relative to the folder the command is run in."""
+    """Folder of each node's local copies of remote shards; relative to the folder the command is
+    run in."""
     cache_gib: float = 50.0
     """Limit of the cache in GiB; the shards least recently used go first."""
     on_corrupt: Literal["stop", "substitute"] = "stop"
-    """A damaged sample stops the run, or another sample of its task takes its place (the same for any world)."""
+    """A damaged sample stops the run, or another sample of its task takes its place (the same for
+    any world)."""
     corrupt_budget: int = 100
     """With `substitute`: the run stops after this many damaged samples."""
 

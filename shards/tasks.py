@@ -9,7 +9,8 @@ class Degradation(NamedTuple):
     task: str
     """The task it counts for in tables: denoise, derain, dehaze, deblur or lowlight."""
     sigma: float | None = None
-    """Standard deviation of the noise added while loading, in grey levels of 0-255; None where pairs are stored."""
+    """Standard deviation of the noise added while loading, in grey levels of 0-255; None where
+    pairs are stored."""
 
 
 DEGRADATIONS: dict[str, Degradation] = {
@@ -23,4 +24,5 @@ DEGRADATIONS: dict[str, Degradation] = {
 }
 
 TASKS: tuple[str, ...] = tuple(dict.fromkeys(row.task for row in DEGRADATIONS.values()))
-"""denoise, derain, dehaze, deblur, lowlight: the tasks in their fixed order; a batch's `task` indexes this."""
+"""denoise, derain, dehaze, deblur, lowlight: the tasks in their fixed order; a batch's `task`
+indexes this."""

@@ -1,0 +1,278 @@
+"""The degradations that are made here: noise while loading; haze, rain, blur and low light while
+packing.
+
+Every function takes a picture (H, W, 3) uint8 and a generator, and gives a picture of the same
+form; the ones for packing give the parameters that were drawn as well. Generators are NumPy's
+SFC64, which gives the same numbers on any machine. Sources stand at each function; all models are
+the usual ones of the field, so a network trained on them learns the real thing only as far as the
+models hold.
+"""
+
+import zlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+from scipy import ndimage, signal
+
+Parameters = dict[str, Any]
+
+
+def generator(*parts: int | str) -> np.random.Generator:
+    """A generator keyed by integers and texts: the same key, the same numbers, anywhere."""
+    words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in parts]
+    return np.random.Generator(np.random.SFC64(np.random.SeedSequence(words)))
+
+
+def noise(
+    picture: np.ndarray,
+    sigma: float,
+    rng: np.random.Generator,
+    rounding: Literal["truncate", "round"] = "truncate",
+) -> np.ndarray:
+    """White Gaussian noise as the field adds it: on 0-255, clipped, back to 8 bit.
+
+    `sigma` in grey levels. `truncate` cuts the fraction off, as PromptIR, AdaIR and MEASNet do,
+    which makes the picture 0.5 grey levels darker; `round` does not.
+    """
+    noisy = rng.standard_normal(picture.shape, np.float32)
+    noisy *= sigma
+    noisy += picture
+    if rounding == "round":
+        np.rint(noisy, out=noisy)
+    return np.clip(noisy, 0, 255, out=noisy).astype(np.uint8)
+
+
+def to_linear(picture: np.ndarray) -> np.ndarray:
+    """Display values (uint8) to linear light in [0, 1] float32, by the sRGB curve."""
+    levels = np.arange(256, dtype=np.float32) / 255
+    curve = np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
+    linear: np.ndarray = curve.astype(np.float32)[picture]
+    return linear
+
+
+def to_display(linear: np.ndarray) -> np.ndarray:
+    """Linear light in [0, 1] to display values, rounded to uint8."""
+    linear = np.clip(linear, 0, 1)
+    display = np.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+    return _to_uint8(display)
+
+
+def _to_uint8(display: np.ndarray) -> np.ndarray:
+    return np.rint(np.clip(display, 0, 1) * 255).astype(np.uint8)
+
+
+def depth_from_map(values: np.ndarray, kind: Literal["depth", "disparity"]) -> np.ndarray:
+    """Relative depth in [0, 1] from a measured map (H, W); far is 1.
+
+    Disparity is inverted. Places without a measurement (0, inf, nan) take the nearest one. What
+    lies beyond the 98th percentile counts as far. ValueError where nothing was measured.
+    """
+    values = np.asarray(values, np.float64)
+    valid = np.isfinite(values) & (values > 0)
+    if not valid.any():
+        raise ValueError(f"the {kind} map holds no value above 0")
+    nearest = ndimage.distance_transform_edt(~valid, return_distances=False, return_indices=True)
+    values = values[tuple(nearest)]
+    depth = 1 / values if kind == "disparity" else values
+    far = np.percentile(depth, 98)
+    return np.clip(depth / far, 0, 1).astype(np.float32)
+
+
+def depth_from_picture(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A plausible smooth depth map (H, W) float32 in [0, 1] where none was measured; far is 1.
+
+    A ground plane that recedes from the lower edge to a horizon, with slow random relief, made to
+    follow the picture's edges by a guided filter (He et al., "Guided Image Filtering", 2010), so
+    that haze changes at objects rather than across them. It is a stand-in: the real depth is not
+    known from one picture.
+    """
+    height, width = picture.shape[:2]
+    horizon = rng.uniform(0.1, 0.4)
+    row = np.linspace(0, 1, height, dtype=np.float32)[:, None]
+    ground = 0.12 / np.maximum(row - horizon, 0.12)
+    relief = ndimage.zoom(rng.standard_normal((4, 5)), (height / 4, width / 5), order=1)
+    relief = ndimage.gaussian_filter(relief[:height, :width], min(height, width) / 8)
+    relief = np.pad(
+        relief, ((0, height - relief.shape[0]), (0, width - relief.shape[1])), mode="edge"
+    )
+    relief /= max(float(np.abs(relief).max()), 1e-6)
+    depth = np.clip(ground + 0.25 * relief, 0.05, 1)
+    guide = picture.mean(axis=2, dtype=np.float32) / 255
+    return np.clip(_guided(guide, depth, max(4, min(height, width) // 12)), 0.02, 1)
+
+
+def _guided(guide: np.ndarray, values: np.ndarray, radius: int, eps: float = 1e-3) -> np.ndarray:
+    def mean(x: np.ndarray) -> np.ndarray:
+        return ndimage.uniform_filter(x.astype(np.float64), 2 * radius + 1, mode="reflect")
+
+    mean_guide, mean_values = mean(guide), mean(values)
+    slope = (mean(guide * values) - mean_guide * mean_values) / (
+        mean(guide * guide) - mean_guide**2 + eps
+    )
+    offset = mean_values - slope * mean_guide
+    return (mean(slope) * guide + mean(offset)).astype(np.float32)
+
+
+def haze(
+    picture: np.ndarray, rng: np.random.Generator, depth: np.ndarray | None = None
+) -> tuple[np.ndarray, Parameters]:
+    """Atmospheric scattering, I = J·t + A·(1 - t), t = exp(-β·d), on display values as in RESIDE.
+
+    Koschmieder's law in the form of Narasimhan and Nayar (2002); ranges after RESIDE (Li et al.,
+    2019): airlight A 0.75-1.0, nearly grey; β so that the farthest transmits 10-45 %. `depth` (H,
+    W) in [0, 1]; made from the picture where it is None.
+    """
+    airlight = rng.uniform(0.75, 1.0) + rng.uniform(-0.01, 0.01, 3)
+    beta = rng.uniform(0.8, 2.3)
+    known = depth is not None
+    if depth is None:
+        depth = depth_from_picture(picture, rng)
+    transmission = np.exp(-beta * depth)[..., None]
+    hazy = picture / 255.0 * transmission + np.clip(airlight, 0, 1) * (1 - transmission)
+    parameters = {
+        "airlight": _rounded(airlight),
+        "beta": _rounded(beta),
+        "depth": "measured" if known else "synthetic",
+    }
+    return _to_uint8(hazy), parameters
+
+
+def rain(picture: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Parameters]:
+    """Rain streaks, O = B + S, as in Rain100L: one direction, several distances.
+
+    Streaks are sparse drops, drawn out by motion (Garg and Nayar, 2006; the additive model of Yang
+    et al., "Deep Joint Rain Detection and Removal", 2017). Near layers have fewer, longer, wider
+    and brighter streaks.
+    """
+    height, width = picture.shape[:2]
+    scale = max(min(height, width) / 320, 0.3)
+    angle = rng.uniform(-25, 25)
+    strength = rng.uniform(0.35, 0.7)
+    layers = int(rng.integers(2, 4))
+    streaks = np.zeros((height, width), np.float32)
+    for layer in range(layers):
+        near = (layer + 1) / layers
+        length = scale * (8 + 22 * near) * rng.uniform(0.8, 1.2)
+        drops = rng.random((height, width), np.float32) < 0.003 / scale**2 * (1.35 - near)
+        bright = drops * rng.uniform(0.5, 1.0, (height, width)).astype(np.float32)
+        line = _line(length, angle + rng.uniform(-2, 2), 0.45 + 0.5 * near * scale)
+        streaks += (0.5 + 0.5 * near) * signal.fftconvolve(bright, line, mode="same")
+    rainy = picture / 255.0 + strength * np.clip(streaks, 0, 1)[..., None]
+    parameters = {"angle": _rounded(angle), "strength": _rounded(strength), "layers": layers}
+    return _to_uint8(rainy), parameters
+
+
+def _line(length: float, angle: float, width: float) -> np.ndarray:
+    """A streak with soft edges and ends; its brightest value is 1. `angle` in degrees from the
+    vertical."""
+    half = int(np.ceil(length / 2 + 2 * width))
+    y, x = np.mgrid[-half : half + 1, -half : half + 1].astype(np.float32)
+    radians = np.deg2rad(angle)
+    along = y * np.cos(radians) + x * np.sin(radians)
+    across = x * np.cos(radians) - y * np.sin(radians)
+    ends = np.clip((length / 2 - np.abs(along)) / max(length / 6, 1) + 0.5, 0, 1)
+    line: np.ndarray = np.exp(-0.5 * (across / width) ** 2) * ends
+    return line
+
+
+def blur(picture: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Parameters]:
+    """Camera shake: the picture in linear light, averaged along a random path of the camera.
+
+    The path is a walk with inertia (after Boracchi and Foi, "Modeling the Performance of Image
+    Restoration from Motion Blur", 2012). Light adds up linearly, as in the averaged frames of GoPro
+    (Nah et al., 2017).
+    """
+    height, width = picture.shape[:2]
+    reach = rng.uniform(0.015, 0.04) * min(height, width)
+    path = _shake(rng) * reach
+    kernel = _kernel(path)
+    half = kernel.shape[0] // 2
+    linear = np.pad(to_linear(picture), ((half, half), (half, half), (0, 0)), mode="symmetric")
+    blurred = signal.fftconvolve(linear, kernel[..., None], mode="valid", axes=(0, 1))
+    return to_display(blurred), {"reach": _rounded(reach), "kernel": kernel.shape[0]}
+
+
+def _shake(rng: np.random.Generator, steps: int = 400) -> np.ndarray:
+    """A path (steps, 2), centred, whose larger extent is 1."""
+    angle = rng.uniform(0, 2 * np.pi)
+    turns = np.cumsum(rng.normal(0, 0.09, steps)) + angle
+    sudden = rng.random(steps) < 0.006
+    turns += np.cumsum(np.where(sudden, rng.uniform(-np.pi, np.pi, steps), 0))
+    speed = np.abs(1 + 0.4 * np.cumsum(rng.normal(0, 0.1, steps)))
+    path = np.cumsum(np.stack([np.sin(turns), np.cos(turns)], 1) * speed[:, None], 0)
+    path -= path.mean(0)
+    widest: np.ndarray = path / max(float(np.ptp(path, axis=0).max()), 1e-9)
+    return widest
+
+
+def _kernel(path: np.ndarray) -> np.ndarray:
+    """The share of the exposure spent at each pixel; odd side, sum 1."""
+    half = int(np.ceil(np.abs(path).max())) + 1
+    kernel = np.zeros((2 * half + 1, 2 * half + 1))
+    corner = np.floor(path).astype(int)
+    part = path - corner
+    for dy in (0, 1):
+        for dx in (0, 1):
+            share = np.abs(1 - dy - part[:, 0]) * np.abs(1 - dx - part[:, 1])
+            np.add.at(kernel, (corner[:, 0] + dy + half, corner[:, 1] + dx + half), share)
+    normalised: np.ndarray = (kernel / kernel.sum()).astype(np.float32)
+    return normalised
+
+
+def low_light(picture: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Parameters]:
+    """A short exposure: less light, in linear values, with shot and read noise, and a display
+    curve.
+
+    The Poisson-Gaussian noise of sensors (Foi et al., 2008); exposure 1/6-1/25 and a curve with
+    gamma 0.95-1.15, to give pictures about as dark as those of LOL (Wei et al., 2018).
+    """
+    exposure = 1 / rng.uniform(6, 25)
+    gamma = rng.uniform(0.95, 1.15)
+    photons = rng.uniform(2500, 8000)
+    read = rng.uniform(0.0003, 0.0010)
+    linear = to_linear(picture) * exposure
+    noisy = linear + rng.standard_normal(linear.shape, np.float32) * np.sqrt(
+        linear / photons + read**2
+    )
+    dark = to_display(np.clip(noisy, 0, 1) ** gamma)
+    parameters = {"exposure": exposure, "gamma": gamma, "photons": photons, "read": read}
+    return dark, {name: _rounded(value) for name, value in parameters.items()}
+
+
+def grain(picture: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Parameters]:
+    """White Gaussian noise stored in the pair, σ 10-50: the last link of a chain."""
+    sigma = rng.uniform(10, 50)
+    return noise(picture, sigma, rng), {"sigma": _rounded(sigma)}
+
+
+def _rounded(value: Any) -> Any:
+    return [round(float(v), 5) for v in value] if np.ndim(value) else round(float(value), 5)
+
+
+SYNTHESISED: dict[str, Callable[..., tuple[np.ndarray, Parameters]]] = {
+    "dehaze": haze,
+    "derain": rain,
+    "deblur": blur,
+    "lowlight": low_light,
+    "denoise": grain,
+}
+"""Task -> the function that makes its degraded pictures from clean ones."""
+
+
+def synthesise(
+    picture: np.ndarray,
+    tasks: tuple[str, ...],
+    rng: np.random.Generator,
+    depth: np.ndarray | None = None,
+) -> tuple[np.ndarray, list[Parameters]]:
+    """The degradations of `tasks`, one after the other; the chain with its parameters, in the order
+    applied."""
+    chain = []
+    for task in tasks:
+        if task == "dehaze":
+            picture, parameters = haze(picture, rng, depth)
+        else:
+            picture, parameters = SYNTHESISED[task](picture, rng)
+        chain.append({"degradation": task, **parameters})
+    return picture, chain

@@ -1,0 +1,227 @@
+"""One sample's bytes out of the shards, by its number: positional reads, each checked against the
+index."""
+
+import hashlib
+import json
+import os
+import zlib
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from shards import manifest, storage
+from shards.cache import Cache
+from shards.decode import Box, DecodeError, decode
+from shards.manifest import Index, Manifest, Shard
+
+OPEN_FILES = 64
+"""Shards that a process keeps open at a time."""
+
+
+class DamagedError(ValueError):
+    """A shard or a sample of it is not what was packed."""
+
+
+class Place(NamedTuple):
+    """Where a sample is."""
+
+    shard: Shard
+    table: Index
+    row: np.void
+    """Of `manifest.SAMPLE`."""
+    number: int
+    """Of the sample within its task."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of its pictures."""
+        return int(self.row["height"]), int(self.row["width"])
+
+
+class Reader:
+    """Samples of a folder or store of shards. Cheap to send to another process: it opens its own
+    files."""
+
+    def __init__(self, source: Manifest, cache: Cache) -> None:
+        """`cache` is used for remote stores only."""
+        self.manifest = source
+        self.cache = cache
+        self._shards = {task: source.of(task) for task in source.tasks}
+        self._ends = {
+            task: np.cumsum([shard.samples for shard in shards])
+            for task, shards in self._shards.items()
+        }
+        self._open: OrderedDict[str, tuple[int, int, Index]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open files."""
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def check_present(self) -> None:
+        """`DamagedError` where a local shard is missing or has not the manifest's size."""
+        if storage.is_remote(self.manifest.uri):
+            return
+        for shard in self.manifest.shards:
+            path = storage.join(self.manifest.uri, shard.name)
+            if not os.path.exists(path):
+                raise DamagedError(
+                    f"{path} is named in {manifest.NAME}, but is not there{self.mend}"
+                )
+            size = os.path.getsize(path)
+            if size != shard.bytes:
+                raise DamagedError(
+                    f"{path} has {size} bytes, but {manifest.NAME} says {shard.bytes}{self.mend}"
+                )
+
+    @property
+    def mend(self) -> str:
+        """What to do about a damaged shard."""
+        where = self.manifest.uri
+        return (
+            "; copy the shard again, or make it anew from the pictures by "
+            f"`python -m shards.pack LAYOUT ROOT {where} --repair` (see all damage: `python -m "
+            f"shards.inspect {where}`)"
+        )
+
+    def locate(self, task: str, number: int) -> Place:
+        """Where the `number`-th sample of a task is."""
+        slot = int(np.searchsorted(self._ends[task], number, side="right"))
+        shard = self._shards[task][slot]
+        row = number - (int(self._ends[task][slot]) - shard.samples)
+        _, _, index = self._file(shard)
+        return Place(shard, index, index.samples[row], number)
+
+    def shard_of(self, task: str, number: int) -> Shard:
+        """The shard of a sample, without opening it."""
+        return self._shards[task][int(np.searchsorted(self._ends[task], number, side="right"))]
+
+    def key(self, place: Place) -> str:
+        """The sample's name in its tar: `denoise_00000012`; with `.input03` where several share a
+        clean one."""
+        return self._name(
+            place, int(place.row["input"] if self._has_input(place) else place.row["target"])
+        )
+
+    def about(self, place: Place) -> dict[str, Any]:
+        """What the packing noted: names of the source files, and what was synthesised."""
+        about: dict[str, Any] = json.loads(self._member(place, int(place.row["meta"])))
+        return about
+
+    def checksum(self, place: Place) -> int:
+        """crc32 of the clean picture's bytes."""
+        return int(place.table.members[int(place.row["target"])]["crc32"])
+
+    def clean(self, place: Place, box: Box | None = None) -> np.ndarray:
+        """The clean picture (H, W, 3) uint8, or a box of it."""
+        height, width = place.size
+        box = box or Box(0, 0, height, width)
+        top, left = int(place.row["top"]), int(place.row["left"])
+        return self._picture(
+            place, "target", Box(box.top + top, box.left + left, box.height, box.width)
+        )
+
+    def degraded(self, place: Place, box: Box | None = None) -> np.ndarray:
+        """The degraded picture (H, W, 3) uint8, or a box of it."""
+        return self._picture(place, "input", box)
+
+    def _picture(self, place: Place, role: str, box: Box | None) -> np.ndarray:
+        data = self._member(place, int(place.row[role]))
+        try:
+            return decode(data, box)
+        except DecodeError as error:
+            raise DamagedError(
+                f"{self._where(place)}: the {role} cannot be decoded ({error}){self.mend}"
+            ) from error
+
+    def _has_input(self, place: Place) -> bool:
+        return int(place.row["input"]) != manifest.NONE
+
+    def _where(self, place: Place) -> str:
+        path = storage.join(self.manifest.uri, place.shard.name)
+        return f"sample {place.number} of {place.shard.task} in {path}"
+
+    def _member(self, place: Place, number: int) -> bytes:
+        entry = place.table.members[number]
+        descriptor, _, _ = self._file(place.shard)
+        data = os.pread(descriptor, int(entry["size"]), int(entry["offset"]))
+        if len(data) != entry["size"]:
+            raise DamagedError(f"{self._where(place)}: the shard ends inside of it{self.mend}")
+        if zlib.crc32(data) != entry["crc32"]:
+            raise DamagedError(
+                f"{self._where(place)}: its bytes have changed since packing (checksum){self.mend}"
+            )
+        return data
+
+    def _name(self, place: Place, member: int) -> str:
+        """From the tar header, which stands in the block before the data."""
+        descriptor, _, _ = self._file(place.shard)
+        header = os.pread(descriptor, 100, int(place.table.members[member]["offset"]) - 512)
+        parts = header.rstrip(b"\0").decode("ascii", "replace").split(".")
+        return parts[0] if parts[1:2] in (["input"], ["target"]) else ".".join(parts[:2])
+
+    def _file(self, shard: Shard) -> tuple[int, int, Index]:
+        """Descriptor, size and index of a shard; opens it where needed, and closes the one least
+        recently used."""
+        opened = self._open.get(shard.name)
+        if opened is not None:
+            self._open.move_to_end(shard.name)
+            return opened
+        index = self._index(shard)
+        descriptor = self._descriptor(shard)
+        size = os.fstat(descriptor).st_size
+        if size != shard.bytes:
+            os.close(descriptor)
+            raise DamagedError(
+                f"{storage.join(self.manifest.uri, shard.name)} has {size} bytes, but "
+                f"{manifest.NAME} says "
+                f"{shard.bytes}{self.mend}"
+            )
+        while len(self._open) >= OPEN_FILES:
+            _, (oldest, _, _) = self._open.popitem(last=False)
+            os.close(oldest)
+        self._open[shard.name] = (descriptor, size, index)
+        return self._open[shard.name]
+
+    def _descriptor(self, shard: Shard) -> int:
+        uri = storage.join(self.manifest.uri, shard.name)
+        if not storage.is_remote(uri):
+            try:
+                return os.open(uri, os.O_RDONLY)
+            except FileNotFoundError as error:
+                raise DamagedError(
+                    f"{uri} is named in {manifest.NAME}, but is not there{self.mend}"
+                ) from error
+        while True:
+            path = self.cache.fetch(uri, shard.sha256, shard.bytes)
+            try:
+                return os.open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                continue  # another process evicted it between the two lines
+
+    def _index(self, shard: Shard) -> Index:
+        uri = storage.join(self.manifest.uri, shard.index_name)
+        try:
+            remote = storage.is_remote(uri)
+            data = self._remote_index(uri, shard) if remote else storage.read(uri)
+            if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+                raise ValueError("its hash is not the one in the manifest")
+            return Index.from_bytes(data)
+        except (FileNotFoundError, ValueError) as error:
+            raise DamagedError(f"{uri} is missing or damaged ({error}){self.mend}") from error
+
+    def _remote_index(self, uri: str, shard: Shard) -> bytes:
+        path = self.cache.path(shard.index_sha256)
+        if not os.path.exists(path):
+            data = storage.read(uri)
+            if hashlib.sha256(data).hexdigest() == shard.index_sha256:
+                storage.write(path, data)
+            return data
+        with open(path, "rb") as file:
+            return file.read()
+
+    def close(self) -> None:
+        """Closes all files."""
+        while self._open:
+            _, (descriptor, _, _) = self._open.popitem()
+            os.close(descriptor)

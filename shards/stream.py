@@ -1,0 +1,327 @@
+"""Shards -> batches for training, and whole pictures for evaluation.
+
+What a sample is follows from its position alone: the plan says which one, and a generator keyed by
+(seed, epoch, position) draws its crop, its flips and its noise. Processes and ranks change nothing
+but who computes it.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from shards import degrade, manifest
+from shards import order as ordering
+from shards.cache import Cache
+from shards.config import DataConfig
+from shards.decode import Box
+from shards.order import Plan
+from shards.reader import DamagedError, Place, Reader
+from shards.tasks import DEGRADATIONS, TASKS
+
+_NAMES = tuple(DEGRADATIONS)
+_SUBSTITUTES = 32
+"""How many other samples are tried in the place of a damaged one."""
+
+
+class Sample(NamedTuple):
+    """One training sample."""
+
+    degraded: np.ndarray
+    """(c, c, 3) uint8."""
+    clean: np.ndarray
+    """(c, c, 3) uint8."""
+    degradation: int
+    """Index into `DEGRADATIONS`."""
+    position: int
+    key: str
+    """`denoise_15/denoise_00000012`."""
+    damage: str = ""
+    """What was wrong with the sample whose place this one takes; empty where nothing was."""
+
+
+class Batch(NamedTuple):
+    """One micro-batch of m samples with crops of c pixels."""
+
+    degraded: Tensor
+    """(m, 3, c, c) float32 in [0, 1]."""
+    clean: Tensor
+    """(m, 3, c, c) float32 in [0, 1]."""
+    task: Tensor
+    """(m,) int64, index into `TASKS`."""
+    degradation: Tensor
+    """(m,) int64, index into `DEGRADATIONS`."""
+    position: Tensor
+    """(m,) int64, place in the run's sequence of samples."""
+    keys: list[str]
+    """Names: degradation/key in the tar."""
+    damage: tuple[str, ...] = ()
+    """With `on_corrupt: substitute`: what was wrong with the samples that others stand for."""
+
+
+class Picture(NamedTuple):
+    """One whole picture for evaluation."""
+
+    degradation: str
+    task: str
+    name: str
+    """Source file of the degraded picture (of the clean one for noise)."""
+    degraded: Tensor
+    """(3, H, W) float32 in [0, 1]."""
+    clean: Tensor
+    """(3, H, W) float32 in [0, 1]."""
+
+
+def open_reader(uri: str, data: DataConfig) -> Reader:
+    """The samples of a folder or store, with the node's cache for remote ones."""
+    cache = Cache(folder=data.cache_dir, limit=int(data.cache_gib * 2**30))
+    return Reader(manifest.read(uri), cache)
+
+
+class TrainStream:
+    """The training samples of a run, by position."""
+
+    def __init__(self, data: DataConfig, seed: int) -> None:
+        """Opens manifest and plan; ValueError where they do not fit, or where a local shard is not
+        whole."""
+        self.data = data
+        self.seed = seed
+        self.reader = open_reader(data.train, data)
+        self.plan = Plan.from_manifest(self.reader.manifest, data.repeats, seed, data.order)
+        self.damaged: dict[str, int] = {}
+        """With `on_corrupt: substitute`: damage met so far -> how often."""
+        if data.on_corrupt == "stop":
+            self.reader.check_present()
+
+    def read(self, position: int) -> Sample:
+        """The sample at a position of the run's sequence; `DamagedError` with its name where it is
+        damaged."""
+        return self._samples(np.array([position]))[0]
+
+    def batches(
+        self, start: int, stop: int, *, global_batch: int, micro_batch: int, world: int, rank: int
+    ) -> Iterator[Batch]:
+        """This rank's micro-batches, in order, from `start` to `stop` samples consumed by the whole
+        run.
+
+        Both are counted from the beginning of the run and are multiples of the global batch.
+        Decodes in `data.loader_workers` processes. ValueError where the sizes do not fit, and at
+        damage (see `on_corrupt`).
+        """
+        if stop % global_batch:
+            raise ValueError(
+                f"stop is {stop}, but must be a multiple of the global batch {global_batch}"
+            )
+        # Refuse wrong sizes here, not in the middle of a loader process.
+        ordering.positions(start, 0, global_batch, micro_batch, world, rank)
+        wanted = _Positions(start, stop, global_batch, micro_batch, world, rank)
+        for result in self._load(wanted):
+            if isinstance(result, DamagedError):
+                raise result
+            self._count(result.damage)
+            yield result
+
+    def batch(self, positions: np.ndarray) -> Batch:
+        """The samples at (m,) positions as one batch."""
+        samples = self._samples(positions)
+        degradations = [sample.degradation for sample in samples]
+        return Batch(
+            degraded=_tensor(np.stack([sample.degraded for sample in samples])),
+            clean=_tensor(np.stack([sample.clean for sample in samples])),
+            task=torch.tensor([TASKS.index(DEGRADATIONS[_NAMES[d]].task) for d in degradations]),
+            degradation=torch.tensor(degradations),
+            position=torch.from_numpy(np.asarray(positions, np.int64).copy()),
+            keys=[sample.key for sample in samples],
+            damage=tuple(sample.damage for sample in samples if sample.damage),
+        )
+
+    def _load(self, wanted: "_Positions") -> Iterator["Batch | DamagedError"]:
+        loads = _Loads(self)
+        if self.data.loader_workers == 0:
+            for positions in wanted:
+                yield loads[positions]
+            return
+        yield from DataLoader(
+            loads,
+            batch_size=None,
+            sampler=wanted,
+            num_workers=self.data.loader_workers,
+            collate_fn=_unchanged,
+            prefetch_factor=4,
+        )
+
+    def _count(self, damage: tuple[str, ...]) -> None:
+        for line in damage:
+            self.damaged[line] = self.damaged.get(line, 0) + 1
+        if sum(self.damaged.values()) > self.data.corrupt_budget:
+            raise DamagedError(
+                f"more than data.corrupt_budget = {self.data.corrupt_budget} damaged samples, the "
+                "last: "
+                f"{next(reversed(self.damaged))}"
+            )
+
+    def _samples(self, positions: np.ndarray) -> list[Sample]:
+        draws = self.plan.draws(positions)
+        rows = zip(positions, draws.degradation, draws.sample, draws.epoch, strict=True)
+        return [self._sample(int(p), int(d), int(s), int(e)) for p, d, s, e in rows]
+
+    def _sample(self, position: int, degradation: int, number: int, epoch: int) -> Sample:
+        try:
+            return self._make(position, degradation, number, epoch)
+        except (DamagedError, OSError) as error:
+            if self.data.on_corrupt == "stop":
+                raise
+            first = error
+        task = DEGRADATIONS[_NAMES[degradation]].task
+        count = self.reader.manifest.counts[task]
+        for attempt in range(_SUBSTITUTES):
+            other = int(ordering.key(self.seed, 5, position, attempt)) % count
+            try:
+                made = self._make(position, degradation, other, epoch)
+                return made._replace(damage=str(first).split("; copy the shard", 1)[0])
+            except (DamagedError, OSError):
+                continue
+        raise DamagedError(
+            f"{_SUBSTITUTES} samples of {task} in a row are damaged: {first}"
+        ) from first
+
+    def _make(self, position: int, degradation: int, number: int, epoch: int) -> Sample:
+        name = _NAMES[degradation]
+        task, sigma = DEGRADATIONS[name]
+        place = self.reader.locate(task, number)
+        rng = degrade.generator(
+            self.seed & 0xFFFFFFFFFFFFFFFF, epoch, position - epoch * self.plan.epoch_samples
+        )
+        box = _crop(place, self.data.crop, rng)
+        clean = _fit(self.reader.clean(place, box), self.data.crop)
+        turn = _turn(self.data.augment, rng)
+        if sigma is None:
+            degraded = _turned(_fit(self.reader.degraded(place, box), self.data.crop), turn)
+            clean = _turned(clean, turn)
+        else:
+            clean = _turned(clean, turn)
+            degraded = degrade.noise(clean, sigma, rng, self.data.noise_rounding)
+        return Sample(degraded, clean, degradation, position, f"{name}/{self.reader.key(place)}")
+
+
+class _Positions:
+    """The positions of a rank's micro-batches, one array (micro_batch,) after the other; re-
+    iterable."""
+
+    def __init__(
+        self, start: int, stop: int, global_batch: int, micro_batch: int, world: int, rank: int
+    ) -> None:
+        self.start, self.stop, self.global_batch = start, stop, global_batch
+        self.rest = (global_batch, micro_batch, world, rank)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for step in range(self.start, self.stop, self.global_batch):
+            yield from ordering.positions(step, 1, *self.rest)[0]
+
+
+class _Loads(Dataset["Batch | DamagedError"]):
+    """Positions -> batch, in a loader process. Damage is handed over as a value: it keeps its plain
+    message."""
+
+    def __init__(self, stream: TrainStream) -> None:
+        self.stream = stream
+
+    def __getitem__(self, positions: np.ndarray) -> "Batch | DamagedError":
+        try:
+            return self.stream.batch(positions)
+        except DamagedError as error:
+            return error
+        except OSError as error:
+            return DamagedError(str(error))
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _tensor(pixels: np.ndarray) -> Tensor:
+    """(…, H, W, 3) uint8 -> (…, 3, H, W) float32 in [0, 1], contiguous."""
+    moved = torch.from_numpy(np.moveaxis(pixels, -1, -3).copy())
+    return moved.to(torch.float32).div_(255)
+
+
+def _crop(place: Place, side: int, rng: np.random.Generator) -> Box:
+    """A random square; the whole height or width where the picture has less."""
+    height, width = place.size
+    tall, wide = min(side, height), min(side, width)
+    top, left = rng.integers(0, [height - tall + 1, width - wide + 1])
+    return Box(int(top), int(left), tall, wide)
+
+
+def _fit(pixels: np.ndarray, side: int) -> np.ndarray:
+    """A picture smaller than the crop is continued by reflection at its lower and right edge."""
+    down, right = side - pixels.shape[0], side - pixels.shape[1]
+    if down <= 0 and right <= 0:
+        return pixels
+    return np.pad(pixels, ((0, down), (0, right), (0, 0)), mode="reflect")
+
+
+def _turn(augment: str, rng: np.random.Generator) -> tuple[bool, bool, bool]:
+    """Flip upside down, flip left to right, transpose."""
+    down, right, over = rng.integers(0, 2, 3).astype(bool)
+    if augment == "none":
+        return False, False, False
+    return bool(down), bool(right), bool(over) and augment == "dihedral"
+
+
+def _turned(pixels: np.ndarray, turn: tuple[bool, bool, bool]) -> np.ndarray:
+    down, right, over = turn
+    if over:
+        pixels = pixels.transpose(1, 0, 2)
+    return pixels[:: -1 if down else 1, :: -1 if right else 1]
+
+
+def pictures(
+    uri: str,
+    *,
+    limit: int = 0,
+    degradations: Iterable[str] | None = None,
+    data: DataConfig | None = None,
+) -> Iterator[Picture]:
+    """Whole pictures of a packed set in a fixed order: by degradation as in `DEGRADATIONS`, then as
+    packed.
+
+    `limit`: at most so many per degradation, 0 for all. `degradations`: only these; by default all
+    that the set holds. Noise (8 bit, truncated, as the field tests) is keyed by the clean picture's
+    bytes: the same picture always gets the same noise pattern, scaled by σ. `data` gives the cache
+    of remote sets. ValueError where a degradation is not held, or a sample is damaged.
+    """
+    reader = open_reader(uri, data or DataConfig())
+    counts = reader.manifest.counts
+    names = list(_NAMES) if degradations is None else list(degradations)
+    for name in names:
+        if name not in DEGRADATIONS:
+            raise ValueError(f"{name!r} is not a degradation; known: {', '.join(_NAMES)}")
+        if degradations is not None and DEGRADATIONS[name].task not in counts:
+            raise ValueError(f"{uri} holds no {name}; it holds {', '.join(counts)}")
+    try:
+        for name in names:
+            count = counts.get(DEGRADATIONS[name].task, 0)
+            for number in range(min(count, limit) if limit else count):
+                yield _picture(reader, name, number)
+    finally:
+        reader.close()
+
+
+def _picture(reader: Reader, name: str, number: int) -> Picture:
+    task, sigma = DEGRADATIONS[name]
+    place = reader.locate(task, number)
+    clean = reader.clean(place)
+    about = reader.about(place)
+    if sigma is None:
+        degraded = reader.degraded(place)
+        sources = about.get("inputs") or [about["target"]]
+        source = sources[int(place.row["part"])] if about.get("inputs") else sources[0]
+    else:
+        rng = degrade.generator("evaluation", reader.checksum(place))
+        degraded = degrade.noise(clean, sigma, rng)
+        source = about["target"]
+    return Picture(name, task, source, _tensor(degraded), _tensor(clean))

@@ -1,0 +1,164 @@
+"""Batches and pictures out of packed shards."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shards import degrade, pack
+from shards.config import DataConfig
+from shards.stream import Batch, TrainStream, pictures
+from shards.tasks import DEGRADATIONS, TASKS
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine cuts of photographs, some smaller than a crop, in several shards of three tasks."""
+    import skimage.data
+
+    root = tmp_path_factory.mktemp("stream")
+    (root / "photos").mkdir()
+    for number, size in enumerate([90, 96, 40, 100, 96, 30, 80, 96, 120]):
+        picture = (skimage.data.astronaut(), skimage.data.coffee())[number % 2]
+        cut = picture[20 * number : 20 * number + size, 30 * number : 30 * number + 90]
+        Image.fromarray(cut).save(root / "photos" / f"{number}.png")
+    tasks = ["derain", "lowlight"]
+    out = str(root / "shards")
+    pack.pack("clean", str(root / "photos"), out, synthesise=tasks, workers=1, shard_mib=0.08)
+    return root / "shards"
+
+
+def config(packed: Path, **changes: object) -> DataConfig:
+    repeats = {"denoise_15": 2, "denoise_50": 1, "derain": 3, "lowlight": 1}
+    base = DataConfig(train=str(packed), repeats=repeats, crop=48, loader_workers=0)
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+def run(data: DataConfig, world: int, start: int = 0, stop: int = 96) -> list[Batch]:
+    """The batches of a whole run in the order of their positions."""
+    found: list[Batch] = []
+    for rank in range(world):
+        stream = TrainStream(data, 11)
+        sizes = {"global_batch": 24, "micro_batch": 4, "world": world, "rank": rank}
+        found += stream.batches(start, stop, **sizes)
+    return sorted(found, key=lambda batch: int(batch.position[0]))
+
+
+def equal(one: list[Batch], other: list[Batch]) -> bool:
+    same = [
+        all(torch.equal(x, y) for x, y in zip(a[:5], b[:5], strict=True)) and a.keys == b.keys
+        for a, b in zip(one, other, strict=True)
+    ]
+    return all(same)
+
+
+def test_worlds_loader_processes_and_restarts_give_the_same_batches(packed: Path) -> None:
+    data = config(packed)
+    alone = run(data, 1)
+    assert len(alone) == 24
+    assert torch.cat([batch.position for batch in alone]).tolist() == list(range(96))
+    assert equal(alone, run(data, 3))
+    assert equal(alone, run(dataclasses.replace(data, loader_workers=2), 2))
+    assert equal(alone, run(data, 2, 0, 48) + run(data, 6, 48, 96))
+
+
+@pytest.mark.parametrize("order", ["uniform", "local"])
+def test_an_epoch_holds_each_sample_as_often_as_said(packed: Path, order: str) -> None:
+    stream = TrainStream(config(packed, order=order), 3)
+    n = stream.plan.epoch_samples
+    assert n == 9 * (2 + 1 + 3 + 1)
+    keys = [stream.read(position).key for position in range(n)]
+    counts = {key: keys.count(key) for key in keys}
+    wanted = {"denoise_15": 2, "denoise_50": 1, "derain": 3, "lowlight": 1}
+    assert len(counts) == 9 * 4
+    assert all(count == wanted[key.split("/")[0]] for key, count in counts.items())
+
+
+def test_what_a_batch_holds(packed: Path) -> None:
+    for batch in run(config(packed), 1, 0, 48):
+        assert batch.degraded.shape == batch.clean.shape == (4, 3, 48, 48)
+        assert batch.degraded.dtype == batch.clean.dtype == torch.float32
+        assert batch.degraded.is_contiguous()
+        assert batch.degraded.min() >= 0 and batch.degraded.max() <= 1
+        names = [list(DEGRADATIONS)[d] for d in batch.degradation]
+        assert [key.split("/")[0] for key in batch.keys] == names
+        assert [TASKS[t] for t in batch.task] == [DEGRADATIONS[name].task for name in names]
+
+
+def test_crop_and_flips_are_the_same_in_both_pictures_and_cut_from_the_source(packed: Path) -> None:
+    stream = TrainStream(config(packed, repeats={"denoise_15": 1}, augment="dihedral"), 5)
+    turned = set()
+    for position in range(60):
+        sample = stream.read(position)
+        number = int(sample.key.rsplit("_", 1)[1])
+        source = np.array(Image.open(packed.parent / "photos" / f"{number}.png"))
+        source = np.pad(
+            source, [(0, max(0, 48 - n)) for n in source.shape[:2]] + [(0, 0)], mode="reflect"
+        )
+        found = [t for t in range(8) if _is_cut(source, _turn_back(sample.clean, t))]
+        assert found, sample.key
+        turned.add(found[0])
+        difference = sample.degraded.astype(int) - sample.clean
+        inside = (sample.clean > 60) & (sample.clean < 195)
+        if inside.sum() > 2000:
+            assert difference[inside].std() == pytest.approx(15, rel=0.1)
+    assert turned == set(range(8))
+
+
+def _turn_back(picture: np.ndarray, turn: int) -> np.ndarray:
+    flipped = picture[:: -1 if turn & 1 else 1, :: -1 if turn & 2 else 1]
+    return flipped.transpose(1, 0, 2) if turn & 4 else flipped
+
+
+def _is_cut(source: np.ndarray, cut: np.ndarray) -> bool:
+    rows, columns = source.shape[0] - 47, source.shape[1] - 47
+    corner = (source[:rows, :columns] == cut[0, 0]).all(-1)
+    return any(
+        np.array_equal(source[y : y + 48, x : x + 48], cut)
+        for y, x in zip(*np.nonzero(corner), strict=True)
+    )
+
+
+def test_sizes_that_do_not_fit_are_refused_before_anything_is_read(packed: Path) -> None:
+    stream = TrainStream(config(packed), 0)
+    with pytest.raises(ValueError, match="must be a multiple of"):
+        next(stream.batches(0, 24, global_batch=24, micro_batch=4, world=5, rank=0))
+    with pytest.raises(ValueError, match="stop is 25"):
+        next(stream.batches(0, 25, global_batch=24, micro_batch=4, world=2, rank=0))
+
+
+def test_a_task_that_is_not_packed_is_refused(packed: Path) -> None:
+    with pytest.raises(ValueError, match=r"repeats\.dehaze is 1, .* no samples of dehaze"):
+        TrainStream(config(packed, repeats={"dehaze": 1}), 0)
+
+
+def test_whole_pictures_come_in_a_fixed_order_with_fixed_noise(packed: Path) -> None:
+    first = list(pictures(str(packed), limit=4))
+    assert [p.degradation for p in first[::4]] == [
+        "denoise_15",
+        "denoise_25",
+        "denoise_50",
+        "derain",
+        "lowlight",
+    ]
+    assert [p.name for p in first[:4]] == ["0.png", "1.png", "2.png", "3.png"]
+    assert first[0].degraded.shape == first[0].clean.shape == (3, 90, 90)
+    only = list(pictures(str(packed), degradations=["denoise_50"]))
+    assert len(only) == 9
+    for alone, among in zip(only, first[8:12], strict=False):
+        assert torch.equal(alone.degraded, among.degraded)
+    with pytest.raises(ValueError, match="holds no dehaze"):
+        next(pictures(str(packed), degradations=["dehaze"]))
+
+
+def test_noise_is_the_fields(packed: Path) -> None:
+    picture = np.full((300, 300, 3), 128, np.uint8)
+    cut = degrade.noise(picture, 25.0, degrade.generator(1)).astype(float) - 128
+    rounded = degrade.noise(picture, 25.0, degrade.generator(1), "round").astype(float) - 128
+    assert cut.std() == pytest.approx(25, rel=0.01)
+    assert cut.mean() - rounded.mean() == pytest.approx(-0.5, abs=0.01)
+    edge = degrade.noise(np.full((50, 50, 3), 250, np.uint8), 50.0, degrade.generator(1))
+    assert edge.max() == 255  # clipped, not wrapped
