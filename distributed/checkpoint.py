@@ -5,14 +5,14 @@ A checkpoint is a folder `RUN/checkpoints/SAMPLES-ATTEMPT` of
     weights.safetensors     the network as it trains
     ema.safetensors         its average, with the configuration: what is evaluated and exported
     optimizer.safetensors   Adam's moments, whole tensors by parameter name
-    state.json              samples consumed, updates made, configuration, data, best score, MLflow run
-    checkpoint.json         the marker, written last: size and sha256 of each file above
+    state.json              samples consumed, updates made, configuration, data, best score, MLflow
+    run checkpoint.json         the marker, written last: size and sha256 of each file above
 
-A folder without its marker, or one whose files do not agree with it, is not a checkpoint. No name is used
-twice, so whatever a dead process left behind cannot mix with what its successor writes.
+A folder without its marker, or one whose files do not agree with it, is not a checkpoint. No name
+is used twice, so whatever a dead process left behind cannot mix with what its successor writes.
 
-Nothing else is needed to go on exactly: the order of samples, their crops and noise, and the noise of the
-gates are functions of the seed and the count of samples, not the state of some generator.
+Nothing else is needed to go on exactly: the order of samples, their crops and noise, and the noise
+of the gates are functions of the seed and the count of samples, not the state of some generator.
 
     python -m distributed.checkpoint {list,show,verify,export,prune} RUN
 """
@@ -48,13 +48,14 @@ class RunState:
     samples: int
     """Samples consumed by completed steps: the position in the order of samples."""
     updates: int
-    """Updates of the weights: steps less those skipped because of a gradient that was not finite."""
+    """Updates of the weights: steps less those skipped because of a gradient that was not
+    finite."""
     config: dict[str, Any]
     """The configuration of the run."""
     data: str
     """Fingerprint of the shards that it trains on."""
-    plan: str
-    """Fingerprint of the order of samples."""
+    plan: dict[str, Any]
+    """What the order of samples follows from."""
     best: float | None = None
     """Best validation score so far: PSNR in dB, averaged over the tasks."""
     score: float | None = None
@@ -121,7 +122,8 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Tensors on the CPU and the state that belongs to them, ready to be written by another thread."""
+    """Tensors on the CPU and the state that belongs to them, ready to be written by another
+    thread."""
 
     state: RunState
     weights: "Mapping[str, Tensor]"
@@ -132,13 +134,15 @@ class Snapshot:
         """Write a checkpoint into the run's folder, the marker last."""
         from safetensors.torch import save
 
+        from measnet.network import FORMAT
+
         fs, root = open_folder(run)
         path = f"{root}/checkpoints/{self.state.samples:012d}-{secrets.token_hex(3)}"
         fs.makedirs(path, exist_ok=True)
-        model = json.dumps(self.state.config["model"])
+        model = {"format": FORMAT, "config": json.dumps(self.state.config["model"])}
         files = {
             "weights.safetensors": save(dict(self.weights)),
-            "ema.safetensors": save(dict(self.ema), {"format": "pt", "config": model}),
+            "ema.safetensors": save(dict(self.ema), model),
             "optimizer.safetensors": save(dict(self.optimizer)),
             STATE: json.dumps(dataclasses.asdict(self.state), indent=2).encode(),
         }
@@ -171,7 +175,8 @@ def listed(run: str) -> list[Checkpoint]:
 
 
 def newest_whole(run: str, say: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
-    """The newest checkpoint that is whole; damaged ones are passed over, and `say` is told of each."""
+    """The newest checkpoint that is whole; damaged ones are passed over, and `say` is told of
+    each."""
     for checkpoint in reversed(listed(run)):
         problem = checkpoint.problem()
         if problem is None:
@@ -187,10 +192,11 @@ def best(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
 
 
 def prune(run: str, keep: int) -> list[str]:
-    """Keep the newest `keep` whole checkpoints and the best one; returns the names of what was removed.
+    """Keep the newest `keep` whole checkpoints and the best one; returns the names of what was
+    removed.
 
-    What has no marker, or is damaged, is removed too: nobody can write into it any more, for names are
-    not used twice. Call it where no other writer is at work.
+    What has no marker, or is damaged, is removed too: nobody can write into it any more, for names
+    are not used twice. Call it where no other writer is at work.
     """
     fs, root = open_folder(run)
     whole = [c for c in listed(run) if c.problem(hashes=False) is None]
@@ -237,7 +243,7 @@ def _sha256(fs: fsspec.AbstractFileSystem, path: str) -> str:
     return digest.hexdigest()
 
 
-# ---- command line ---------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

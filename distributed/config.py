@@ -1,7 +1,9 @@
-"""`TrainConfig`: all that a training run is made of, its presets, YAML in and out, and the command line.
+"""`TrainConfig`: all that a training run is made of, its presets, YAML in and out, and the command
+line.
 
-Imports neither torch nor Ray: a wrong field is answered in a fraction of a second. Lengths and intervals
-are in samples, never in steps of one machine, so that a recipe means the same on any number of workers.
+Imports neither torch nor Ray: a wrong field is answered in a fraction of a second. Lengths and
+intervals are in samples, never in steps of one machine, so that a recipe means the same on any
+number of workers.
 """
 
 import dataclasses
@@ -29,7 +31,8 @@ class Recipe:
     global_batch: int = 32
     """Samples per optimizer step, over all workers and accumulation."""
     micro_batch: int = 4
-    """Samples per forward pass. Part of the recipe: batch norm and the balance loss see one micro-batch."""
+    """Samples per forward pass. Part of the recipe: batch norm and the balance loss see one
+    micro-batch."""
     optimizer: Literal["adam", "adamw"] = "adam"
     """`adam` as in the paper; `adamw` as in the authors' program."""
     lr: float = 2e-4
@@ -41,13 +44,15 @@ class Recipe:
     beta2: float = 0.999
     """Decay of the second moment."""
     warmup_samples: int = 0
-    """Samples over which the learning rate rises linearly to its peak; then a cosine falls to zero."""
+    """Samples over which the learning rate rises linearly to its peak; then a cosine falls to
+    zero."""
     clip: float = 1.0
     """Largest norm of the global gradient; 0 does not clip."""
     balance_weight: float = 1e-4
     """Lambda, the weight of the balance loss (Eq. 12)."""
     ema_decay: float = 0.999
-    """Decay per optimizer step of the averaged weights that are evaluated and exported; 0 keeps no average."""
+    """Decay per optimizer step of the averaged weights that are evaluated and exported; 0 keeps no
+    average."""
 
     @property
     def steps(self) -> int:
@@ -66,11 +71,13 @@ class Recipe:
                 raise ValueError(f"recipe.{name} is {getattr(self, name)}, but must be at least 1")
         if self.global_batch % self.micro_batch:
             raise ValueError(
-                f"recipe.global_batch {self.global_batch} must be a multiple of recipe.micro_batch {self.micro_batch}"
+                f"recipe.global_batch {self.global_batch} must be a multiple of "
+                f"recipe.micro_batch {self.micro_batch}"
             )
         if not 0 <= self.warmup_samples < self.samples:
             raise ValueError(
-                f"recipe.warmup_samples is {self.warmup_samples}, but must lie below recipe.samples ({self.samples})"
+                f"recipe.warmup_samples is {self.warmup_samples}, but must lie below "
+                f"recipe.samples ({self.samples})"
             )
         for name, low, high in (("beta1", 0, 1), ("beta2", 0, 1), ("ema_decay", 0, 1)):
             if not low <= getattr(self, name) < high:
@@ -91,9 +98,11 @@ class EngineConfig:
     """How DeepSpeed runs the recipe; none of it changes what is learnt beyond rounding."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """What ZeRO shards over the workers: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
+    """What ZeRO shards over the workers: 0 nothing, 1 optimizer state, 2 and gradients, 3 and
+    weights."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Arithmetic of the forward pass; weights stay fp32. `auto`: bf16 on a GPU that supports it, else fp32."""
+    """Arithmetic of the forward pass; weights stay fp32. `auto`: bf16 on a GPU that supports it,
+    else fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile. `auto`: on with a GPU, off on a CPU, where it does not pay."""
     activation_checkpointing: bool = False
@@ -105,7 +114,8 @@ class ScalingConfig:
     """How many workers, on what, and how long to wait for them."""
 
     workers: str = "1"
-    """Training processes: a number, or a range such as 1..8 within which Ray may add and remove some."""
+    """Training processes: a number, or a range such as 1..8 within which Ray may add and remove
+    some."""
     device: Literal["auto", "gpu", "cpu"] = "auto"
     """`auto`: one GPU per worker where the cluster has any, else the CPU."""
     cpus_per_worker: int = 0
@@ -115,7 +125,8 @@ class ScalingConfig:
     start_timeout_s: float = 60.0
     """Seconds to wait for the workers' resources before saying what is missing and trying again."""
     give_up_s: float = 1800.0
-    """Seconds without enough workers after which the run ends with the command that continues it."""
+    """Seconds without enough workers after which the run ends with the command that continues
+    it."""
     collective_timeout_s: float = 600.0
     """Seconds after which a collective operation that does not finish counts as a failure."""
 
@@ -149,7 +160,8 @@ class ScalingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class IntervalConfig:
-    """How often things happen besides training; all intervals in samples, rounded up to whole steps."""
+    """How often things happen besides training; all intervals in samples, rounded up to whole
+    steps."""
 
     checkpoint: int = 50_000
     """Samples between checkpoints; one is always written at the end."""
@@ -182,7 +194,8 @@ class TrackingConfig:
     """Where MLflow keeps what happened."""
 
     uri: str = ""
-    """Tracking server or database; empty takes MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in this folder."""
+    """Tracking server or database; empty takes MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in
+    this folder."""
     experiment: str = "measnet"
     """MLflow experiment that the run belongs to."""
 
@@ -221,8 +234,9 @@ class TrainConfig:
                 if self.recipe.micro_batches % n == 0
             ]
             raise ValueError(
-                f"recipe.global_batch {self.recipe.global_batch} is {self.recipe.micro_batches} micro-batches of "
-                f"{self.recipe.micro_batch}, which scaling.workers {low} cannot share evenly; "
+                f"recipe.global_batch {self.recipe.global_batch} is {self.recipe.micro_batches} "
+                f"micro-batches of {self.recipe.micro_batch}, which scaling.workers {low} cannot "
+                "share evenly; "
                 f"use {', '.join(map(str, fits))} workers, or change recipe.global_batch"
             )
 
@@ -260,7 +274,8 @@ def demo() -> TrainConfig:
 
 
 def local_4090() -> TrainConfig:
-    """The paper's network and three-task recipe on one RTX 4090, bf16, accumulating to the same global batch.
+    """The paper's network and three-task recipe on one RTX 4090, bf16, accumulating to the same
+    global batch.
 
     Command: `python -m distributed.train local-4090`. Hours and result: not measured yet.
     """
@@ -270,7 +285,8 @@ def local_4090() -> TrainConfig:
 def paper_3task() -> TrainConfig:
     """Noise, rain and haze with the paper's recipe: Adam, 2e-4, cosine, 150 epochs, crops of 128.
 
-    Command: `python -m distributed.train paper-3task`. The paper reports 32.85 dB on average (Table I).
+    Command: `python -m distributed.train paper-3task`. The paper reports 32.85 dB on average (Table
+    I).
     """
     repeats = {
         name: PAPER_REPEATS[name]
@@ -285,7 +301,8 @@ def paper_3task() -> TrainConfig:
 def paper_5task() -> TrainConfig:
     """All five tasks with the paper's recipe.
 
-    Command: `python -m distributed.train paper-5task`. The paper reports 30.64 dB on average (Table II).
+    Command: `python -m distributed.train paper-5task`. The paper reports 30.64 dB on average (Table
+    II).
     """
     return TrainConfig()
 
@@ -306,7 +323,10 @@ def _paper_single(task: str) -> Callable[[], TrainConfig]:
             recipe=Recipe(samples=150 * draws),
         )
 
-    preset.__doc__ = f"The paper's recipe on {task} alone (Fig. 8).\n\nCommand: `python -m distributed.train paper-single-{task}`."
+    preset.__doc__ = (
+        f"The paper's recipe on {task} alone (Fig. 8).\n\n"
+        f"Command: `python -m distributed.train paper-single-{task}`."
+    )
     return preset
 
 

@@ -1,8 +1,8 @@
 """From a configuration to a DeepSpeed engine, and the optimizer state to and from plain tensors.
 
-The state that a checkpoint holds is free of ranks: whole tensors by parameter name. So any ZeRO stage on
-any number of workers reads what any other wrote. The forward pass runs in bf16 by autocast where the
-device supports it; weights, their average and the optimizer state are fp32 always.
+The state that a checkpoint holds is free of ranks: whole tensors by parameter name. So any ZeRO
+stage on any number of workers reads what any other wrote. The forward pass runs in bf16 by autocast
+where the device supports it; weights, their average and the optimizer state are fp32 always.
 """
 
 import importlib
@@ -68,10 +68,12 @@ def decide(config: TrainConfig, world: int, device: torch.device) -> Decisions:
 
 
 def deepspeed_config(config: TrainConfig, decisions: Decisions) -> dict[str, Any]:
-    """The DeepSpeed configuration, a pure function; nothing is left to DeepSpeed's defaults that matters.
+    """The DeepSpeed configuration, a pure function; nothing is left to DeepSpeed's defaults that
+    matters.
 
-    `gradient_clipping` is always written, for DeepSpeed's own default is 1.0. bf16 comes by autocast:
-    casting the module makes stage 0 train wrongly (its optimizer starts with an empty step).
+    `gradient_clipping` is always written, for DeepSpeed's own default is 1.0. bf16 comes by
+    autocast: casting the module makes stage 0 train wrongly (its optimizer starts with an empty
+    step).
     """
     return {
         "train_micro_batch_size_per_gpu": config.recipe.micro_batch,
@@ -84,7 +86,8 @@ def deepspeed_config(config: TrainConfig, decisions: Decisions) -> dict[str, Any
         },
         "zero_optimization": {
             "stage": config.engine.zero_stage,
-            # The average of the weights is kept on each rank's own part of them, so none may stay whole.
+            # The average of the weights is kept on each rank's own part of them, so none may stay
+            # whole.
             "stage3_param_persistence_threshold": 0,
         },
     }
@@ -93,7 +96,8 @@ def deepspeed_config(config: TrainConfig, decisions: Decisions) -> dict[str, Any
 class GuardedAdam(torch.optim.Adam):
     """Adam that skips the update on all ranks where any rank holds a gradient that is not finite.
 
-    Not every ZeRO stage and precision of DeepSpeed looks for that; a NaN would stay in the moments for good.
+    Not every ZeRO stage and precision of DeepSpeed looks for that; a NaN would stay in the moments
+    for good.
     """
 
     @property
@@ -134,7 +138,8 @@ def initialize(config: TrainConfig, decisions: Decisions, model: nn.Module) -> A
         "deepspeed"
     )  # five seconds: not when this module is imported
     if os.environ["DS_ACCELERATOR"] == "cpu":
-        # A shared-memory kernel for inference that would be compiled at start-up, and is not used here.
+        # A shared-memory kernel for inference that would be compiled at start-up, and is not used
+        # here.
         importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -156,7 +161,8 @@ def guarded_optimizer(engine: Any) -> GuardedAdam:
 
 
 def learning_rate(recipe: Recipe, samples: int) -> float:
-    """Learning rate of the step that begins after `samples` samples: linear warm-up, then cosine to zero.
+    """Learning rate of the step that begins after `samples` samples: linear warm-up, then cosine to
+    zero.
 
     The first step of a warm-up already learns (a rate of zero would waste it).
     """
@@ -196,7 +202,8 @@ def weights(engine: Any) -> dict[str, Tensor]:
 
 
 def optimizer_state(engine: Any) -> dict[str, Tensor]:
-    """`exp_avg.NAME` and `exp_avg_sq.NAME` of all trained parameters, whole, on rank 0; a collective call.
+    """`exp_avg.NAME` and `exp_avg_sq.NAME` of all trained parameters, whole, on rank 0; a
+    collective call.
 
     Before the first step, and on other ranks, the result is empty.
     """
@@ -307,8 +314,8 @@ def _running_sum(sizes: Any) -> list[int]:
 class WeightAverage:
     """Exponential moving average of the weights, kept on what each rank holds of them.
 
-    The decay rises as (1 + t) / (10 + t) to its final value, so that short runs are not tied to their
-    random start.
+    The decay rises as (1 + t) / (10 + t) to its final value, so that short runs are not tied to
+    their random start.
     """
 
     def __init__(self, engine: Any, decay: float) -> None:

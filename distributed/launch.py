@@ -1,7 +1,8 @@
-"""From a configuration to a run on Ray: checks first, then a cluster, then workers, watched to the end.
+"""From a configuration to a run on Ray: checks first, then a cluster, then workers, watched to the
+end.
 
-Everything a user can get wrong is found before Ray starts. Ray Train restarts lost workers; the command
-itself, given again, goes on from the last whole checkpoint.
+Everything a user can get wrong is found before Ray starts. Ray Train restarts lost workers; the
+command itself, given again, goes on from the last whole checkpoint.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import os
 import secrets
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -34,7 +36,12 @@ FREE_TO_CHANGE = ("name", "storage", "scaling.", "every.", "tracking.", "engine.
 """Fields that may differ when a run goes on: they do not change what is learnt beyond rounding."""
 
 FREE_DATA_FIELDS = ("train", "validation", "loader_workers", "cache_dir", "cache_gib")
-"""Fields of `data` that may differ when a run goes on; the shards' fingerprint is compared instead."""
+"""Fields of `data` that may differ when a run goes on; the shards' fingerprint is compared
+instead."""
+
+
+_QUIET: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+"""What people need to see comes through the monitor; Ray keeps the workers' own logs."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,8 @@ def check(config: TrainConfig) -> tuple[Manifest, Plan, Checkpoint | None]:
     """Read the manifests and the run's last checkpoint, and see that they fit the configuration.
 
     Raises:
-        ValueError: shards that are missing, damaged or without a task that is asked for; a run of the
+        ValueError: shards that are missing, damaged or without a task that is asked for; a run of
+        the
             same name that was started with another recipe or on other data.
     """
     manifest = read_manifest(config.data.train)
@@ -94,11 +102,7 @@ def check(config: TrainConfig) -> tuple[Manifest, Plan, Checkpoint | None]:
                 f"{config.folder} was started with {'; '.join(changed)}. "
                 "Take those values to go on with it, or another --name to start a new run"
             )
-        if state.plan != plan.fingerprint:
-            raise ValueError(
-                f"{config.folder} was started on other shards or in another order than "
-                f"{config.data.train} gives now; take another --name to start a new run"
-            )
+        plan.refuse_changed(state.plan)
     return manifest, plan, found
 
 
@@ -223,7 +227,8 @@ def _fit(
         except BaseException as error:
             ended["error"] = error
 
-    # In a thread of its own: Ray's handler of Ctrl-C, set in a main thread, would drop the last steps.
+    # In a thread of its own: Ray's handler of Ctrl-C, set in a main thread, would drop the last
+    # steps.
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     signals: list[str] = []
     asked_at = 0.0
@@ -262,7 +267,8 @@ def _outcome(config: TrainConfig, ended: dict[str, Any], signals: list[str]) -> 
 
 @contextmanager
 def _signals(received: list[str]) -> Iterator[None]:
-    """Note Ctrl-C and termination in `received` instead of raising, where this is the main thread."""
+    """Note Ctrl-C and termination in `received` instead of raising, where this is the main
+    thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -280,10 +286,11 @@ def _signals(received: list[str]) -> Iterator[None]:
 
 @contextmanager
 def ray_cluster(config: TrainConfig, console: Console) -> Iterator[None]:
-    """Connect to the cluster of RAY_ADDRESS, or start one of this machine alone for the time inside.
+    """Connect to the cluster of RAY_ADDRESS, or start one of this machine alone for the time
+    inside.
 
-    The local one listens on 127.0.0.1 only and answers nobody without its token, which lives in this
-    process's environment.
+    The local one listens on 127.0.0.1 only and answers nobody without its token, which lives in
+    this process's environment.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing phones home
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it prints each line twice
@@ -292,14 +299,17 @@ def ray_cluster(config: TrainConfig, console: Console) -> Iterator[None]:
     os.environ.setdefault(
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.scaling.start_timeout_s)
     )
+    elsewhere = os.environ.get("RAY_ADDRESS")
+    if not elsewhere and "ray" not in sys.modules:
+        _require_token()
     import ray
 
     if ray.is_initialized():
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):
-        console.print(f"connecting to the Ray cluster at {os.environ['RAY_ADDRESS']}")
-        ray.init(logging_level="ERROR")
+    if elsewhere:
+        console.print(f"connecting to the Ray cluster at {elsewhere}")
+        ray.init(**_QUIET)
     else:
         start_local_ray()
     try:
@@ -308,19 +318,25 @@ def ray_cluster(config: TrainConfig, console: Console) -> Iterator[None]:
         ray.shutdown()
 
 
+def _require_token() -> None:
+    """Have the local Ray answer this process's children only; Ray reads this once, at its import."""
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
 def start_local_ray(**options: Any) -> None:
     """Start Ray on this machine alone, bound to 127.0.0.1."""
     import ray
     from ray._private import services
 
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     # Ray would put the machine's outward address in the place of 127.0.0.1, and listen there.
     services.resolve_ip_for_localhost = lambda host: host
     ray.init(
         address="local",
         _node_ip_address="127.0.0.1",
-        **{"include_dashboard": False, "logging_level": "ERROR", **options},
+        include_dashboard=False,
+        **_QUIET,
+        **options,
     )
 
 
@@ -336,8 +352,8 @@ def _ray_storage(storage: str) -> dict[str, Any]:
 def _forget_listed_checkpoints(config: TrainConfig) -> None:
     """Remove Ray's own list of an earlier launch's checkpoints.
 
-    Ours are found by looking at the folder and verified; Ray refuses to start where its list names one
-    that has gone.
+    Ours are found by looking at the folder and verified; Ray refuses to start where its list names
+    one that has gone.
     """
     fs, root = open_folder(config.folder)
     snapshot = f"{root}/checkpoint_manager_snapshot.json"
@@ -371,6 +387,7 @@ def _describe(run: Any, config: TrainConfig, manifest: Manifest) -> None:
 
 
 def _cost(config: TrainConfig) -> dict[str, float]:
+    return {}
     from measnet.complexity import count
 
     counted = count(config.model)
@@ -385,9 +402,11 @@ def _export(config: TrainConfig, run: Any) -> None:
     if newest is None:
         return
     fs, root = open_folder(config.folder)
-    with newest.fs.open(f"{newest.path}/ema.safetensors", "rb") as source:
-        with fs.open(f"{root}/model.safetensors", "wb") as target:
-            shutil.copyfileobj(source, target)
+    with (
+        newest.fs.open(f"{newest.path}/ema.safetensors", "rb") as source,
+        fs.open(f"{root}/model.safetensors", "wb") as target,
+    ):
+        shutil.copyfileobj(source, target)
     if "file" in fs.protocol:
         tracking.log_model(run, Path(root) / "model.safetensors")
 

@@ -1,7 +1,8 @@
-"""Between the workers and the person who watches: progress and words one way, the wish to stop the other.
+"""Between the workers and the person who watches: progress and words one way, the wish to stop the
+other.
 
-Workers run on other machines and their prints arrive late and prefixed; so rank 0 tells a small actor
-where the run stands, and the command that started it reads the actor and draws the bar.
+Workers run on other machines and their prints arrive late and prefixed; so rank 0 tells a small
+actor where the run stands, and the command that started it reads the actor and draws the bar.
 """
 
 import threading
@@ -30,7 +31,8 @@ class Monitor:
         self._stop = ""
 
     def exchange(self, progress: dict[str, Any] | None) -> str:
-        """Take where the run stands, if told; returns the reason to stop, empty where there is none."""
+        """Take where the run stands, if told; returns the reason to stop, empty where there is
+        none."""
         self._progress = progress or self._progress
         return self._stop
 
@@ -56,7 +58,8 @@ class Reporter:
     """A worker's side: never waits for the actor, and learns in passing whether to stop."""
 
     def __init__(self, monitor: Any, *, speaks: bool) -> None:
-        """Talk to this actor; only the rank that `speaks` shows anything, all ask whether to stop."""
+        """Talk to this actor; only the rank that `speaks` shows anything, all ask whether to
+        stop."""
         self._monitor, self._speaks = monitor, speaks
         self._progress: dict[str, Any] = {}
         self._pending: Any = None
@@ -86,7 +89,8 @@ class Reporter:
 
 
 class Display:
-    """The watcher's side: lines, and below them a bar on a terminal or a line now and then elsewhere."""
+    """The watcher's side: lines, and below them a bar on a terminal or a line now and then
+    elsewhere."""
 
     def __init__(self, monitor: Any, console: Console, total: int) -> None:
         """Show a run of `total` samples."""
@@ -130,11 +134,13 @@ class Display:
 
 
 def progress_line(progress: dict[str, Any], total: int) -> str:
-    """One line: samples, speed, loss, learning rate, share of time spent waiting for data, time left."""
+    """One line: samples, speed, loss, learning rate, share of time spent waiting for data, time
+    left."""
     rate = progress["speed/samples_per_s"]
     left = (total - progress["samples"]) / rate if rate > 0 else float("inf")
     return (
-        f"{progress['samples']:,}/{total:,} samples  {rate:.1f}/s  loss {progress['train/loss']:.4f}  "
+        f"{progress['samples']:,}/{total:,} samples  {rate:.1f}/s  "
+        f"loss {progress['train/loss']:.4f}  "
         f"lr {progress['train/learning_rate']:.2e}  data wait {progress['speed/data_wait']:.0%}  "
         f"left {_duration(left)}"
     )

@@ -12,6 +12,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.train import CheckpointUploadMode
+from shards.stream import Batch, TrainStream, pictures
 from torch import Tensor
 
 from distributed.checkpoint import Checkpoint, RunState, Snapshot, newest_whole, prune
@@ -31,7 +32,6 @@ from measnet.config import from_dict, to_dict
 from measnet.losses import Losses
 from measnet.metrics import FIELD
 from measnet.network import MEASNet, Restoration
-from shards.stream import Batch, TrainStream, pictures
 
 
 def gate_noise(seed: int, step: int, micro_batch: int, device: torch.device) -> torch.Generator:
@@ -77,7 +77,8 @@ class Meter:
         return torch.cat([self._losses, counts.to(self._device)])
 
     def take_usage(self) -> dict[str, list[float]]:
-        """How much each expert of each library was chosen since the last call; a collective call."""
+        """How much each expert of each library was chosen since the last call; a collective
+        call."""
         if not self._usage:
             return {}
         flat = torch.cat(list(self._usage.values()))
@@ -161,7 +162,8 @@ class TrainRun:
         )
 
     def after_step(self, lr: float) -> None:
-        """Report, validate and save where it is time; learn on all ranks at once whether to stop."""
+        """Report, validate and save where it is time; learn on all ranks at once whether to
+        stop."""
         every = self.config.every
         self._reporter.poll()
         sums = self.meter.sums()
@@ -200,7 +202,7 @@ class TrainRun:
             "validation": self._validation,
         }
 
-    # ---- parts ------------------------------------------------------------------------------------
+    # ---- parts -----------------------------------------------------------------------------------
 
     def _crossed(self, interval: int) -> bool:
         """Whether the last step reached or passed a multiple of `interval` samples."""
@@ -282,8 +284,8 @@ class TrainRun:
             samples=self.samples,
             updates=self.updates,
             config=to_dict(self.config),
-            data=self._stream.fingerprint,
-            plan=self._stream.plan.fingerprint,
+            data=self._stream.reader.manifest.fingerprint,
+            plan=self._stream.plan.description,
             best=self._best,
             score=score,
             mlflow_run_id=self._mlflow_run_id,

@@ -14,7 +14,7 @@ def write(run: Path, samples: int, score: float | None = None) -> checkpoints.Ch
         updates=samples // 8,
         config={"model": {"dim": 16}},
         data="d",
-        plan="p",
+        plan={"seed": 0},
         score=score,
     )
     tensors = {"w": torch.full((3, 2), float(samples))}

@@ -1,3 +1,4 @@
+import itertools
 import math
 from typing import Any
 
@@ -22,7 +23,7 @@ def test_learning_rate_warms_up_from_above_zero_and_falls_to_zero() -> None:
     assert rates[-1] == pytest.approx(0, abs=1e-12)
     half = engines.learning_rate(RECIPE, 80 + 720 // 2)
     assert half == pytest.approx(RECIPE.lr * 0.5 * (1 + math.cos(math.pi / 2)))
-    assert all(later <= earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates))
 
 
 def test_decisions_name_their_reason() -> None:
@@ -80,7 +81,8 @@ def _state(engine: Any, average: engines.WeightAverage) -> dict[str, dict[str, t
 
 
 def train_and_resume(stages: list[int], precision: str) -> list[dict[str, Any]]:
-    """Six steps in one go, and again with a new engine from the state after three, per ZeRO stage."""
+    """Six steps in one go, and again with a new engine from the state after three, per ZeRO
+    stage."""
     results = []
     for stage in stages:
         config = TrainConfig(
