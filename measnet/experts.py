@@ -144,17 +144,17 @@ class PromptGate(nn.Module):
     def forward(self, x_bhwc: Tensor, prompt_bm: Tensor | None) -> Tensor:
         """Logits (B, H, W, N)."""
         prompt_bc = None if self.to_channels is None else self.to_channels(prompt_bm)
+        return self.logits(x_bhwc, prompt_bc, self.weight)
+
+    def logits(self, x_bhwc: Tensor, prompt_bc: Tensor | None, weight_cn: Tensor) -> Tensor:
+        """[features, prompt] × weight, without building the concatenation."""
+        channels = x_bhwc.shape[-1]
         with torch.autocast(x_bhwc.device.type, enabled=False):
-            return gate_logits(x_bhwc.float(), prompt_bc, self.weight.float())
-
-
-def gate_logits(x_bhwc: Tensor, prompt_bc: Tensor | None, weight_cn: Tensor) -> Tensor:
-    """[features, prompt] × weight, without building the concatenation."""
-    channels = x_bhwc.shape[-1]
-    logits = x_bhwc @ weight_cn[:channels]
-    if prompt_bc is not None:
-        logits = logits + (prompt_bc.float() @ weight_cn[channels:])[:, None, None]
-    return logits
+            logits = x_bhwc.float() @ weight_cn[:channels].float()
+            if prompt_bc is not None:
+                from_prompt = prompt_bc.float() @ weight_cn[channels:].float()
+                logits = logits + from_prompt[:, None, None]
+        return logits
 
 
 class PixelExperts(nn.Module):

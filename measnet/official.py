@@ -1,0 +1,752 @@
+"""What only the authors' released program computes, and the import of its checkpoints.
+
+`adapt` turns the paper's network into the released one: noisy
+top-K gates whose experts are averaged in log space, other per-picture experts, and three
+frequency-mining blocks that the paper does not mention. `load` reads a checkpoint of the program.
+"""
+
+import math
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from measnet.config import ModelConfig
+from measnet.experts import (
+    BALANCE_EPSILON,
+    ExpertBank,
+    ExpertPath,
+    PromptGate,
+    Routed,
+    count_choices,
+    resolve_path,
+    scatter_gates,
+)
+from measnet.frequency import FrequencySplit
+from measnet.network import MEASNet
+from measnet.transformer import Merge, attend_channels, convolve, weight
+
+LEAST_SIZE = 64
+"""Pixels a side: level 3 is shrunk twice by 4 in `RankExperts`."""
+NOISE_FLOOR = 1e-2
+LOG_FLOOR = math.log(2.220446049250313e-16)
+"""Stands for the log of an exact 0."""
+LOG_UNDERFLOW = math.log(2.0) * -150
+"""Below this, exp is an exact 0 in fp32."""
+RECTANGLE = 128
+"""A map has one frequency of rectangle per this many pixels."""
+MINING_HEADS = 4
+
+
+def adapt(model: MEASNet) -> None:
+    """Replace the parts of a freshly built network in which the released program differs."""
+    config = model.config
+    width1, width2, width3, width4 = (config.dim * 2**level for level in range(4))
+    model.least_size = LEAST_SIZE
+    model.experts1 = PixelExperts(width1, config, used=True)
+    model.experts2 = PixelExperts(width2, config, used=False)
+    model.experts3 = PixelExperts(width3, config, used=False)
+    model.frequency3 = FrequencyExperts(width3, config)
+    model.frequency2 = FrequencyExperts(width2, config)
+    model.frequency1 = FrequencyExperts(width2, config)
+    model.extra["latent"] = FrequencyMining(width4)
+    model.extra["decoder3"] = FrequencyMining(width3)
+    model.extra["decoder2"] = FrequencyMining(width2)
+
+
+# --- Per-pixel experts ---
+
+
+class LogExpertBank(ExpertBank):
+    """An ensemble in log space: log Σ_k g_k · exp(E_k(x)), as a stable log-sum-exp in fp32."""
+
+    def forward(self, x_pc: Tensor, gate_pk: Tensor, index_pk: Tensor, path: str) -> Tensor:
+        """As the paper's bank, but `gate_pk` are the logarithms of the gates."""
+        if path == "sorted":
+            terms = self.chosen(x_pc, index_pk).float() + gate_pk.unsqueeze(-1)
+        else:
+            never = gate_pk.new_full((len(gate_pk), len(self.bias_in)), -torch.inf)
+            log_gate_pn = never.scatter(1, index_pk, gate_pk)
+            terms = self.all(x_pc).float() + log_gate_pn.unsqueeze(-1)
+        out_pc = torch.logsumexp(terms, dim=1)
+        floor = torch.full_like(out_pc, LOG_FLOOR)
+        return torch.where(out_pc < LOG_UNDERFLOW, floor, out_pc).to(x_pc.dtype)
+
+
+class PixelExperts(nn.Module):
+    """Noisy top-K gating over per-pixel experts; softmax over the chosen K only."""
+
+    def __init__(self, channels: int, config: ModelConfig, *, used: bool) -> None:
+        """`used` False: the library serves its balance loss alone, so it needs no experts."""
+        super().__init__()
+        self.experts, self.top_k = config.pixel_experts, config.pixel_top_k
+        self.path: ExpertPath = config.expert_path
+        self.gate = NoisyGate(channels, self.experts, config.prompt_dim)
+        hidden = int(channels * config.ffn_expansion)
+        self.bank = LogExpertBank(self.experts, channels, hidden) if used else None
+
+    def forward(
+        self, x_bhwc: Tensor, prompt_bm: Tensor, generator: torch.Generator | None = None
+    ) -> Routed:
+        """(B, H, W, C) and prompts (B, M) -> features plus experts; `generator` draws the noise."""
+        clean_pn, noisy_pn, spread_pn = self.gate(x_bhwc, prompt_bm, generator)
+        top, index = noisy_pn.topk(min(self.top_k + 1, self.experts), dim=-1)
+        index_pk = index[:, : self.top_k]
+        log_gate_pk = torch.log_softmax(top[:, : self.top_k], dim=-1)
+        gate_pn = scatter_gates(log_gate_pk.exp(), index_pk, self.experts)
+        if spread_pn is not None and self.top_k < self.experts:
+            load_n = expected_load(clean_pn, noisy_pn, spread_pn, top, self.top_k)
+        else:
+            load_n = (gate_pn > 0).sum(0).float()
+        balance = unbiased_variation(gate_pn.sum(0)) + unbiased_variation(load_n)
+        counts_bn = count_choices(index_pk.view(len(x_bhwc), -1, self.top_k), self.experts)
+        shares_bn = counts_bn / x_bhwc.shape[1:3].numel()
+        if self.bank is None:
+            return Routed(x_bhwc, balance, shares_bn)
+        path = resolve_path(self.path, self.experts, self.top_k, x_bhwc.device)
+        out_pc = self.bank(x_bhwc.flatten(0, 2), log_gate_pk, index_pk, path)
+        return Routed(x_bhwc + out_pc.view(x_bhwc.shape), balance, shares_bn)
+
+
+class NoisyGate(PromptGate):
+    """Logits of [features, prompt], with learnt Gaussian noise in training; always fp32."""
+
+    def __init__(self, channels: int, experts: int, prompt_length: int) -> None:
+        """`prompt_length` is M."""
+        super().__init__(channels, experts, prompt_length)
+        self.noise = nn.Parameter(torch.zeros_like(self.weight))
+
+    def forward(  # type: ignore[override]
+        self, x_bhwc: Tensor, prompt_bm: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Clean and noisy logits and the noise's spread, each (P, N); no noise in evaluation."""
+        assert self.to_channels is not None
+        prompt_bc = self.to_channels(prompt_bm)
+        both = torch.cat([self.weight, self.noise], dim=1) if self.training else self.weight
+        logits = self.logits(x_bhwc, prompt_bc, both).flatten(0, 2)
+        if not self.training:
+            return logits, logits, None
+        clean_pn, spread_pn = logits.chunk(2, dim=1)
+        spread_pn = F.softplus(spread_pn) + NOISE_FLOOR
+        return clean_pn, clean_pn + draw_noise(clean_pn, generator) * spread_pn, spread_pn
+
+
+def draw_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal numbers, drawn where the generator lives."""
+    if generator is None:
+        return torch.randn_like(like)
+    return torch.randn(like.shape, generator=generator, device=generator.device).to(like)
+
+
+def expected_load(
+    clean_pn: Tensor, noisy_pn: Tensor, spread_pn: Tensor, top: Tensor, top_k: int
+) -> Tensor:
+    """The probability under fresh noise that an expert is among the K, summed over pixels, (N,).
+
+    An expert that is in competes with the (K+1)-th noisy logit, one that is out with the K-th
+    (Shazeer et al. 2017, appendix A).
+    """
+    to_stay, to_enter = top[:, top_k : top_k + 1], top[:, top_k - 1 : top_k]
+    threshold = torch.where(noisy_pn > to_stay, to_stay, to_enter)
+    return torch.special.ndtr((clean_pn - threshold) / spread_pn).sum(0)
+
+
+def unbiased_variation(load_n: Tensor) -> Tensor:
+    """Squared coefficient of variation with the unbiased variance; 0 for a single expert."""
+    if len(load_n) == 1:
+        return load_n.new_zeros(())
+    return load_n.var() / (load_n.mean().square() + BALANCE_EPSILON)
+
+
+# --- Per-picture experts ---
+
+
+class RankExperts(nn.Module):
+    """The released MEE: experts of rank 2, 3, ... that modulate one branch by the other."""
+
+    def __init__(self, channels: int, config: ModelConfig) -> None:
+        """Expert n (from 0) has rank n + 2."""
+        super().__init__()
+        self.top_k = config.image_top_k
+        self.ranks = [n + 2 for n in range(config.image_experts)]
+        total = sum(self.ranks)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.conv_in = weight(channels, channels, 3, 3, fan_in=channels * 9)
+        self.conv_in_bias = weight(channels, fan_in=channels * 9)
+        self.divide = weight(2 * channels, channels, fan_in=channels)
+        self.divide_bias = weight(2 * channels, fan_in=channels)
+        self.across = weight(channels, 1, 1, 3, fan_in=3)
+        self.across_bias = weight(channels, fan_in=3)
+        self.along = weight(channels, 1, 3, 1, fan_in=3)
+        self.along_bias = weight(channels, fan_in=3)
+        self.shrink = weight(channels, 1, 4, 4, fan_in=16)
+        self.shrink_bias = weight(channels, fan_in=16)
+        self.smooth = weight(channels, 1, 3, 3, fan_in=9)
+        self.smooth_bias = weight(channels, fan_in=9)
+        self.calibrate = nn.Linear(channels, channels)
+        self.gate = weight(len(self.ranks), channels, fan_in=channels)
+        # All experts side by side: `total` columns are one narrow matrix product.
+        self.from_x = weight(total, channels, fan_in=channels)
+        self.from_x_bias = weight(total, fan_in=channels)
+        self.from_k = weight(total, channels, fan_in=channels)
+        self.from_k_bias = weight(total, fan_in=channels)
+        self.back = weight(channels, total, fan_in=4)
+        self.back_bias = weight(len(self.ranks), channels, fan_in=4)
+        self.project = nn.Linear(channels, channels)
+
+    def forward(self, x_bhwc: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, W, C) -> same, and the choice as (B, N) zeros and ones."""
+        hidden = F.gelu(convolve(self.norm(x_bhwc), self.conv_in, self.conv_in_bias))
+        (to_x, to_k), (bias_x, bias_k) = self.divide.chunk(2), self.divide_bias.chunk(2)
+        x = convolve(F.linear(hidden, to_x, bias_x), self.across, self.across_bias, len(to_x))
+        x = F.gelu(convolve(x, self.along, self.along_bias, len(to_x)))
+        k = self._calibrated(F.linear(hidden, to_k, bias_k))
+
+        gate_bk, index_bk = self._choose(x)
+        gate_bn = scatter_gates(gate_bk, index_bk, len(self.ranks)).to(x.dtype)
+        columns = [gate_bn[:, n : n + 1].expand(-1, rank) for n, rank in enumerate(self.ranks)]
+        mixed = F.linear(x, self.from_x, self.from_x_bias)
+        mixed = mixed * F.linear(k, self.from_k, self.from_k_bias)
+        mixed = mixed * torch.cat(columns, dim=1)[:, None, None]
+        bias_bc = gate_bn @ self.back_bias.to(x.dtype)
+        x = x + F.linear(mixed, self.back) + bias_bc[:, None, None]
+        chosen_bn = scatter_gates(torch.ones_like(gate_bk.detach()), index_bk, len(self.ranks))
+        return self.project(x) + x_bhwc, chosen_bn
+
+    def _calibrated(self, k_bhwc: Tensor) -> Tensor:
+        """Plus its own summary: shrunk twice by 4 with the same weights, and spread out again."""
+        small = k_bhwc.permute(0, 3, 1, 2)
+        for _ in range(2):
+            groups = len(self.shrink)
+            small = F.gelu(F.conv2d(small, self.shrink, self.shrink_bias, stride=4, groups=groups))
+        small = convolve(small.permute(0, 2, 3, 1), self.smooth, self.smooth_bias, len(self.smooth))
+        small = self.calibrate(small).permute(0, 3, 1, 2)
+        spread = F.interpolate(small, k_bhwc.shape[1:3], mode="bilinear", align_corners=False)
+        return k_bhwc + spread.permute(0, 2, 3, 1)
+
+    def _choose(self, x_bhwc: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(x_bhwc.device.type, enabled=False):
+            pooled_bc = x_bhwc.mean((1, 2), dtype=torch.float32)
+            probability_bn = torch.softmax(F.linear(pooled_bc, self.gate.float()), dim=-1)
+            gate_bk, index_bk = probability_bn.topk(self.top_k, dim=-1)
+        return gate_bk, index_bk
+
+
+class FrequencyExperts(nn.Module):
+    """FD, then `RankExperts` for each band, then [high, low] → 1×1 → C."""
+
+    def __init__(self, channels: int, config: ModelConfig) -> None:
+        """See `RankExperts`."""
+        super().__init__()
+        self.split = FrequencySplit(channels)
+        self.high = RankExperts(channels, config)
+        self.low = RankExperts(channels, config)
+        self.merge = Merge(channels, channels, bias=True)
+
+    def forward(self, x_bhwc: Tensor, defer: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """As the paper's."""
+        low, high = self.split(x_bhwc, defer)
+        high, chosen_high = self.high(high)
+        low, chosen_low = self.low(low)
+        return self.merge(high, low), {"high": chosen_high, "low": chosen_low}
+
+
+# --- Frequency mining ---
+
+
+class CrossAttention(nn.Module):
+    """Channel attention whose query is one feature map, key and value another."""
+
+    def __init__(self, channels: int, heads: int = MINING_HEADS) -> None:
+        """`heads` divides `channels`."""
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.q = weight(channels, channels, fan_in=channels)
+        self.q_depthwise = weight(channels, 1, 3, 3, fan_in=9)
+        self.kv = weight(2 * channels, channels, fan_in=channels)
+        self.kv_depthwise = weight(2 * channels, 1, 3, 3, fan_in=9)
+        self.project_out = weight(channels, channels, fan_in=channels)
+
+    def forward(self, query_bhwc: Tensor | None, y_bhwc: Tensor) -> Tensor:
+        """Two of (B, H, W, C) -> same; a query of None is one of zeros."""
+        if query_bhwc is None:
+            return self._uniform(y_bhwc)
+        q = convolve(F.linear(query_bhwc, self.q), self.q_depthwise, groups=len(self.q))
+        kv = convolve(F.linear(y_bhwc, self.kv), self.kv_depthwise, groups=len(self.kv))
+        k_bpc, v_bpc = kv.flatten(1, 2).chunk(2, dim=-1)
+        out = attend_channels(q.flatten(1, 2), k_bpc, v_bpc, self.temperature, self.project_out)
+        return out.view(y_bhwc.shape)
+
+    def _uniform(self, y_bhwc: Tensor) -> Tensor:
+        """A query of zeros attends to all channels alike: a head gives the mean of its values."""
+        heads = len(self.temperature)
+        to_v, depthwise = self.kv.chunk(2)[1], self.kv_depthwise.chunk(2)[1]
+        v = convolve(F.linear(y_bhwc, to_v), depthwise, groups=len(depthwise))
+        mean = v.unflatten(-1, (heads, -1)).mean(-1)
+        out = F.linear(mean, self.project_out.unflatten(1, (heads, -1)).sum(-1))
+        if torch.is_grad_enabled():
+            # Their gradient is zero, not missing: a sharded engine waits for every parameter.
+            untouched = (self.q, self.q_depthwise, self.temperature)
+            out = out + 0 * sum(p.sum() for p in untouched).to(out.dtype)  # type: ignore[union-attr]
+        return out
+
+
+class Modulate(nn.Module):
+    """conv1x1(low · s(high) + high · c(low)): `s` a weight per pixel, `c` a weight per channel."""
+
+    def __init__(self, channels: int) -> None:
+        """`channels` / 16 hidden in the channel weights."""
+        super().__init__()
+        self.spatial = weight(1, 2, 7, 7, fan_in=98)
+        self.reduce = weight(channels // 16, channels, fan_in=channels)
+        self.expand = weight(channels, channels // 16, fan_in=max(1, channels // 16))
+        self.project = nn.Linear(channels, channels)
+
+    def forward(self, low_bhwc: Tensor, high_bhwc: Tensor) -> Tensor:
+        """Two of (B, H, W, C) -> same."""
+        most, mean = high_bhwc.amax(-1, keepdim=True), high_bhwc.mean(-1, keepdim=True)
+        per_pixel = convolve(torch.cat([most, mean], dim=-1), self.spatial).sigmoid()
+        pooled = torch.stack([low_bhwc.mean((1, 2)), low_bhwc.amax((1, 2))])
+        hidden = F.relu(F.linear(pooled, self.reduce))
+        per_channel = F.linear(hidden, self.expand).sum(0).sigmoid()[:, None, None]
+        return self.project(low_bhwc * per_pixel + high_bhwc * per_channel)
+
+
+class FrequencyMining(nn.Module):
+    """Attention to the low and high frequencies of the picture; the identity at first."""
+
+    def __init__(self, channels: int) -> None:
+        """`channels` is a multiple of 16."""
+        super().__init__()
+        self.embed = weight(channels, 3, 3, 3, fan_in=27)
+        # Behind an int(): no gradient reaches them.
+        self.rate_in = nn.Parameter(torch.empty(channels // 8, channels), requires_grad=False)
+        self.rate_out = nn.Parameter(torch.empty(2, channels // 8), requires_grad=False)
+        for rate in (self.rate_in, self.rate_out):
+            nn.init.kaiming_uniform_(rate, a=math.sqrt(5))
+        self.attend_high = CrossAttention(channels)
+        self.attend_low = CrossAttention(channels)
+        self.modulate = Modulate(channels)
+        self.attend_both = CrossAttention(channels)
+        self.alpha = nn.Parameter(torch.zeros(channels))
+        self.beta = nn.Parameter(torch.ones(channels))
+
+    def forward(self, y_bhwc: Tensor, image_bchw: Tensor) -> Tensor:
+        """Features (B, H, W, C) and the degraded picture (B, 3, any size) -> features."""
+        size = y_bhwc.shape[1:3]
+        small = F.interpolate(image_bchw, size, mode="bilinear", align_corners=False)
+        low, high = self.bands(convolve(small.permute(0, 2, 3, 1), self.embed))
+        high = self.attend_high(high, y_bhwc)
+        low = self.attend_low(low, y_bhwc)
+        mined = self.attend_both(y_bhwc, self.modulate(low, high))
+        return mined * self.alpha + y_bhwc * self.beta
+
+    def bands(self, x_bhwc: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Magnitudes of the low and the high frequencies; None for a low band that is 0 everywhere.
+
+        Low are the frequencies -h ... h-1 of each axis, with h = int(size // 128 · t) and a rate
+        `t` per picture and axis. There are so few that a product with their cosines and sines
+        costs less than an FFT; high is the (complex) rest.
+        """
+        most_y, most_x = (size // RECTANGLE for size in x_bhwc.shape[1:3])
+        if most_y == 0 or most_x == 0:
+            return None, x_bhwc.abs()
+        with torch.autocast(x_bhwc.device.type, enabled=False):
+            real, imaginary = low_pass(x_bhwc.float(), *self._half_sizes(x_bhwc, most_y, most_x))
+            low = torch.hypot(real, imaginary)
+            high = torch.hypot(x_bhwc.float() - real, imaginary)
+        return low.to(x_bhwc.dtype), high.to(x_bhwc.dtype)
+
+    def _half_sizes(self, x_bhwc: Tensor, most_y: int, most_x: int) -> tuple[Tensor, Tensor]:
+        """For each axis, which of the frequencies -most ... most-1 a picture keeps: (B, 2·most)."""
+        pooled_bc = x_bhwc.mean((1, 2), dtype=torch.float32)
+        hidden = F.gelu(F.linear(pooled_bc, self.rate_in.float()))
+        rate_b2 = torch.sigmoid(F.linear(hidden, self.rate_out.float()))
+        kept = []
+        for axis, most in enumerate((most_y, most_x)):
+            half = (most * rate_b2[:, axis : axis + 1]).int()
+            frequency = torch.arange(-most, most, device=half.device)
+            kept.append((frequency >= -half) & (frequency < half))
+        return kept[0], kept[1]
+
+
+def low_pass(x_bhwc: Tensor, keep_y: Tensor, keep_x: Tensor) -> tuple[Tensor, Tensor]:
+    """Real and imaginary part of x with only the kept frequencies (complex, for -h has no +h)."""
+    cos_y, sin_y = _waves(x_bhwc.shape[1], keep_y)
+    cos_x, sin_x = _waves(x_bhwc.shape[2], keep_x)
+    # Forward: X = (1/HW) Σ x (cos_y - i sin_y)(cos_x - i sin_x), over x first, then over y.
+    count = cos_x.shape[2]
+    along_x = torch.cat([cos_x, sin_x], dim=2).transpose(1, 2)[:, None] @ x_bhwc  # b h 2k c
+    real, minus = along_x.flatten(2).split(count * x_bhwc.shape[3], dim=2)
+    to_y = torch.cat([cos_y, sin_y], dim=2).transpose(1, 2)
+    spectrum = (to_y @ torch.cat([real, minus], dim=2)).unflatten(1, (2, -1))
+    (cc, cs), (sc, ss) = (half.chunk(2, dim=2) for half in spectrum.unbind(1))
+    area = x_bhwc.shape[1] * x_bhwc.shape[2]
+    real_f, imaginary_f = (cc - ss) / area, -(cs + sc) / area  # (B, Ky, Kx·C)
+    # Back over y, then over x; the inverse has no factor.
+    real_y = (cos_y @ real_f - sin_y @ imaginary_f).unflatten(2, (count, -1))
+    imaginary_y = (cos_y @ imaginary_f + sin_y @ real_f).unflatten(2, (count, -1))
+    cos_x, sin_x = cos_x[:, None], sin_x[:, None]
+    return cos_x @ real_y - sin_x @ imaginary_y, cos_x @ imaginary_y + sin_x @ real_y
+
+
+def _waves(size: int, keep_bk: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each kept frequency at each place, (B, size, K); zeros where not kept."""
+    most = keep_bk.shape[1] // 2
+    place = torch.arange(size, device=keep_bk.device, dtype=torch.float32)
+    frequency = torch.arange(-most, most, device=keep_bk.device, dtype=torch.float32)
+    angle = place[:, None] * frequency * (2 * math.pi / size)
+    keep = keep_bk[:, None].float()
+    return angle.cos() * keep, angle.sin() * keep
+
+
+# --- Checkpoints of the program ---
+
+
+def load(path: str | PathLike[str]) -> MEASNet:
+    """Read a checkpoint of the authors' program: Lightning `.ckpt`, `.pth` or safetensors.
+
+    All sizes are inferred from the entries, except K, which is 2 as in the program. Only plain
+    data is unpickled (`weights_only`).
+
+    Returns:
+        The network in evaluation mode, on the CPU, fp32.
+
+    Raises:
+        ValueError: not such a file; an entry that is missing, unknown or misshapen, by its name.
+    """
+    entries = strip_prefix(_read(Path(path)))
+    model = MEASNet(infer_config(entries))
+    state = convert(entries, model.config)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        content: Any
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # each format has error types of its own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{path} is no checkpoint that can be read safely (weights only): {reason}"
+        ) from error
+    for wrapper in ("state_dict", "params", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{path} holds no state dict")
+    wrong = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if wrong:
+        raise ValueError(f"{path} has entries that are no tensors: {', '.join(wrong[:5])}")
+    return dict(content)
+
+
+def strip_prefix(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Entries without what a wrapper put before their names (`net.`, `module.net.`, ...)."""
+    anchor = "patch_embed.proj.weight"
+    found = [key for key in entries if key == anchor or key.endswith("." + anchor)]
+    if len(found) != 1:
+        raise ValueError(f"no weights of MEASNet: {len(found)} entries are named {anchor}, not 1")
+    prefix = found[0].removesuffix(anchor)
+    return {key.removeprefix(prefix): value for key, value in entries.items()}
+
+
+def infer_config(entries: Mapping[str, Tensor]) -> ModelConfig:
+    """The configuration whose network has these entries (names without prefix)."""
+
+    def shape(key: str) -> torch.Size:
+        if key not in entries:
+            raise ValueError(f"entry {key} is missing")
+        return entries[key].shape
+
+    def count(stage: str) -> int:
+        numbers = {int(k.split(".")[1]) for k in entries if k.startswith(stage + ".")}
+        return len(numbers)
+
+    stages = ("encoder_level1", "encoder_level2", "encoder_level3", "latent")
+    dim = shape("patch_embed.proj.weight")[0]
+    hidden = [shape(f"{stage}.0.ffn.project_out.weight")[1] for stage in stages]
+    pixel_hidden = [shape(f"stpg_g_mese{level}.model.el.0.fc1.weight")[0] for level in (1, 2, 3)]
+    widths = [dim * 2**level for level in range(4)]
+    prompts, prompt_dim = shape("task_prompt.dictionary")
+    pixel_experts = shape("stpg_g_mese1.model.w_g")[1]
+    image_experts = shape("fe_mee1.high_block.block.moe_layer.wet.body.2.weight")[0]
+    blocks = [count(stage) for stage in stages]
+    heads = [shape(f"{stage}.0.attn.temperature")[0] for stage in stages]
+    return ModelConfig(
+        variant="official",
+        dim=dim,
+        num_blocks=(blocks[0], blocks[1], blocks[2], blocks[3]),
+        num_refinement_blocks=count("refinement"),
+        heads=(heads[0], heads[1], heads[2], heads[3]),
+        ffn_expansion=_expansion(widths + widths[:3], hidden + pixel_hidden),
+        prompts=prompts,
+        prompt_dim=prompt_dim,
+        pixel_experts=pixel_experts,
+        pixel_top_k=min(2, pixel_experts),
+        image_experts=image_experts,
+        image_top_k=min(2, image_experts),
+    )
+
+
+def _expansion(widths: list[int], hidden: list[int]) -> float:
+    """The shortest factor with int(width · factor) == hidden for all; the usual 2.66 first."""
+    least = max(h / w for w, h in zip(widths, hidden, strict=True))
+    for digits in range(16):
+        for candidate in (2.66, round(least, digits), round(least + 10.0**-digits, digits)):
+            if all(int(w * candidate) == h for w, h in zip(widths, hidden, strict=True)):
+                return candidate
+    raise ValueError(
+        f"hidden channels {hidden} of the feed-forwards and experts at {widths} channels "
+        f"(entries *.ffn.project_out.weight, *.el.0.fc1.weight) follow from no one expansion factor"
+    )
+
+
+class _Entries:
+    """The program's entries, each to be taken once."""
+
+    def __init__(self, entries: Mapping[str, Tensor]) -> None:
+        self.left = dict(entries)
+
+    def take(self, key: str, *shape: int) -> Tensor:
+        """The entry as fp32; its shape is checked after dropping dimensions of one element."""
+        if key not in self.left:
+            raise ValueError(f"entry {key} is missing")
+        value = self.left.pop(key).float()
+        if [n for n in value.shape if n > 1] != [n for n in shape if n > 1]:
+            raise ValueError(f"entry {key} has shape {tuple(value.shape)}, not {shape}")
+        return value.reshape(shape)
+
+    def drop(self, *keys: str) -> None:
+        """Forget entries that the program stores and never uses."""
+        for key in keys:
+            self.left.pop(key, None)
+
+
+def convert(entries: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The program's entries (without prefix) as our state dict, strictly.
+
+    Made of differentiable operations, so that gradients can be compared by the program's names.
+
+    Raises:
+        ValueError: an entry is missing, has another shape, or is not known; by its name.
+    """
+    source = _Entries(entries)
+    state: dict[str, Tensor] = {}
+    width1, width2, width3, width4 = (config.dim * 2**level for level in range(4))
+    heads1, heads2, heads3, heads4 = config.heads
+
+    state["patch_embed.weight"] = source.take("patch_embed.proj.weight", width1, 3, 3, 3)
+    state |= _prefixed("prompt", _prompt(source, config))
+    for level, width in enumerate((width1, width2, width3), start=1):
+        state |= _prefixed(f"experts{level}", _pixel_experts(source, level, width, config))
+    for stage, theirs, width, heads, blocks in (
+        ("encoder1", "encoder_level1", width1, heads1, config.num_blocks[0]),
+        ("encoder2", "encoder_level2", width2, heads2, config.num_blocks[1]),
+        ("encoder3", "encoder_level3", width3, heads3, config.num_blocks[2]),
+        ("latent", "latent", width4, heads4, config.num_blocks[3]),
+        ("decoder3", "decoder_level3", width3, heads3, config.num_blocks[2]),
+        ("decoder2", "decoder_level2", width2, heads2, config.num_blocks[1]),
+        ("decoder1", "decoder_level1", width2, heads1, config.num_blocks[0]),
+        ("refinement", "refinement", width2, heads1, config.num_refinement_blocks),
+    ):
+        for i in range(blocks):
+            block = _transformer_block(source, f"{theirs}.{i}", width, heads, config.ffn_expansion)
+            state |= _prefixed(f"{stage}.{i}", block)
+    for ours, theirs, width in (
+        ("down1", "down1_2", width1),
+        ("down2", "down2_3", width2),
+        ("down3", "down3_4", width3),
+    ):
+        kernel = source.take(f"{theirs}.body.0.weight", width // 2, width, 3, 3)
+        state[f"{ours}.conv.weight"] = kernel
+    for ours, theirs, width in (
+        ("up3", "up4_3", width4),
+        ("up2", "up3_2", width3),
+        ("up1", "up2_1", width2),
+    ):
+        kernel = source.take(f"{theirs}.body.0.weight", width * 2, width, 3, 3)
+        state[f"{ours}.conv.weight"] = kernel
+    for level, width in ((3, width3), (2, width2)):
+        merge = source.take(f"reduce_chan_level{level}.weight", width, 2 * width)
+        state[f"reduce{level}.weight"] = merge
+    for ours, theirs, width in (
+        ("frequency3", "fe_mee1", width3),
+        ("frequency2", "fe_mee2", width2),
+        ("frequency1", "fe_mee3", width2),
+    ):
+        state |= _prefixed(ours, _frequency_experts(source, theirs, width, config))
+    for ours, theirs, width in (
+        ("latent", "block1", width4),
+        ("decoder3", "block2", width3),
+        ("decoder2", "block3", width2),
+    ):
+        state |= _prefixed(f"extra.{ours}", _mining(source, theirs, width))
+    state["output.weight"] = source.take("output.weight", 3, width2, 3, 3)
+    if source.left:
+        names = ", ".join(sorted(source.left)[:5])
+        raise ValueError(f"{len(source.left)} entries are not known: {names}")
+    return state
+
+
+def _prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": value for name, value in state.items()}
+
+
+def _prompt(source: _Entries, config: ModelConfig) -> dict[str, Tensor]:
+    at = "task_prompt."
+    state = {"prompts": source.take(at + "dictionary", config.prompts, config.prompt_dim)}
+    shapes = {0: (64, 3, 3, 3), 2: (64, 64, 3, 3), 4: (64, 64, 1, 1)}
+    shapes |= {6: (64, 64, 1, 1), 8: (32, 64, 1, 1)}
+    for i, shape in shapes.items():
+        state[f"reader.{i}.weight"] = source.take(f"{at}CondNet.{i}.weight", *shape)
+        state[f"reader.{i}.bias"] = source.take(f"{at}CondNet.{i}.bias", shape[0])
+    state["mix.weight"] = source.take(at + "lastOut.weight", config.prompts, 32)
+    state["mix.bias"] = source.take(at + "lastOut.bias", config.prompts)
+    return state
+
+
+def _pixel_experts(
+    source: _Entries, level: int, width: int, config: ModelConfig
+) -> dict[str, Tensor]:
+    at = f"stpg_g_mese{level}."
+    experts, hidden = config.pixel_experts, int(width * config.ffn_expansion)
+    source.drop(at + "model.mean", at + "model.std")
+    state = {
+        "gate.to_channels.weight": source.take(at + "fc.weight", width, config.prompt_dim),
+        "gate.to_channels.bias": source.take(at + "fc.bias", width),
+        "gate.weight": source.take(at + "model.w_g", 2 * width, experts),
+        "gate.noise": source.take(at + "model.w_n", 2 * width, experts),
+    }
+    bank: dict[str, list[Tensor]] = {
+        name: [] for name in ("weight_in", "bias_in", "weight_out", "bias_out")
+    }
+    for n in range(experts):
+        expert = f"{at}model.el.{n}."
+        bank["weight_in"].append(source.take(expert + "fc1.weight", hidden, width))
+        bank["bias_in"].append(source.take(expert + "fc1.bias", hidden))
+        bank["weight_out"].append(source.take(expert + "fc2.weight", width, hidden))
+        bank["bias_out"].append(source.take(expert + "fc2.bias", width))
+    if level == 1:  # the program drops what the experts of levels 2 and 3 give
+        state |= {f"bank.{name}": torch.stack(values) for name, values in bank.items()}
+    return state
+
+
+def _transformer_block(
+    source: _Entries, at: str, width: int, heads: int, expansion: float
+) -> dict[str, Tensor]:
+    hidden = int(width * expansion)
+    state = {}
+    for norm in ("norm1", "norm2"):
+        state[f"{norm}.weight"] = source.take(f"{at}.{norm}.body.weight", width)
+        state[f"{norm}.bias"] = source.take(f"{at}.{norm}.body.bias", width)
+    attn, ffn = f"{at}.attn.", f"{at}.ffn."
+    qkv = source.take(attn + "qkv.weight", 3 * width, width)
+    qkv_depthwise = source.take(attn + "qkv_dwconv.weight", 3 * width, 1, 3, 3)
+    project_in = source.take(ffn + "project_in.weight", 2 * hidden, width)
+    depthwise = source.take(ffn + "dwconv.weight", 2 * hidden, 1, 3, 3)
+    return state | {
+        "attention.temperature": source.take(attn + "temperature", heads, 1, 1),
+        "attention.qkv": qkv,
+        "attention.qkv_depthwise": qkv_depthwise,
+        "attention.project_out": source.take(attn + "project_out.weight", width, width),
+        "feed_forward.project_in": project_in.unflatten(0, (2, hidden)),
+        "feed_forward.depthwise": depthwise.unflatten(0, (2, hidden)),
+        "feed_forward.project_out": source.take(ffn + "project_out.weight", width, hidden),
+    }
+
+
+def _frequency_experts(
+    source: _Entries, at: str, width: int, config: ModelConfig
+) -> dict[str, Tensor]:
+    split, taps = f"{at}.spilit.", 72
+    source.drop(split + "lamb_l", split + "lamb_h", split + "bn.num_batches_tracked")
+    state = {"split.predict": source.take(split + "conv.weight", taps, width)}
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        state[f"split.norm.{name}"] = source.take(f"{split}bn.{name}", taps)
+    for band in ("high", "low"):
+        state |= _prefixed(band, _rank_experts(source, f"{at}.{band}_block.", width, config))
+    state["merge.weight"] = source.take(f"{at}.proj.weight", width, 2 * width)
+    state["merge.bias"] = source.take(f"{at}.proj.bias", width)
+    return state
+
+
+def _rank_experts(source: _Entries, at: str, width: int, config: ModelConfig) -> dict[str, Tensor]:
+    source.drop(at + "norm_2.weight", at + "norm_2.bias")
+    block = at + "block."
+    state = {
+        f"norm.{name}": source.take(f"{at}norm_1.{name}", width) for name in ("weight", "bias")
+    }
+    for ours, theirs, shape in (
+        ("conv_in", "conv_1.0", (width, width, 3, 3)),
+        ("divide", "conv_1.2", (2 * width, width)),
+        ("across", "conv_2.0.conv.0", (width, 1, 1, 3)),
+        ("along", "conv_2.0.conv.1", (width, 1, 3, 1)),
+        ("shrink", "agg_conv.0", (width, 1, 4, 4)),
+        ("smooth", "conv.0", (width, 1, 3, 3)),
+    ):
+        state[ours] = source.take(f"{block}{theirs}.weight", *shape)
+        state[f"{ours}_bias"] = source.take(f"{block}{theirs}.bias", shape[0])
+    for ours, theirs in (("calibrate", "conv.1"), ("project", "proj")):
+        state[f"{ours}.weight"] = source.take(f"{block}{theirs}.weight", width, width)
+        state[f"{ours}.bias"] = source.take(f"{block}{theirs}.bias", width)
+    layer, experts = block + "moe_layer.", config.image_experts
+    state["gate"] = source.take(layer + "wet.body.2.weight", experts, width)
+    parts: dict[str, list[Tensor]] = {}
+    for n in range(experts):
+        rank, expert = n + 2, f"{layer}experts.{n}."
+        for ours, theirs in (("from_x", "conv_1"), ("from_k", "conv_2")):
+            kernel = source.take(f"{expert}{theirs}.weight", rank, width)
+            parts.setdefault(ours, []).append(kernel)
+            bias = source.take(f"{expert}{theirs}.bias", rank)
+            parts.setdefault(f"{ours}_bias", []).append(bias)
+        parts.setdefault("back", []).append(source.take(expert + "conv_3.weight", width, rank))
+        parts.setdefault("back_bias", []).append(source.take(expert + "conv_3.bias", width))
+    state["back"] = torch.cat(parts.pop("back"), dim=1)
+    state["back_bias"] = torch.stack(parts.pop("back_bias"))
+    return state | {name: torch.cat(values) for name, values in parts.items()}
+
+
+def _mining(source: _Entries, at: str, width: int) -> dict[str, Tensor]:
+    source.drop(f"{at}.initial_conv.weight")
+    source.drop(f"{at}.score_generator.weight", f"{at}.score_generator.bias")
+    state = {
+        "embed": source.take(f"{at}.aux_conv.weight", width, 3, 3, 3),
+        "rate_in": source.take(f"{at}.rate_adaptive_conv.0.weight", width // 8, width),
+        "rate_out": source.take(f"{at}.rate_adaptive_conv.2.weight", 2, width // 8),
+        "alpha": source.take(f"{at}.param_alpha", width),
+        "beta": source.take(f"{at}.param_beta", width),
+    }
+    # The program attends the high band by the weights that it calls low, and the reverse.
+    for ours, theirs in (("high", "low"), ("low", "high"), ("both", "agg")):
+        layer = f"{at}.cross_layer_{theirs}."
+        attend = {
+            "temperature": source.take(layer + "temperature", MINING_HEADS, 1, 1),
+            "q": source.take(layer + "q.weight", width, width),
+            "q_depthwise": source.take(layer + "q_dwconv.weight", width, 1, 3, 3),
+            "kv": source.take(layer + "kv.weight", 2 * width, width),
+            "kv_depthwise": source.take(layer + "kv_dwconv.weight", 2 * width, 1, 3, 3),
+            "project_out": source.take(layer + "project_out.weight", width, width),
+        }
+        state |= _prefixed(f"attend_{ours}", attend)
+    refine = f"{at}.freq_refinement."
+    channel = refine + "modulate2.squential."
+    modulate = {
+        "spatial": source.take(refine + "modulate1.spatial.weight", 1, 2, 7, 7),
+        "reduce": source.take(channel + "0.weight", width // 16, width),
+        "expand": source.take(channel + "2.weight", width, width // 16),
+        "project.weight": source.take(refine + "conv.weight", width, width),
+        "project.bias": source.take(refine + "conv.bias", width),
+    }
+    return state | _prefixed("modulate", modulate)
