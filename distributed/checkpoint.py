@@ -288,7 +288,7 @@ class Prune(_Command):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one of the commands; returns the exit code."""
     command = tyro.cli(
-        List | Show | Verify | Export | Prune,  # type: ignore[arg-type]
+        List | Show | Verify | Export | Prune,
         args=argv,
         prog="python -m distributed.checkpoint",
     )

@@ -124,9 +124,11 @@ class ScalingConfig:
     """Restarts after a lost worker or node before the run gives up; -1 never gives up."""
     start_timeout_s: float = 60.0
     """Seconds to wait for the workers' resources before saying what is missing and trying again."""
+    health_timeout_s: float = 30.0
+    """Seconds without an answer after which a worker counts as lost: longer than any pause of its
+    interpreter, shorter than people wait."""
     give_up_s: float = 1800.0
-    """Seconds without enough workers after which the run ends with the command that continues
-    it."""
+    """Seconds without any worker after which the run ends, to be continued by the same command."""
     collective_timeout_s: float = 600.0
     """Seconds after which a collective operation that does not finish counts as a failure."""
 
@@ -151,7 +153,7 @@ class ScalingConfig:
             )
         if self.max_failures < -1:
             raise ValueError(f"scaling.max_failures is {self.max_failures}, but must be -1 or more")
-        for name in ("start_timeout_s", "give_up_s", "collective_timeout_s"):
+        for name in ("start_timeout_s", "health_timeout_s", "give_up_s", "collective_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(
                     f"scaling.{name} is {getattr(self, name)}, but must be above 0 seconds"

@@ -360,6 +360,6 @@ class WeightAverage:
             average.copy_(kept)
 
 
-def _held(parameter: Tensor) -> Tensor:
+def _held(parameter: Any) -> Tensor:
     """The storage that this rank keeps of a parameter: its part under ZeRO-3, else the whole."""
     return parameter.ds_tensor if hasattr(parameter, "ds_id") else parameter.data

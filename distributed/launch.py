@@ -196,6 +196,7 @@ def _fit(
         scaling.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
     )
     cpus = scaling.cpus_per_worker or max(1, (os.cpu_count() or 1) // high)
+    wanted = f"{scaling.workers} workers of {cpus} CPUs" + (" and 1 GPU" if use_gpu else "")
     _forget_listed_checkpoints(config)
     trainer = TorchTrainer(
         train_loop,
@@ -214,7 +215,10 @@ def _fit(
         run_config=RunConfig(
             name=config.name,
             **_ray_storage(config.storage),
-            failure_config=FailureConfig(max_failures=scaling.max_failures),
+            # Waiting for workers is limited by the display, which can tell what is missing.
+            failure_config=FailureConfig(
+                max_failures=scaling.max_failures, controller_failure_limit=-1
+            ),
             callbacks=list(callbacks),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
@@ -245,7 +249,13 @@ def _fit(
     total = config.recipe.steps * config.recipe.global_batch
     with _signals(signals):
         thread.start()
-        Display(monitor, console, total).run_until(over)
+        display = Display(monitor, console, total, scaling, wanted)
+        display.run_until(over)
+    if display.given_up:
+        ended["error"] = TimeoutError(
+            f"no worker was heard for {scaling.give_up_s:.0f} s (scaling.give_up_s) while "
+            f"{wanted} were asked for"
+        )
     return _outcome(config, ended, signals)
 
 
@@ -296,12 +306,11 @@ def ray_cluster(config: TrainConfig, console: Console) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it prints each line twice
     # How often Ray Train looks at its workers: the lower, the sooner a lost one is replaced.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault(
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(config.scaling.start_timeout_s)
-    )
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.scaling.start_timeout_s)
     elsewhere = os.environ.get("RAY_ADDRESS")
     if not elsewhere and "ray" not in sys.modules:
         _require_token()
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.scaling.health_timeout_s)
     import ray
 
     if ray.is_initialized():
@@ -319,7 +328,8 @@ def ray_cluster(config: TrainConfig, console: Console) -> Iterator[None]:
 
 
 def _require_token() -> None:
-    """Have the local Ray answer this process's children only; Ray reads this once, at its import."""
+    """Have the local Ray answer this process's children only; Ray reads this once, at its
+    import."""
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 

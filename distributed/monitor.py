@@ -14,6 +14,8 @@ import ray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from distributed.config import ScalingConfig
+
 POLL_INTERVAL_S = 0.5
 """Seconds between two messages of a worker."""
 
@@ -29,11 +31,12 @@ class Monitor:
         self._progress: dict[str, Any] = {}
         self._lines: list[str] = []
         self._stop = ""
+        self._heard = time.monotonic()
 
     def exchange(self, progress: dict[str, Any] | None) -> str:
-        """Take where the run stands, if told; returns the reason to stop, empty where there is
-        none."""
+        """Take where the run stands, if told; returns the reason to stop, empty where none is."""
         self._progress = progress or self._progress
+        self._heard = time.monotonic()
         return self._stop
 
     def say(self, line: str) -> None:
@@ -44,9 +47,9 @@ class Monitor:
         """Ask the workers to write a checkpoint and end after the present step."""
         self._stop = self._stop or reason
 
-    def read(self, shown: int) -> tuple[dict[str, Any], list[str]]:
-        """The latest progress, and the lines after the first `shown`."""
-        return self._progress, self._lines[shown:]
+    def read(self, shown: int) -> tuple[dict[str, Any], list[str], float]:
+        """Progress, the lines after the first `shown`, seconds since a worker was last heard."""
+        return self._progress, self._lines[shown:], time.monotonic() - self._heard
 
 
 def start_monitor() -> Any:
@@ -55,48 +58,62 @@ def start_monitor() -> Any:
 
 
 class Reporter:
-    """A worker's side: never waits for the actor, and learns in passing whether to stop."""
+    """A worker's side: a thread tells the actor twice a second that it lives, and where it stands.
+
+    In a thread, so that a long step, validation or compilation is not taken for a lost worker, and
+    so that the loop never waits for the actor.
+    """
 
     def __init__(self, monitor: Any, *, speaks: bool) -> None:
         """Talk to this actor; only the rank that `speaks` shows anything, all ask whether to
         stop."""
         self._monitor, self._speaks = monitor, speaks
         self._progress: dict[str, Any] = {}
-        self._pending: Any = None
-        self._next = 0.0
+        self._closed = threading.Event()
         self.stop_reason = ""
+        """Why to stop; empty while nobody has asked."""
+        self._thread = threading.Thread(target=self._talk, name="reporter", daemon=True)
+        self._thread.start()
 
     def update(self, progress: dict[str, Any]) -> None:
-        """Note where the run stands; sent with the next poll."""
+        """Note where the run stands; the thread sends it."""
         self._progress = progress
-        self.poll()
-
-    def poll(self) -> None:
-        """Twice a second: send the progress, and take the answer to the time before."""
-        if time.monotonic() < self._next:
-            return
-        if self._pending is not None:
-            if not ray.wait([self._pending], timeout=0)[0]:
-                return
-            self.stop_reason = ray.get(self._pending) or self.stop_reason
-        self._pending = self._monitor.exchange.remote(self._progress if self._speaks else None)
-        self._next = time.monotonic() + POLL_INTERVAL_S
 
     def say(self, line: str) -> None:
         """Show a line to the person who watches."""
         if self._speaks:
             self._monitor.say.remote(line)
 
+    def close(self) -> None:
+        """Send the last progress and end the thread."""
+        self._closed.set()
+        self._thread.join(timeout=5)
+
+    def _talk(self) -> None:
+        last = False
+        while not last:
+            last = self._closed.wait(POLL_INTERVAL_S)
+            told = self._monitor.exchange.remote(self._progress if self._speaks else None)
+            try:
+                self.stop_reason = ray.get(told, timeout=30) or self.stop_reason
+            except ray.exceptions.RayError:
+                return  # whoever started the run has gone, and Ray ends its workers
+
 
 class Display:
     """The watcher's side: lines, and below them a bar on a terminal or a line now and then
     elsewhere."""
 
-    def __init__(self, monitor: Any, console: Console, total: int) -> None:
-        """Show a run of `total` samples."""
+    def __init__(
+        self, monitor: Any, console: Console, total: int, patience: ScalingConfig, wanted: str
+    ) -> None:
+        """Show a run of `total` samples whose workers need `wanted`, resources in words."""
         self._monitor, self._console, self._total = monitor, console, total
+        self._patience, self._wanted = patience, wanted
         self._shown = 0
-        self._stopped = threading.Event()
+        self._plain_at = time.monotonic() + PLAIN_INTERVAL_S
+        self._silent_s = 0.0
+        self._complain_after_s = patience.start_timeout_s
         self._bar = Progress(
             TextColumn("[bold]train"),
             BarColumn(),
@@ -108,29 +125,63 @@ class Display:
         )
 
     def run_until(self, finished: Callable[[], bool]) -> None:
-        """Show what happens until `finished` says so."""
+        """Show what happens until `finished` says so, or no worker was heard for too long."""
         task = self._bar.add_task("train", total=self._total, text="starting workers")
         with self._bar:
-            since_plain = PLAIN_INTERVAL_S
-            while not finished():
-                self._refresh(task, plain=since_plain >= PLAIN_INTERVAL_S)
-                since_plain = 0.0 if since_plain >= PLAIN_INTERVAL_S else since_plain + 0.5
-                self._stopped.wait(0.5)
+            while not finished() and not self.given_up:
+                self._refresh(task, plain=self._due())
+                time.sleep(POLL_INTERVAL_S)
             self._refresh(task, plain=True)
+
+    @property
+    def given_up(self) -> bool:
+        """Whether no worker was heard for longer than the limit."""
+        return self._silent_s > self._patience.give_up_s
+
+    def _due(self) -> bool:
+        now = time.monotonic()
+        if now < self._plain_at:
+            return False
+        self._plain_at = now + PLAIN_INTERVAL_S
+        return True
 
     def _refresh(self, task: TaskID, *, plain: bool) -> None:
         try:
-            progress, lines = ray.get(self._monitor.read.remote(self._shown), timeout=5)
+            progress, lines, self._silent_s = ray.get(
+                self._monitor.read.remote(self._shown), timeout=5
+            )
         except (ray.exceptions.RayError, TimeoutError):
             return  # the run itself says what happened to it
         self._shown += len(lines)
         for line in lines:
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self._print(line)
         if progress:
             text = progress_line(progress, self._total)
             self._bar.update(task, completed=progress["samples"], text=text)
             if plain and not self._console.is_terminal:
-                self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+                self._print(text)
+        if self._silent_s > self._complain_after_s:
+            self._complain_after_s += self._patience.start_timeout_s
+            left = self._patience.give_up_s - self._silent_s
+            self._print(
+                f"no worker was heard for {self._silent_s:.0f} s; waiting for {self._wanted}, the "
+                f"cluster has {free_resources()}; giving up in {max(0.0, left):.0f} s"
+            )
+        elif self._silent_s < self._patience.start_timeout_s:
+            self._complain_after_s = self._patience.start_timeout_s
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def free_resources() -> str:
+    """Free and all CPUs and GPUs of the cluster, in words."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    return " and ".join(
+        f"{free.get(kind, 0):g} of {total[kind]:g} {kind}s free"
+        for kind in ("CPU", "GPU")
+        if total.get(kind)
+    )
 
 
 def progress_line(progress: dict[str, Any], total: int) -> str:

@@ -12,7 +12,6 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from ray.train import CheckpointUploadMode
-from shards.stream import Batch, TrainStream, pictures
 from torch import Tensor
 
 from distributed.checkpoint import Checkpoint, RunState, Snapshot, newest_whole, prune
@@ -32,6 +31,7 @@ from measnet.config import from_dict, to_dict
 from measnet.losses import Losses
 from measnet.metrics import FIELD
 from measnet.network import MEASNet, Restoration
+from shards.stream import Batch, TrainStream, pictures
 
 
 def gate_noise(seed: int, step: int, micro_batch: int, device: torch.device) -> torch.Generator:
@@ -165,7 +165,6 @@ class TrainRun:
         """Report, validate and save where it is time; learn on all ranks at once whether to
         stop."""
         every = self.config.every
-        self._reporter.poll()
         sums = self.meter.sums()
         wanted = torch.tensor([float(bool(self._reporter.stop_reason))], dtype=torch.float64)
         agreed = torch.cat([sums, wanted.to(self.device)])
@@ -194,6 +193,7 @@ class TrainRun:
         """Hand over what is still to be sent, and say how the run ended."""
         if self._tracker:
             self._tracker.close()
+        self._reporter.close()
         return {
             "samples": self.samples,
             "finished": self.samples >= self._end,
@@ -246,7 +246,6 @@ class TrainRun:
         numbered = share(enumerate(pictures(data, limit=limit)), self.rank, self.world)
         for result in score(model, numbered, device=self.device):
             own.append(result)
-            self._reporter.poll()
             if self._reporter.stop_reason:
                 break
         unfinished = torch.tensor([float(bool(self._reporter.stop_reason))], device=self.device)

@@ -1,6 +1,7 @@
 """What several tests need: where the real pictures and reference outputs lie, and a quiet torch."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(2)
-    # The first multi-threaded exp or log of a process can be inexact in one thread (torch 2.13, CPU);
-    # once on a tiny tensor avoids it.
+    # The first multi-threaded exp or log of a process can be inexact in one thread (torch 2.13,
+    # CPU); once on a tiny tensor avoids it.
     for function in (torch.exp, torch.log, torch.erf, torch.tanh, torch.sigmoid):
         function(torch.ones(4))
 
@@ -34,3 +35,46 @@ def real_pictures() -> Path:
 def golden() -> Path:
     """Folder of outputs of the authors' program."""
     return _folder("MEASNET_GOLDEN", "../shared/golden")
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with `train` and `test` shards of all five tasks, from pieces of real photographs."""
+    from PIL import Image
+    from skimage import data
+
+    from shards.pack import pack
+
+    root = tmp_path_factory.mktemp("packed")
+    pieces = {
+        "train": [data.astronaut()[100:196, 100:228], data.coffee()[200:296, 200:328]],
+        "test": [data.chelsea()[100:196, 150:278]],
+    }
+    for split, pictures in pieces.items():
+        (root / "pictures" / split).mkdir(parents=True)
+        for number, picture in enumerate(pictures):
+            Image.fromarray(picture).save(root / "pictures" / split / f"{number}.png")
+        pack(
+            "clean",
+            str(root / "pictures" / split),
+            str(root / split),
+            synthesise=["dehaze", "derain", "deblur", "lowlight"],
+            workers=1,
+        )
+    return root
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """One small Ray for the whole test run."""
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+
+    from distributed.launch import start_local_ray
+
+    start_local_ray(num_cpus=2, object_store_memory=100 * 2**20)
+    yield
+    ray.shutdown()

@@ -1,0 +1,175 @@
+"""Training as a user starts it, on a real Ray with real DeepSpeed, at a tiny size."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from distributed import checkpoint as checkpoints
+from distributed.train import main
+from measnet.network import MEASNet
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def command(packed: Path, *more: str) -> list[str]:
+    """A run of 12 steps of 4 samples on the smallest network."""
+    return [
+        "demo",
+        *("--data.train", str(packed / "train"), "--data.validation", str(packed / "test")),
+        *("--data.crop", "32", "--model.dim", "8", "--engine.zero-stage", "1"),
+        *("--recipe.samples", "48", "--recipe.global-batch", "4", "--recipe.micro-batch", "2"),
+        *("--recipe.warmup-samples", "8", "--every.log", "4", "--every.checkpoint", "16"),
+        *("--every.validate", "0", "--every.validation-pictures", "1", *more),
+    ]
+
+
+def runs_in_mlflow(folder: Path) -> list[tuple[str, str]]:
+    """(name, status) of all runs in a folder's database."""
+    with sqlite3.connect(folder / "mlflow.db") as database:
+        return database.execute("select name, status from runs").fetchall()
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Samples -> loss."""
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return {r["step"]: r["metrics"]["train/loss"] for r in records if "train/loss" in r["metrics"]}
+
+
+@pytest.fixture(scope="module")
+def finished(packed: Path, ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which a run was trained to its end."""
+    folder = tmp_path_factory.mktemp("finished")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        assert main(command(packed)) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def test_a_run_leaves_what_is_needed(finished: Path) -> None:
+    run = finished / "runs" / "demo"
+    newest = checkpoints.newest_whole(str(run))
+    assert newest is not None and newest.samples == 48
+    assert newest.state().finished and newest.state().updates == 12
+    assert MEASNet.from_pretrained(run / "model.safetensors").config.dim == 8
+    assert runs_in_mlflow(finished) == [("demo", "FINISHED")]
+    curve = losses(run)
+    assert list(curve) == list(range(4, 49, 4))
+    assert all(0 < loss < 1 for loss in curve.values())
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert outcome["status"] == "finished"
+    assert set(outcome["validation"]["report"]["tasks"]) == {
+        "denoise",
+        "derain",
+        "dehaze",
+        "deblur",
+        "lowlight",
+    }
+
+
+def test_a_finished_run_says_so(
+    finished: Path,
+    packed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(finished)
+    assert main(command(packed)) == 0
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_another_recipe_under_the_same_name_is_refused(
+    finished: Path,
+    packed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(finished)
+    assert main(command(packed, "--recipe.lr", "1e-5")) == 2
+    message = capsys.readouterr().err
+    assert "recipe.lr 0.002 (now 1e-05)" in message and "--name" in message
+
+
+def test_two_workers_learn_what_one_learns(
+    finished: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(command(packed, "--scaling.workers", "2")) == 0
+    one = losses(finished / "runs" / "demo")
+    two = losses(tmp_path / "runs" / "demo")
+    assert two == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--data.train", "nowhere"], "nowhere"),
+        (["--data.repeats.dehaze", "-1"], "data.repeats.dehaze"),
+        (["--model.pixel-top-k", "9"], "model.pixel_top_k"),
+        (["--scaling.workers", "3"], "scaling.workers"),
+        (["--recipe.lerning-rate", "1"], "lerning"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_a_wrong_command_is_answered_before_ray_starts(
+    packed: Path, tmp_path: Path, more: list[str], message: str
+) -> None:
+    arguments = more if "--config" in more else command(packed, *more)
+    done = subprocess.run(
+        [sys.executable, "-m", "distributed.train", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_the_last_step_and_the_same_command_goes_on(
+    packed: Path, tmp_path: Path
+) -> None:
+    arguments = [
+        sys.executable,
+        "-m",
+        "distributed.train",
+        *command(packed, "--recipe.samples", "4000", "--every.checkpoint", "4000"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    log = tmp_path / "log.txt"
+    for turn in range(2):
+        with log.open("w") as out:
+            run = subprocess.Popen(
+                arguments,
+                cwd=tmp_path,
+                env=environment,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 120
+        while "/4,000 samples" not in log.read_text():
+            assert run.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+        asked = time.monotonic()
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to every process of the command
+        assert run.wait(60) == 130
+        assert time.monotonic() - asked < 15
+        newest = checkpoints.newest_whole(str(tmp_path / "runs" / "demo"))
+        assert newest is not None and newest.samples > 0 and newest.samples % 4 == 0
+        assert f"after {newest.samples:,} samples" in log.read_text()
+        assert runs_in_mlflow(tmp_path) == [("demo", "KILLED")]
+        assert ("going on from checkpoint" in log.read_text()) == (turn == 1)
