@@ -730,23 +730,28 @@ def _mining(source: _Entries, at: str, width: int) -> dict[str, Tensor]:
     }
     # The program attends the high band by the weights that it calls low, and the reverse.
     for ours, theirs in (("high", "low"), ("low", "high"), ("both", "agg")):
-        layer = f"{at}.cross_layer_{theirs}."
-        attend = {
-            "temperature": source.take(layer + "temperature", MINING_HEADS, 1, 1),
-            "q": source.take(layer + "q.weight", width, width),
-            "q_depthwise": source.take(layer + "q_dwconv.weight", width, 1, 3, 3),
-            "kv": source.take(layer + "kv.weight", 2 * width, width),
-            "kv_depthwise": source.take(layer + "kv_dwconv.weight", 2 * width, 1, 3, 3),
-            "project_out": source.take(layer + "project_out.weight", width, width),
-        }
+        attend = _cross_attention(source, f"{at}.cross_layer_{theirs}.", width)
         state |= _prefixed(f"attend_{ours}", attend)
-    refine = f"{at}.freq_refinement."
-    channel = refine + "modulate2.squential."
-    modulate = {
-        "spatial": source.take(refine + "modulate1.spatial.weight", 1, 2, 7, 7),
+    return state | _prefixed("modulate", _modulate(source, f"{at}.freq_refinement.", width))
+
+
+def _cross_attention(source: _Entries, at: str, width: int) -> dict[str, Tensor]:
+    return {
+        "temperature": source.take(at + "temperature", MINING_HEADS, 1, 1),
+        "q": source.take(at + "q.weight", width, width),
+        "q_depthwise": source.take(at + "q_dwconv.weight", width, 1, 3, 3),
+        "kv": source.take(at + "kv.weight", 2 * width, width),
+        "kv_depthwise": source.take(at + "kv_dwconv.weight", 2 * width, 1, 3, 3),
+        "project_out": source.take(at + "project_out.weight", width, width),
+    }
+
+
+def _modulate(source: _Entries, at: str, width: int) -> dict[str, Tensor]:
+    channel = at + "modulate2.squential."
+    return {
+        "spatial": source.take(at + "modulate1.spatial.weight", 1, 2, 7, 7),
         "reduce": source.take(channel + "0.weight", width // 16, width),
         "expand": source.take(channel + "2.weight", width, width // 16),
-        "project.weight": source.take(refine + "conv.weight", width, width),
-        "project.bias": source.take(refine + "conv.bias", width),
+        "project.weight": source.take(at + "conv.weight", width, width),
+        "project.bias": source.take(at + "conv.bias", width),
     }
-    return state | _prefixed("modulate", modulate)
