@@ -56,6 +56,8 @@ class RunState:
     """Fingerprint of the shards that it trains on."""
     plan: dict[str, Any]
     """What the order of samples follows from."""
+    consumed: str = ""
+    """Chained sha256 over the pixels of all samples trained on so far, in their order."""
     best: float | None = None
     """Best validation score so far: PSNR in dB, averaged over the tasks."""
     score: float | None = None

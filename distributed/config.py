@@ -192,6 +192,24 @@ class IntervalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What happens when the numbers go wrong."""
+
+    skips_in_a_row: int = 10
+    """Updates skipped one after the other, because of a gradient that is not finite, after which
+    the run goes back to its last checkpoint and passes over the samples of those steps."""
+    spike: float = 8.0
+    """A loss this many standard deviations above its running mean is logged with its samples."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        if self.skips_in_a_row < 1:
+            raise ValueError(f"guard.skips_in_a_row is {self.skips_in_a_row}; use 1 or more")
+        if self.spike <= 0:
+            raise ValueError(f"guard.spike is {self.spike}, but must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     """Where MLflow keeps what happened."""
 
@@ -218,6 +236,7 @@ class TrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     every: IntervalConfig = field(default_factory=IntervalConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:

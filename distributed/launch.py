@@ -28,11 +28,12 @@ from distributed.storage import absolute, open_folder, write_json
 from shards.manifest import Manifest
 from shards.manifest import read as read_manifest
 from shards.order import Plan
+from shards.stream import TrainStream
 
 GRACE_S = 12.0
 """Seconds that a run asked to stop may take to end by itself before it is ended."""
 
-FREE_TO_CHANGE = ("name", "storage", "scaling.", "every.", "tracking.", "engine.")
+FREE_TO_CHANGE = ("name", "storage", "scaling.", "every.", "guard.", "tracking.", "engine.")
 """Fields that may differ when a run goes on: they do not change what is learnt beyond rounding."""
 
 FREE_DATA_FIELDS = ("train", "validation", "loader_workers", "cache_dir", "cache_gib")
@@ -90,8 +91,8 @@ def check(config: TrainConfig) -> tuple[Manifest, Plan, Checkpoint | None]:
         the
             same name that was started with another recipe or on other data.
     """
-    manifest = read_manifest(config.data.train)
-    plan = Plan.from_manifest(manifest, config.data.repeats, config.seed, config.data.order)
+    stream = TrainStream(config.data, config.seed)
+    manifest, plan = stream.reader.manifest, stream.plan
     read_manifest(config.data.validation)
     found = checkpoints.newest_whole(config.folder)
     if found is not None:

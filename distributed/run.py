@@ -1,8 +1,10 @@
 """What a worker's training loop stands on: set up, resume, report, validate, checkpoint, finish."""
 
+import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,15 @@ from distributed.engine import (
     weights,
 )
 from distributed.evaluate import EvaluationReport, Score, score, share
+from distributed.guard import (
+    GoBackError,
+    SkipCounter,
+    SpikeDetector,
+    chain,
+    describe_samples,
+    log_line,
+    watch_unused,
+)
 from distributed.monitor import Reporter
 from distributed.tracking import Tracker
 from measnet.config import from_dict, to_dict
@@ -32,6 +43,11 @@ from measnet.losses import Losses
 from measnet.metrics import FIELD
 from measnet.network import MEASNet, Restoration
 from shards.stream import Batch, TrainStream, pictures
+
+CONSUMED = "consumed.jsonl"
+"""File of a run: a line per step, what was trained on."""
+EVENTS = "events.log"
+"""File of a run: a line per thing that went wrong, and what was done about it."""
 
 
 def gate_noise(seed: int, step: int, micro_batch: int, device: torch.device) -> torch.Generator:
@@ -48,12 +64,13 @@ class Meter:
         """Nothing yet."""
         self._device = device
         self._usage: dict[str, Tensor] = {}
+        self.step_keys: list[str] = []
+        self.step_digests: list[int] = []
         self.reset()
 
     def reset(self) -> None:
         """Begin the next point of the curves."""
-        self._losses = torch.zeros(3, dtype=torch.float64, device=self._device)
-        self._micro_batches = 0
+        self._losses = torch.zeros(4, dtype=torch.float64, device=self._device)
         self._data_wait = 0.0
         self.started = time.perf_counter()
 
@@ -61,10 +78,13 @@ class Meter:
         """Count time spent waiting for a batch."""
         self._data_wait += seconds
 
-    def add(self, losses: Losses, restoration: Restoration) -> None:
+    def add(self, losses: Losses, restoration: Restoration, batch: Batch) -> None:
         """Count one micro-batch; stays on the device, so that nobody waits for it."""
-        self._losses += torch.stack([loss.detach() for loss in losses]).double()
-        self._micro_batches += 1
+        of_one = torch.stack([*(loss.detach() for loss in losses), losses.total.new_ones(())])
+        of_one = torch.where(of_one.isfinite().all(), of_one, 0)  # skipped steps have no loss
+        self._losses += of_one.double()
+        self.step_keys += batch.keys
+        self.step_digests.append(zlib.crc32(batch.degraded.numpy().tobytes()))
         for library, share_bn in restoration.routing.items():
             chosen = share_bn.detach().double().sum(0)
             self._usage[library] = (
@@ -73,8 +93,14 @@ class Meter:
 
     def sums(self) -> Tensor:
         """Total, l1 and balance loss, micro-batches, seconds of waiting: (5,) float64."""
-        counts = torch.tensor([self._micro_batches, self._data_wait], dtype=torch.float64)
-        return torch.cat([self._losses, counts.to(self._device)])
+        wait = torch.tensor([self._data_wait], dtype=torch.float64, device=self._device)
+        return torch.cat([self._losses, wait])
+
+    def end_step(self) -> tuple[list[str], list[int]]:
+        """Names and crc32 of the micro-batches of the step that ends."""
+        ended = self.step_keys, self.step_digests
+        self.step_keys, self.step_digests = [], []
+        return ended
 
     def take_usage(self) -> dict[str, list[float]]:
         """How much each expert of each library was chosen since the last call; a collective
@@ -122,22 +148,28 @@ class TrainRun:
         model.activation_checkpointing = self.config.engine.activation_checkpointing
         if found:
             model.load_state_dict(found.tensors("weights"))
+        self._name_unused: Callable[[], list[str]] | None = watch_unused(model)
         self.engine = initialize(self.config, decisions, model)
         self.average = WeightAverage(self.engine, self.config.recipe.ema_decay)
         if found and state:
             load_optimizer_state(self.engine, found.tensors("optimizer"), state.updates)
             self.average.load(found.tensors("ema"))
-        self.samples = state.samples if state else 0
+        self._skips = SkipCounter(self._folder, self.config.guard.skips_in_a_row)
+        self._spikes = SpikeDetector(self.config.guard.spike)
+        self.samples = self._skips.behind(state.samples if state else 0)
         self.updates = state.updates if state else 0
+        self._consumed = state.consumed if state else ""
         self._best = state.best if state else None
         self._mlflow_run_id = settings["tracking"].id or None
 
         self.meter = Meter(self.device)
+        self._sums_before = [0.0] * 5
         self.stop_reason = ""
         self._validation: dict[str, Any] = {}
+        self._local = Path(settings["tracking_folder"])
         self._tracker: Tracker | None = None
         if self.rank == 0:
-            self._tracker = Tracker(Path(settings["tracking_folder"]), settings["tracking"])
+            self._tracker = Tracker(self._local, settings["tracking"])
         self._say_start(decisions._asdict(), found)
 
     @property
@@ -151,33 +183,42 @@ class TrainRun:
 
     def batches(self) -> Iterator[Batch]:
         """This rank's micro-batches, from where the run stands to its end."""
-        recipe = self.config.recipe
-        return self._stream.batches(
-            self.samples,
-            self._end,
-            global_batch=recipe.global_batch,
-            micro_batch=recipe.micro_batch,
-            world=self.world,
-            rank=self.rank,
-        )
+        recipe, at = self.config.recipe, self.samples
+        for first, behind in [*self._skips.spans, (self._end, self._end)]:
+            if at < first:
+                yield from self._stream.batches(
+                    at,
+                    first,
+                    global_batch=recipe.global_batch,
+                    micro_batch=recipe.micro_batch,
+                    world=self.world,
+                    rank=self.rank,
+                )
+            at = max(at, behind)
 
-    def after_step(self, lr: float) -> None:
-        """Report, validate and save where it is time; learn on all ranks at once whether to
-        stop."""
+    def after_step(self, lr: float, *, updated: bool) -> None:
+        """Report, validate and save where it is time; learn on all ranks at once whether to stop.
+
+        Args:
+            lr: learning rate of the step.
+            updated: whether the weights were updated, or the step was skipped as not finite.
+
+        Raises:
+            GoBackError: too many steps in a row were skipped.
+        """
         every = self.config.every
-        sums = self.meter.sums()
-        wanted = torch.tensor([float(bool(self._reporter.stop_reason))], dtype=torch.float64)
-        agreed = torch.cat([sums, wanted.to(self.device)])
-        dist.all_reduce(agreed)
-        *sums_all, stops = agreed.tolist()
+        sums, stops, digests, keys = self._agree()
         if stops:
             self.stop_reason = self._reporter.stop_reason or "asked to stop"
-        metrics = self._metrics(sums_all, lr)
+        self._log_consumed(digests)
+        self._guard(sums, keys, updated=updated)
+        metrics = self._metrics(sums, lr)
         self._reporter.update({"samples": self.samples, **metrics})
         if self._crossed(every.log) or self.over:
             if self._tracker:
                 self._tracker.metrics(metrics, self.samples)
             self.meter.reset()
+            self._sums_before = [0.0] * 5
         if not self.stop_reason and (
             self.samples >= self._end or (every.validate and self._crossed(every.validate))
         ):
@@ -188,10 +229,13 @@ class TrainRun:
             or self._validation.get("at") == self.samples
         ):
             self._save()
+        self.samples = self._skips.behind(self.samples)
 
     def finish(self) -> dict[str, Any]:
         """Hand over what is still to be sent, and say how the run ended."""
         if self._tracker:
+            if (self._local / EVENTS).exists():
+                self._tracker.artifact(self._local / EVENTS)
             self._tracker.close()
         self._reporter.close()
         return {
@@ -214,20 +258,95 @@ class TrainRun:
         dist.broadcast_object_list(found, src=0)
         return found[0]
 
+    def _agree(self) -> tuple[list[float], bool, list[int], list[str]]:
+        """One exchange among the ranks after each step.
+
+        Returns:
+            Sums of the losses since the last point of the curves, over all ranks; whether anybody
+            wants to stop; crc32 of all micro-batches of the step, in their order; names of this
+            rank's samples.
+        """
+        keys, own = self.meter.end_step()
+        digests = torch.zeros(self.config.recipe.micro_batches, dtype=torch.float64)
+        digests[self.first_micro_batch : self.first_micro_batch + len(own)] = torch.tensor(
+            own,
+            dtype=torch.float64,  # holds 32 bits exactly
+        )
+        wants_stop = torch.tensor([float(bool(self._reporter.stop_reason))], dtype=torch.float64)
+        told = torch.cat([self.meter.sums(), torch.cat([wants_stop, digests]).to(self.device)])
+        dist.all_reduce(told)
+        sums, (stops, *crcs) = told[:5].tolist(), told[5:].tolist()
+        return sums, bool(stops), [int(crc) for crc in crcs], keys
+
+    def _log_consumed(self, digests: list[int]) -> None:
+        """Add the step to the chained digest, and to the log of consumed samples."""
+        self._consumed = chain(self._consumed, digests)
+        if self.rank == 0:
+            with (self._local / CONSUMED).open("ab") as file:
+                file.write(log_line(self.samples, self._consumed, digests, time.time()))
+
+    def _guard(self, sums: list[float], keys: list[str], *, updated: bool) -> None:
+        """Look at the numbers of the step, name what is wrong, and go back where it must be."""
+        if self._name_unused is not None:
+            unused = self._name_unused()
+            self._name_unused = None
+            if unused:
+                self._note(f"warning: no gradient ever reaches {describe_samples(unused)}")
+        before, self._sums_before = self._sums_before, sums
+        micro_batches = sums[3] - before[3]
+        loss = (sums[0] - before[0]) / micro_batches if micro_batches else math.nan
+        spike = self._spikes.is_spike(loss)
+        if updated and not spike:
+            self._skips.after_step(0, 0, skipped=False)
+            return
+        gathered: list[list[str]] = [[] for _ in range(self.world)]
+        dist.all_gather_object(gathered, keys)
+        named = describe_samples([key for part in gathered for key in part])
+        first = self.samples - self.config.recipe.global_batch
+        if spike:
+            self._note(f"loss {loss:.4f} stands out at {self.samples:,} samples: {named}")
+        if updated:
+            return
+        self._note(
+            f"update skipped on all ranks at {self.samples:,} samples, a gradient is not finite: "
+            f"{named}"
+        )
+        if self._skips.after_step(first, self.samples, skipped=True):
+            self._go_back()
+
+    def _go_back(self) -> None:
+        told = f"{self.config.guard.skips_in_a_row} updates in a row were skipped"
+        if self.rank == 0:
+            first, behind = self._skips.pass_over(self.samples)
+            self._note(f"{told}; going back, passing over samples {first:,} to {behind:,}")
+            time.sleep(1.0)  # until the line is on its way
+        dist.barrier()
+        raise GoBackError(f"{told} up to {self.samples:,} samples (guard.skips_in_a_row)")
+
+    def _note(self, line: str) -> None:
+        """Show a line, and keep it among the events that MLflow gets."""
+        self._reporter.say(line)
+        if self.rank == 0:
+            with (self._local / EVENTS).open("a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
     def _say_start(self, decisions: Mapping[str, Any], found: Checkpoint | None) -> None:
         for name, decision in decisions.items():
             self._reporter.say(f"{name}: {decision.choice} ({decision.reason})")
         if found:
-            self._reporter.say(f"going on from checkpoint {found.name}: {self.samples:,} samples")
+            self._note(f"going on from checkpoint {found.name}: {self.samples:,} samples")
 
     def _metrics(self, sums: list[float], lr: float) -> dict[str, float]:
         total, l1, balance, micro_batches, data_wait = sums
+        micro_batches = micro_batches or math.nan  # all skipped
         seconds = time.perf_counter() - self.meter.started
+        steps = self.samples // self.config.recipe.global_batch
         return {
             "train/loss": total / micro_batches,
             "train/l1": l1 / micro_batches,
             "train/balance": balance / micro_batches,
             "train/learning_rate": lr,
+            "train/skipped_updates": steps - self.updates,
             "speed/samples_per_s": micro_batches * self.config.recipe.micro_batch / seconds,
             "speed/data_wait": min(1.0, data_wait / self.world / seconds),
         }
@@ -271,7 +390,7 @@ class TrainRun:
         for library, usage in self.meter.take_usage().items():
             idle = [str(n) for n, chosen in enumerate(usage) if chosen == 0]
             if idle:
-                self._reporter.say(
+                self._note(
                     f"warning: experts {', '.join(idle)} of {library} were not chosen once "
                     "since the last validation"
                 )
@@ -285,6 +404,7 @@ class TrainRun:
             config=to_dict(self.config),
             data=self._stream.reader.manifest.fingerprint,
             plan=self._stream.plan.description,
+            consumed=self._consumed,
             best=self._best,
             score=score,
             mlflow_run_id=self._mlflow_run_id,

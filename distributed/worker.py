@@ -37,11 +37,12 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
             )
             engine.backward(losses.total)
             engine.step()  # DeepSpeed updates the weights at the last micro-batch of the step
-            run.meter.add(losses, restoration)
+            run.meter.add(losses, restoration, batch)
         commit_statistics(engine.module, reduce=dist.all_reduce)
-        if guarded_optimizer(engine).updates > run.updates:
+        updated = guarded_optimizer(engine).updates > run.updates
+        if updated:
             run.updates += 1
             run.average.update(run.updates)
         run.samples += recipe.global_batch
-        run.after_step(lr)
+        run.after_step(lr, updated=updated)
     return run.finish()
