@@ -396,7 +396,7 @@ def parse(
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        default = _starting_point(arguments)
+        default = starting_point(arguments)
         return tyro.cli(
             TrainConfig, default=default, args=arguments, prog=prog, description=_description(prog)
         )
@@ -405,7 +405,7 @@ def parse(
         raise SystemExit(2) from error
 
 
-def _starting_point(arguments: list[str]) -> TrainConfig:
+def starting_point(arguments: list[str]) -> TrainConfig:
     """Take the preset or the --config file off the arguments."""
     if arguments and not arguments[0].startswith("-"):
         name = arguments.pop(0)

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +132,13 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def launch(
-    config: TrainConfig, *, console: Console | None = None, callbacks: Sequence[Any] = ()
+    config: TrainConfig,
+    *,
+    console: Console | None = None,
+    callbacks: Sequence[Any] = (),
+    tags: Mapping[str, str] | None = None,
+    stop_requests: list[str] | None = None,
+    export: bool = True,
 ) -> Outcome:
     """Run a configuration to its end, and say how it ended.
 
@@ -140,6 +146,10 @@ def launch(
         config: what to run.
         console: where to show what happens.
         callbacks: Ray Train callbacks, called in its controller.
+        tags: of the run in MLflow.
+        stop_requests: who appends a reason stops the run as Ctrl-C does: after a last checkpoint;
+            a second one ends it at once.
+        export: whether a finished run leaves model.safetensors and a model in MLflow.
 
     Raises:
         ValueError: see `check`.
@@ -162,25 +172,33 @@ def launch(
     fs.makedirs(root, exist_ok=True)
     with fs.open(f"{root}/config.yaml", "w") as file:
         file.write(to_yaml(config))
-    run = tracking.prepare(config.tracking, name=config.name, key=tracking.run_key(config.folder))
+    run = tracking.prepare(
+        config.tracking, name=config.name, key=tracking.run_key(config.folder), tags=tags
+    )
     local_folder = Path(root) if "file" in fs.protocol else _scratch(run.key)
     _describe(run, config, manifest)
 
     with ray_cluster(config, console):
-        ended = _fit(config, run, local_folder, console, callbacks)
+        requests = [] if stop_requests is None else stop_requests
+        ended = _fit(config, run, local_folder, console, callbacks, requests)
     outcome = dataclasses.replace(
         ended, seconds=time.monotonic() - started, tracking_uri=run.uri, mlflow_run_id=run.id
     )
     status = {"finished": "FINISHED", "stopped": "KILLED"}.get(outcome.status, "FAILED")
     run = tracking.finish(run, status, local_folder)  # type: ignore[arg-type]
-    if outcome.status == "finished":
+    if outcome.status == "finished" and export:
         _export(config, run)
     write_json(fs, f"{root}/outcome.json", dataclasses.asdict(outcome))
     return outcome
 
 
 def _fit(
-    config: TrainConfig, run: Any, local_folder: Path, console: Console, callbacks: Sequence[Any]
+    config: TrainConfig,
+    run: Any,
+    local_folder: Path,
+    console: Console,
+    callbacks: Sequence[Any],
+    signals: list[str],
 ) -> Outcome:
     """Start the workers and watch them; a signal asks them to stop, a second one ends them."""
     import ray
@@ -235,7 +253,6 @@ def _fit(
     # In a thread of its own: Ray's handler of Ctrl-C, set in a main thread, would drop the last
     # steps.
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    signals: list[str] = []
     asked_at = 0.0
 
     def over() -> bool:
