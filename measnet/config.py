@@ -82,6 +82,11 @@ class ModelConfig:
                     f"model.{kind}_top_k is {top_k}, but must lie between 1 and "
                     f"model.{kind}_experts ({experts})"
                 )
+        if self.variant == "official" and self.dim % 8:
+            raise ValueError(
+                f"model.dim is {self.dim}, but variant official needs a multiple of 8: "
+                f"its channel attention cuts 2·dim channels by 16"
+            )
         if self.variant == "official" and not (self.tspg and self.mese and self.fd and self.mee):
             raise ValueError(
                 "model.variant official has no ablation switches: leave tspg, mese, fd and mee on"
@@ -109,6 +114,42 @@ def tiny() -> ModelConfig:
         prompts=8,
         prompt_dim=64,
     )
+
+
+def ablation_baseline() -> ModelConfig:
+    """Table VI, the backbone alone."""
+    return ModelConfig(tspg=False, mese=False, fd=False, mee=False)
+
+
+def ablation_prompts() -> ModelConfig:
+    """Table VI, with prompts that are concatenated with the features."""
+    return ModelConfig(mese=False, fd=False, mee=False)
+
+
+def ablation_pixel_experts() -> ModelConfig:
+    """Table VI, with prompts that choose per-pixel experts."""
+    return ModelConfig(fd=False, mee=False)
+
+
+def ablation_decomposition() -> ModelConfig:
+    """Table VI, with the frequency decomposition besides, without experts for the bands."""
+    return ModelConfig(mee=False)
+
+
+def ablation_picture_experts() -> ModelConfig:
+    """Table VI, with per-picture experts besides, on undivided features."""
+    return ModelConfig(fd=False)
+
+
+ABLATION = {
+    "baseline": ablation_baseline,
+    "prompts": ablation_prompts,
+    "pixel-experts": ablation_pixel_experts,
+    "decomposition": ablation_decomposition,
+    "picture-experts": ablation_picture_experts,
+    "full": paper,
+}
+"""The six rows of Table VI, from the backbone to the whole network."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:

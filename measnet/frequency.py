@@ -200,18 +200,19 @@ class PictureExperts(nn.Module):
     def _chosen(self, x_bhwc: Tensor, gate_bn: Tensor, index_bk: Tensor) -> Tensor:
         """Only the chosen experts of each picture, side by side as one narrower MLP."""
         outs = []
-        for x_hwc, gate_n, chosen in zip(x_bhwc, gate_bn, index_bk.tolist(), strict=True):
+        bias_bc = (gate_bn @ self.bias_out.float()).to(x_bhwc.dtype)
+        for x_hwc, gate_n, bias_c, chosen in zip(
+            x_bhwc, gate_bn, bias_bc, index_bk.tolist(), strict=True
+        ):
             parts_in, parts_out, biases = [], [], []
             for n in sorted(chosen):
                 rows = slice(sum(self.widths[:n]), sum(self.widths[: n + 1]))
                 parts_in.append(self.weight_in[rows])
                 biases.append(self.bias_in[rows])
                 # The gate goes into the small matrix, not over the pixels.
-                parts_out.append(self.weight_out[:, rows] * gate_n[n])
+                parts_out.append(self.weight_out[:, rows] * gate_n[n].to(x_hwc.dtype))
             hidden = F.gelu(F.linear(x_hwc, torch.cat(parts_in), torch.cat(biases)))
-            outs.append(
-                F.linear(hidden, torch.cat(parts_out, dim=1), gate_n @ self.bias_out.float())
-            )
+            outs.append(F.linear(hidden, torch.cat(parts_out, dim=1), bias_c))
         return torch.stack(outs)
 
 
