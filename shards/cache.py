@@ -104,7 +104,7 @@ class Cache:
 def _copy(uri: str, path: str) -> tuple[str, int]:
     """Copies a remote file; its sha256 and its length."""
     digest, count = hashlib.sha256(), 0
-    with storage.open_remote(uri) as source, open(path, "wb") as target:
+    with storage.reading(uri) as source, open(path, "wb") as target:
         while block := source.read(storage.BLOCK):
             target.write(block)
             digest.update(block)

@@ -45,6 +45,8 @@ SAMPLE = np.dtype(
         ("width", "<u4"),
         ("top", "<u2"),  # where the degraded picture lies in a larger target
         ("left", "<u2"),
+        ("tiled", "u1"),  # 1: the degraded picture is in tiles; 2: the clean one is
+        ("signature", "V16"),  # of the clean picture, to find the same one in another set
     ]
 )
 _HEADER = struct.Struct("<4s5I")
@@ -107,6 +109,8 @@ class TaskEntry:
     """The layout of the source folder."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the packing that change the bytes."""
+    expected: int = 0
+    """Samples of the whole benchmark; 0 where any count is right."""
     missing: list[str] = field(default_factory=list)
     """Files that the benchmark has and the source folder had not."""
     leaks: list[str] = field(default_factory=list)
@@ -136,6 +140,15 @@ class Manifest:
     def counts(self) -> dict[str, int]:
         """Task -> samples."""
         return {task: entry.samples for task, entry in self.tasks.items()}
+
+    def mend(self, task: str) -> str:
+        """What to do about a damaged shard of a task, as the end of a sentence."""
+        entry = self.tasks[task]
+        named = f" --task {task}" if entry.layout == "paired" else ""
+        return (
+            "copy it again, or make it anew from the pictures by "
+            f"`python -m shards.pack {entry.layout} ROOT {self.uri}{named} --repair`"
+        )
 
     def of(self, task: str) -> list[Shard]:
         """The shards of one task."""

@@ -10,23 +10,21 @@ import argparse
 import contextlib
 import hashlib
 import json
-import math
 import multiprocessing
 import os
+import shutil
+import signal
 import sys
-import tarfile
 import tempfile
+import textwrap
 import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from io import BytesIO
-from typing import Any, BinaryIO, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
-from PIL import Image
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -36,202 +34,31 @@ from rich.progress import (
 )
 
 from shards import degrade, layouts, manifest, storage
-from shards.decode import DecodeError, decode
-from shards.layouts import Found, Group
-from shards.manifest import Index, Manifest, Shard, TaskEntry
+from shards.layouts import LAYOUTS, Found, Group
+from shards.manifest import Manifest, Shard, TaskEntry
 from shards.tasks import TASKS
-
-WORK = ".packing"
-"""Folder inside of OUT with the rows of finished shards while a packing is under way."""
+from shards.writer import WORK, Job, set_counter, write_shard
 
 
-class Job(NamedTuple):
-    """One shard to write: everything its bytes depend on, and where it goes."""
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What changes the bytes of the shards; written to the manifest."""
 
-    name: str
-    task: str
-    root: str
-    out: str
-    groups: tuple[Group, ...]
-    first: int  # number of the first group within the task
-    chain: tuple[str, ...]  # degradations to synthesise; empty: the inputs are files
-    seed: int
-    tiles: int
+    seed: int = 0
+    """Of what is synthesised."""
+    shard_mib: float = 256
+    """Size of a shard, about, judged by the source files."""
+    tiles: int = 0
+    """Side of the lossless tiles (QOI) that PNG and other lossless pictures are cut into; 0 keeps
+    them whole, with their original bytes.
+    """
 
-    def digest(self) -> str:
-        """Changes with the options and with any of the source files."""
-        files = [
-            (path, os.path.getsize(full), os.stat(full).st_mtime_ns)
-            for group in self.groups
-            for path in (group.target, *group.inputs, *([group.map] if group.map else []))
-            for full in [os.path.join(self.root, path)]
-        ]
-        return manifest.digest([self.name, self.first, self.chain, self.seed, self.tiles, files])
-
-
-class _Tar:
-    """Writes a plain USTAR archive member by member and notes where each one lies."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.sha256 = hashlib.sha256()
-        self.size = 0
-        self.members: list[tuple[int, int, int]] = []
-
-    def add(self, name: str, data: bytes) -> int:
-        """Writes one member; its number."""
-        info = tarfile.TarInfo(name)
-        info.size = len(data)
-        info.mode = 0o644
-        self._write(info.tobuf(tarfile.USTAR_FORMAT))
-        self.members.append((self.size, len(data), zlib.crc32(data)))
-        self._write(data)
-        self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
-        return len(self.members) - 1
-
-    def close(self) -> None:
-        """Writes the end of the archive and waits for the disk."""
-        self._write(bytes(2 * tarfile.BLOCKSIZE))
-        self._write(bytes(-self.size % tarfile.RECORDSIZE))
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def _write(self, data: bytes) -> None:
-        self.file.write(data)
-        self.sha256.update(data)
-        self.size += len(data)
-
-
-_counter: Any = None
-"""In a packing process: the shared count of pictures done."""
-
-
-def _set_counter(counter: Any) -> None:
-    global _counter
-    _counter = counter
-
-
-def write_shard(job: Job) -> Shard:
-    """Writes one shard, its index and its row; returns the row. OSError or ValueError with a clear
-    line."""
-    target = storage.join(job.out, job.name)
-    with contextlib.ExitStack() as stack:
-        if storage.is_remote(job.out):
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="measnet-pack-"))
-            path = os.path.join(folder, job.name)
-            shard, index = _write_tar(job, path)
-            storage.put(path, target)
-        else:
-            path = stack.enter_context(storage.replacing(target))
-            shard, index = _write_tar(job, path)
-    storage.write(storage.join(job.out, shard.index_name), index)
-    row = {"job": job.digest(), "row": shard._asdict()}
-    storage.write(storage.join(job.out, f"{WORK}/{job.name}.json"), json.dumps(row).encode())
-    return shard
-
-
-def _write_tar(job: Job, path: str) -> tuple[Shard, bytes]:
-    samples: list[tuple[int, ...]] = []
-    with open(path, "wb") as file:
-        tar = _Tar(file)
-        for number, group in enumerate(job.groups, start=job.first):
-            samples += _add_group(tar, job, group, f"{job.task}_{number:08d}")
-            if _counter is not None:
-                with _counter.get_lock():
-                    _counter.value += 1
-        tar.close()
-    index = Index(
-        np.array(tar.members, manifest.MEMBER), np.array(samples, manifest.SAMPLE), job.tiles
-    ).to_bytes()
-    sha256 = tar.sha256.hexdigest()
-    index_sha256 = hashlib.sha256(index).hexdigest()
-    return Shard(job.name, job.task, len(samples), tar.size, sha256, index_sha256), index
-
-
-def _add_group(tar: _Tar, job: Job, group: Group, key: str) -> list[tuple[int, ...]]:
-    """Writes a clean picture and its degraded ones; the rows of the index."""
-    clean_bytes, clean = _open(job.root, group.target)
-    height, width = clean.shape[:2]
-    about: dict[str, Any] = {"target": group.target, "width": width, "height": height}
-    rows: list[tuple[int, ...]] = []
-    if job.chain:
-        degraded, about["chain"] = _synthesise(job, group, clean)
-        inputs = [("png", _png(degraded), degraded)]
-    else:
-        about["inputs"] = list(group.inputs)
-        inputs = [(_suffix(path), *_open(job.root, path)) for path in group.inputs]
-    places = []
-    for part, (suffix, data, pixels) in enumerate(inputs):
-        if pixels.shape != clean.shape:
-            raise ValueError(_sizes_differ(job.root, group, part, pixels, clean))
-        field = "input" if len(inputs) == 1 else f"input{part:02d}"
-        places.append(tar.add(f"{key}.{field}.{suffix}", data))
-    target = tar.add(f"{key}.target.{_suffix(group.target)}", clean_bytes)
-    text = json.dumps(about, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    meta = tar.add(f"{key}.json", text.encode())
-    for part, place in enumerate(places or [manifest.NONE]):
-        rows.append((place, target, meta, part, height, width, 0, 0))
-    return rows
-
-
-def _open(root: str, path: str) -> tuple[bytes, np.ndarray]:
-    full = os.path.join(root, path)
-    with open(full, "rb") as file:
-        data = file.read()
-    try:
-        return data, decode(data)
-    except DecodeError as error:
-        raise ValueError(
-            f"{full} is not a whole picture ({error}); replace or remove it, then run the same "
-            "command again"
-        ) from error
-
-
-def _sizes_differ(root: str, group: Group, part: int, pixels: np.ndarray, clean: np.ndarray) -> str:
-    return (
-        f"{os.path.join(root, group.inputs[part])} is {pixels.shape[1]}x{pixels.shape[0]}, but "
-        "its clean picture "
-        f"{group.target} is {clean.shape[1]}x{clean.shape[0]}; replace or remove the pair, then "
-        "run the same "
-        "command again"
-    )
-
-
-def _synthesise(job: Job, group: Group, clean: np.ndarray) -> tuple[np.ndarray, list[Any]]:
-    rng = degrade.generator(job.seed, "+".join(job.chain), group.target)
-    depth = None
-    if group.map and "dehaze" in job.chain:
-        depth = read_map(os.path.join(job.root, group.map))
-        if depth.shape != clean.shape[:2]:
-            raise ValueError(
-                f"{os.path.join(job.root, group.map)} is {depth.shape[1]}x{depth.shape[0]}, but "
-                "its picture is "
-                f"{clean.shape[1]}x{clean.shape[0]}; replace or remove the map"
-            )
-    return degrade.synthesise(clean, job.chain, rng, depth)
-
-
-def read_map(path: str) -> np.ndarray:
-    """Relative depth (H, W) in [0, 1] from a `.npy` or 16-bit `.png` whose name says depth or
-    disparity."""
-    values = (
-        np.load(path, allow_pickle=False) if path.endswith(".npy") else np.asarray(Image.open(path))
-    )
-    if values.ndim != 2:
-        raise ValueError(f"{path} has the shape {values.shape}, but a map has two dimensions")
-    kind = path.replace(os.sep, "/")
-    disparity = ".disparity." in kind or "/disparity/" in kind
-    return degrade.depth_from_map(values, "disparity" if disparity else "depth")
-
-
-def _suffix(path: str) -> str:
-    return path.rsplit(".", 1)[-1].lower()
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=4)
-    return buffer.getvalue()
+    def __post_init__(self) -> None:
+        """Refuse sizes out of range."""
+        if self.shard_mib <= 0:
+            raise ValueError(f"--shard-mib is {self.shard_mib}, but must be above 0")
+        if self.tiles and not 16 <= self.tiles <= 4096:
+            raise ValueError(f"--tiles is {self.tiles}, but must be 0, or 16 to 4096")
 
 
 def _split(
@@ -250,21 +77,6 @@ def _split(
     yield first, tuple(groups[first:])
 
 
-def find(layout: str, root: str, task: str | None = None) -> Found:
-    """What a layout finds in a folder; ValueError where the folder or the layout is wrong."""
-    if not os.path.isdir(root):
-        raise ValueError(f"{root} is not a folder; give the folder that holds the pictures")
-    if layout == "clean":
-        return layouts.clean(root)
-    if layout == "paired":
-        if task is None or task not in TASKS:
-            raise ValueError(
-                f"--task is {task}, but a paired folder needs one of {', '.join(TASKS)}"
-            )
-        return layouts.paired(root, task)
-    raise ValueError(f"{layout!r} is not a layout; known: clean, paired")
-
-
 def pack(
     layout: str,
     root: str,
@@ -273,57 +85,206 @@ def pack(
     task: str | None = None,
     synthesise: Iterable[str] = (),
     seed: int = 0,
-    workers: int | None = None,
     shard_mib: float = 256,
+    tiles: int = 0,
+    allow_missing: bool = False,
+    repair: bool = False,
+    workers: int | None = None,
+    ray: bool = False,
     progress: bool = False,
 ) -> Manifest:
     """Packs a source folder into OUT, beside the tasks that it already holds; the manifest.
 
-    `synthesise`: tasks whose degraded pictures are made from the clean ones (layout `clean`).
-    `workers`: processes, None for one per core. ValueError or OSError, each with one line that says
-    what to do.
+    Args:
+        layout: one of `LAYOUTS`.
+        root: the source folder.
+        out: folder or store for the shards.
+        task: of a `paired` folder.
+        synthesise: tasks whose degraded pictures are made from clean ones; `dehaze+lowlight`
+            makes a chain of two or three, which is packed as the task `mixed`.
+        seed: of what is synthesised.
+        shard_mib: size of a shard, about, in MiB.
+        tiles: side of the lossless tiles that lossless pictures are cut into; 0 keeps their bytes.
+        allow_missing: goes on where the benchmark is not whole, and writes so in the manifest.
+        repair: makes shards anew that are missing or damaged, with the options of the manifest.
+        workers: processes; None for one per core.
+        ray: spreads the shards over a Ray cluster (RAY_ADDRESS, or this machine); ROOT and
+            OUT must be reachable from each of its nodes.
+        progress: shows a bar.
+
+    Raises:
+        ValueError, OSError: with one line that says what to do.
     """
     out = storage.checked(out)
-    found = find(layout, root, task)
-    chains = {found.task: (), **{name: (name,) for name in synthesise}}
-    for name in chains:
-        if name not in TASKS or (name == "denoise" and chains[name]):
-            raise ValueError(
-                f"--synthesise names {name!r}; known: {', '.join(degrade.SYNTHESISED)}"
-            )
-    if len(chains) > 1 and layout != "clean":
-        raise ValueError("--synthesise needs clean pictures: use the layout clean")
+    options = Options(seed=seed, shard_mib=shard_mib, tiles=tiles)
+    found = layouts.find(layout, root)
     with _only_one(out):
+        if repair:
+            return _repair(layout, task, root, out, found, workers, ray, progress)
+        chains = _chains(layout, task, synthesise)
         before = _before(out, list(chains))
+        _check_whole(layout, found, out, next(iter(chains)), allow_missing)
         jobs = [
-            Job(f"{name}-{number:06d}.tar", name, root, out, groups, first, chain, seed, 0)
+            job
             for name, chain in chains.items()
-            for number, (first, groups) in enumerate(
-                _split(root, found.groups, int(shard_mib * 2**20), chain)
-            )
+            for job in _jobs(name, chain, root, out, found, options)
         ]
-        rows = _run(jobs, workers, progress)
+        rows = _run(jobs, workers, ray, progress)
         result = before
         for name, chain in chains.items():
             shards = [row for row in rows if row.task == name]
-            entry = TaskEntry(
-                samples=sum(row.samples for row in shards),
-                layout=layout,
-                options={"shard_mib": shard_mib, **({"seed": seed} if chain else {})},
-            )
-            result = result.with_task(name, entry, shards)
+            result = result.with_task(name, _entry(layout, chain, found, options, shards), shards)
         manifest.write(result, out)
-        _clean_up(out)
+        _clean_up(out, result)
     return result
 
 
+def _jobs(
+    task: str, chain: tuple[str, ...], root: str, out: str, found: Found, options: Options
+) -> list[Job]:
+    split = _split(root, found.groups, int(options.shard_mib * 2**20), chain)
+    return [
+        Job(
+            name=f"{task}-{number:06d}.tar",
+            task=task,
+            root=root,
+            out=out,
+            groups=groups,
+            first=first,
+            chain=chain,
+            seed=options.seed,
+            tiles=options.tiles,
+        )
+        for number, (first, groups) in enumerate(split)
+    ]
+
+
+def _entry(
+    layout: str, chain: tuple[str, ...], found: Found, options: Options, shards: list[Shard]
+) -> TaskEntry:
+    told: dict[str, Any] = {"shard_mib": options.shard_mib, "tiles": options.tiles}
+    if chain:
+        told |= {"seed": options.seed, "chain": list(chain)}
+    return TaskEntry(
+        samples=sum(row.samples for row in shards),
+        layout=layout,
+        expected=LAYOUTS[layout].expected,
+        options=told,
+        missing=list(found.missing),
+        leaks=list(found.leaks),
+    )
+
+
+def _chains(layout: str, task: str | None, synthesise: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Task -> degradations to synthesise for it, () where the pictures are files."""
+    own = LAYOUTS[layout].task
+    if own is None and task not in TASKS:
+        raise ValueError(f"--task is {task}, but {layout} needs one of {', '.join(TASKS)}")
+    if own is not None and task not in (None, own):
+        raise ValueError(f"--task is {task}, but {layout} is always {own}; leave it away")
+    chains: dict[str, tuple[str, ...]] = {own or str(task): ()}
+    for wish in synthesise:
+        chain = tuple(wish.split("+"))
+        name = chain[0] if len(chain) == 1 else "mixed"
+        unknown = [link for link in chain if link not in degrade.SYNTHESISED]
+        if unknown or len(chain) > 3 or chain == ("denoise",):
+            raise ValueError(
+                f"--synthesise names {wish!r}; known: {', '.join(degrade.SYNTHESISED)}, and "
+                "chains of two or "
+                "three as dehaze+lowlight (noise alone is added while loading)"
+            )
+        if name in chains:
+            raise ValueError(
+                f"--synthesise gives {name} twice; pack one of them into another folder"
+            )
+        chains[name] = chain
+    if len(chains) > 1 and own != "denoise":
+        raise ValueError(
+            f"--synthesise needs clean pictures, but {layout} holds pairs; use `clean`"
+        )
+    return chains
+
+
+def _check_whole(layout: str, found: Found, out: str, task: str, allow_missing: bool) -> None:
+    line = layouts.shortfall(layout, found)
+    if line is None:
+        return
+    if found.missing:
+        line += f" (full list in {_write_list(found, out, task)})"
+    if not allow_missing:
+        raise ValueError(f"{line}; add them, or go on without them by --allow-missing")
+    print(f"warning: {line}", file=sys.stderr)
+
+
+def _write_list(found: Found, out: str, task: str) -> str:
+    text = "\n".join(found.missing) + "\n"
+    if storage.is_remote(out):
+        with tempfile.NamedTemporaryFile("w", delete=False, suffix=f"-missing-{task}.txt") as file:
+            file.write(text)
+        return file.name
+    path = f"{out}/{WORK}/missing-{task}.txt"
+    storage.write(path, text.encode())
+    return path
+
+
+def _repair(
+    layout: str,
+    task: str | None,
+    root: str,
+    out: str,
+    found: Found,
+    workers: int | None,
+    ray: bool,
+    progress: bool,
+) -> Manifest:
+    """Makes the damaged shards of a layout's tasks anew; ValueError where the pictures are not the
+    same."""
+    made = manifest.read(out)
+    jobs = []
+    for name, entry in made.tasks.items():
+        if entry.layout == layout and task in (None, name):
+            told = dict(entry.options)
+            chain = tuple(told.pop("chain", ()))
+            jobs += _jobs(name, chain, root, out, found, Options(**told))
+    if not jobs:
+        held = ", ".join(f"{name} from {entry.layout}" for name, entry in made.tasks.items())
+        raise ValueError(f"{out} holds nothing of {layout}; it holds {held}")
+    wanted = {shard.name: shard for shard in made.shards}
+    jobs = [job for job in jobs if job.name not in wanted or not _is_whole(out, wanted[job.name])]
+    rows = _run(jobs, workers, ray, progress) if jobs else []
+    for row in rows:
+        if row != wanted.get(row.name):
+            storage.remove(f"{out}/{row.name}")
+            raise ValueError(
+                f"{root} is not what {row.name} was packed from; find the old pictures, or pack "
+                "anew into "
+                "another folder"
+            )
+    _clean_up(out, made)
+    print(f"{len(rows)} of {len(made.shards)} shards made anew", file=sys.stderr)
+    return made
+
+
+def _is_whole(out: str, shard: Shard) -> bool:
+    for name, wanted in ((shard.name, shard.sha256), (shard.index_name, shard.index_sha256)):
+        try:
+            with storage.reading(f"{out}/{name}") as file:
+                digest = hashlib.sha256()
+                while block := file.read(storage.BLOCK):
+                    digest.update(block)
+        except FileNotFoundError:
+            return False
+        if digest.hexdigest() != wanted:
+            return False
+    return True
+
+
 def _before(out: str, tasks: list[str]) -> Manifest:
-    """The manifest that OUT holds, or an empty one; refuses folders with other things, and tasks
-    that are there."""
+    """The manifest that OUT holds, or an empty one; refuses other things and tasks it holds."""
     there = [name for name in storage.names(out) if not name.startswith(".")]
     if manifest.NAME not in there:
         strange = [name for name in there if not name.endswith((".tar", ".idx"))]
-        unfinished = any(not name.endswith(".lock") for name in storage.names(f"{out}/{WORK}"))
+        unfinished = any(name.endswith(".json") for name in storage.names(f"{out}/{WORK}"))
         if strange or (there and not unfinished):
             raise ValueError(
                 f"{out} is not empty and holds no {manifest.NAME} (but {(strange or there)[0]}); "
@@ -336,7 +297,8 @@ def _before(out: str, tasks: list[str]) -> Manifest:
     if again:
         raise ValueError(
             f"{out} already holds {', '.join(again)}; give another folder, or remove this one to "
-            "pack anew"
+            "pack anew (damaged "
+            "shards are made anew by --repair)"
         )
     return before
 
@@ -347,16 +309,30 @@ def _only_one(out: str) -> Iterator[None]:
     if storage.is_remote(out):
         yield
         return
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise ValueError(f"{out} is a file; give a folder for the shards")
     os.makedirs(f"{out}/{WORK}", exist_ok=True)
     try:
         with FileLock(f"{out}/{WORK}/running.lock", timeout=0):
             yield
     except Timeout as error:
         raise ValueError(f"another packing into {out} is running; wait for its end") from error
+    finally:
+        # Where nothing was written, nothing stays.
+        if storage.names(f"{out}/{WORK}") in ([], ["running.lock"]):
+            shutil.rmtree(f"{out}/{WORK}", ignore_errors=True)
+            with contextlib.suppress(OSError):
+                os.rmdir(out)
 
 
-def _clean_up(out: str) -> None:
+def _clean_up(out: str, made: Manifest) -> None:
+    """Removes the rows, and shards that an earlier unfinished run with other options has left."""
+    wanted = {shard.name for shard in made.shards}
     for name in storage.names(f"{out}/{WORK}"):
+        shard = name.removesuffix(".json")
+        if shard.endswith(".tar") and shard not in wanted:
+            storage.remove(f"{out}/{shard}")
+            storage.remove(f"{out}/{shard.removesuffix('.tar')}.idx")
         if not name.endswith(".lock"):
             storage.remove(f"{out}/{WORK}/{name}")
 
@@ -372,7 +348,7 @@ def _finished(job: Job) -> Shard | None:
         return None
 
 
-def _run(jobs: list[Job], workers: int | None, progress: bool) -> list[Shard]:
+def _run(jobs: list[Job], workers: int | None, ray: bool, progress: bool) -> list[Shard]:
     """The rows of all shards in the order of the jobs; writes those that are not there yet."""
     rows = {job.name: row for job in jobs if (row := _finished(job)) is not None}
     left = [job for job in jobs if job.name not in rows]
@@ -381,8 +357,10 @@ def _run(jobs: list[Job], workers: int | None, progress: bool) -> list[Shard]:
     workers = min(workers or os.cpu_count() or 1, max(len(left), 1))
     counter = multiprocessing.get_context("spawn").Value("q", 0)
     with _bar(total, done, progress) as show:
-        if workers == 1:
-            _set_counter(counter)
+        if ray:
+            rows |= _run_ray(left, lambda count: show(done + count))
+        elif workers == 1:
+            set_counter(counter)
             for job in left:
                 rows[job.name] = write_shard(job)
                 show(done + counter.value)
@@ -395,7 +373,7 @@ def _run_processes(
     jobs: list[Job], workers: int, counter: Any, show: Callable[[], None]
 ) -> dict[str, Shard]:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _set_counter, (counter,)) as pool:
+    with ProcessPoolExecutor(workers, context, _begin, (counter,)) as pool:
         futures: list[Future[Shard]] = [pool.submit(write_shard, job) for job in jobs]
         waiting = set(futures)
         try:
@@ -415,6 +393,43 @@ def _run_processes(
             pool.shutdown(wait=True, cancel_futures=True)
             raise
         return {job.name: future.result() for job, future in zip(jobs, futures, strict=True)}
+
+
+def _begin(counter: Any) -> None:
+    """In a new packing process: Ctrl-C belongs to the process that started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    set_counter(counter)
+
+
+def _run_ray(jobs: list[Job], show: Callable[[int], None]) -> dict[str, Shard]:
+    """One Ray task per shard; each needs the source folder and the destination on its node."""
+    # Read by Ray at its import; a token that an earlier local cluster left behind would lock us
+    # out.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        ray.init(log_to_driver=False, include_dashboard=False, logging_level="error")
+    try:
+        remote = ray.remote(num_cpus=1, max_retries=2)(write_shard)
+        names = {remote.remote(job): job for job in jobs}
+        rows, count, waiting = {}, 0, list(names)
+        while waiting:
+            ready, waiting = ray.wait(waiting, timeout=1)
+            for reference in ready:
+                job = names[reference]
+                try:
+                    rows[job.name] = ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
+                    raise (error.cause or error) from None
+                count += len(job.groups)
+            show(count)
+        return rows
+    finally:
+        if started:
+            ray.shutdown()
 
 
 @contextlib.contextmanager
@@ -439,37 +454,69 @@ def _bar(total: int, done: int, wanted: bool) -> Iterator[Callable[[int], None]]
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; 0, or 2 with one line on stderr."""
-    parser = argparse.ArgumentParser(prog="python -m shards.pack", description=__doc__)
-    parser.add_argument("layout", help="clean | paired")
-    parser.add_argument("root", help="folder of the source pictures")
-    parser.add_argument("out", help="folder or store for the shards")
-    parser.add_argument("--task", help="task of a paired folder: " + ", ".join(TASKS))
-    parser.add_argument(
+    rows = [
+        (name, f"{row.expected:,}" if row.expected else "any", row.shape)
+        for name, row in LAYOUTS.items()
+    ]
+    table = "\n".join(f"  {name:15} {count:>7}  {shape}" for name, count, shape in rows)
+    parser = argparse.ArgumentParser(
+        prog="python -m shards.pack",
+        description=textwrap.dedent(__doc__ or ""),
+        epilog=f"layouts, their samples, and how they lie on disk:\n{table}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("layout", help="one of those below")
+    add("root", help="folder of the source pictures")
+    add("out", help="folder, or URI of an object store, for the shards")
+    add("--task", help=f"task of a paired folder: {', '.join(TASKS)}")
+    add(
         "--synthesise", nargs="+", default=[], metavar="TASK", help="make these from clean pictures"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of what is synthesised")
-    parser.add_argument("--workers", type=int, help="processes; default one per core")
-    parser.add_argument(
-        "--shard-mib", type=float, default=256, help="size of a shard, about, in MiB"
+    add("--seed", type=int, default=0, help="of what is synthesised (0)")
+    add("--shard-mib", type=float, default=256, help="size of a shard, about, in MiB (256)")
+    add(
+        "--tiles",
+        type=int,
+        default=0,
+        metavar="SIDE",
+        help="cut lossless pictures into tiles (128)",
     )
+    add("--allow-missing", action="store_true", help="go on where a benchmark is not whole")
+    add("--repair", action="store_true", help="make missing and damaged shards of OUT anew")
+    add("--workers", type=int, help="processes (one per core)")
+    add("--ray", action="store_true", help="spread the work over a Ray cluster (RAY_ADDRESS)")
     options = vars(parser.parse_args(argv))
     try:
         result = pack(progress=sys.stderr.isatty(), **options)
+    except KeyboardInterrupt:
+        print("stopped; the same command again goes on from here", file=sys.stderr)
+        return 130
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: {error.strerror or error}", file=sys.stderr)
         return 2
-    size = sum(shard.bytes for shard in result.shards)
-    counts = ", ".join(f"{task} {count}" for task, count in result.counts.items())
-    print(f"{result.uri}: {counts} samples in {len(result.shards)} shards, {_megabytes(size)}")
-    print(f"look at them: python -m shards.inspect {result.uri}")
+    _tell(result)
     return 0
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB" if size < 1e9 or math.isinf(size) else f"{size / 1e9:.2f} GB"
+def _tell(result: Manifest) -> None:
+    size = sum(shard.bytes for shard in result.shards)
+    counts = ", ".join(f"{task} {count:,}" for task, count in result.counts.items())
+    print(f"{result.uri}: {counts} samples in {len(result.shards)} shards, {_bytes(size)}")
+    for task, entry in result.tasks.items():
+        if entry.leaks:
+            more = (
+                f" … ({len(entry.leaks)} in all, see the manifest)" if len(entry.leaks) > 2 else ""
+            )
+            print(f"note: {task}: {'; '.join(entry.leaks[:2])}{more}")
+    print(f"look at them: python -m shards.inspect {result.uri}")
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size < 1e9 else f"{size / 1e9:.2f} GB"
 
 
 if __name__ == "__main__":

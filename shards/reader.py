@@ -22,6 +22,15 @@ OPEN_FILES = 64
 class DamagedError(ValueError):
     """A shard or a sample of it is not what was packed."""
 
+    def __init__(self, what: str, mend: str) -> None:
+        """`what` is wrong and where; `mend` says what to do about it."""
+        super().__init__(what, mend)
+        self.what, self.mend = what, mend
+
+    def __str__(self) -> str:
+        """Both in one line."""
+        return f"{self.what}; {self.mend}"
+
 
 class Place(NamedTuple):
     """Where a sample is."""
@@ -65,24 +74,9 @@ class Reader:
         for shard in self.manifest.shards:
             path = storage.join(self.manifest.uri, shard.name)
             if not os.path.exists(path):
-                raise DamagedError(
-                    f"{path} is named in {manifest.NAME}, but is not there{self.mend}"
-                )
-            size = os.path.getsize(path)
-            if size != shard.bytes:
-                raise DamagedError(
-                    f"{path} has {size} bytes, but {manifest.NAME} says {shard.bytes}{self.mend}"
-                )
-
-    @property
-    def mend(self) -> str:
-        """What to do about a damaged shard."""
-        where = self.manifest.uri
-        return (
-            "; copy the shard again, or make it anew from the pictures by "
-            f"`python -m shards.pack LAYOUT ROOT {where} --repair` (see all damage: `python -m "
-            f"shards.inspect {where}`)"
-        )
+                raise self._damaged(shard, _missing(path))
+            if os.path.getsize(path) != shard.bytes:
+                raise self._damaged(shard, _short(path, os.path.getsize(path), shard))
 
     def locate(self, task: str, number: int) -> Place:
         """Where the `number`-th sample of a task is."""
@@ -117,22 +111,59 @@ class Reader:
         height, width = place.size
         box = box or Box(0, 0, height, width)
         top, left = int(place.row["top"]), int(place.row["left"])
+        # A degraded picture that shows the centre of a larger clean one lies in the middle of it.
         return self._picture(
-            place, "target", Box(box.top + top, box.left + left, box.height, box.width)
+            place,
+            "target",
+            Box(box.top + top, box.left + left, box.height, box.width),
+            (height + 2 * top, width + 2 * left),
         )
 
     def degraded(self, place: Place, box: Box | None = None) -> np.ndarray:
         """The degraded picture (H, W, 3) uint8, or a box of it."""
-        return self._picture(place, "input", box)
+        return self._picture(place, "input", box or Box(0, 0, *place.size), place.size)
 
-    def _picture(self, place: Place, role: str, box: Box | None) -> np.ndarray:
-        data = self._member(place, int(place.row[role]))
+    def both(self, place: Place) -> tuple[np.ndarray | None, np.ndarray]:
+        """The degraded picture, None where only a clean one is stored, and the clean one."""
+        return (self.degraded(place) if self._has_input(place) else None), self.clean(place)
+
+    def index(self, shard: Shard) -> Index:
+        """The index of a shard, checked against the manifest."""
+        opened = self._open.get(shard.name)
+        return opened[2] if opened else self._index(shard)
+
+    def local_path(self, shard: Shard) -> str:
+        """A local file with the shard's bytes; fetched where it is remote."""
+        uri = storage.join(self.manifest.uri, shard.name)
+        if not storage.is_remote(uri):
+            return uri
+        return self.cache.fetch(uri, shard.sha256, shard.bytes)
+
+    def _picture(self, place: Place, role: str, box: Box, size: tuple[int, int]) -> np.ndarray:
+        first = int(place.row[role])
+        tiled = int(place.row["tiled"]) & (1 if role == "input" else 2)
         try:
-            return decode(data, box)
+            if not tiled:
+                return decode(self._member(place, first), box)
+            return self._from_tiles(place, first, box, size)
         except DecodeError as error:
-            raise DamagedError(
-                f"{self._where(place)}: the {role} cannot be decoded ({error}){self.mend}"
+            raise self._damaged(
+                place.shard, f"{self._where(place)}: the {role} cannot be decoded ({error})"
             ) from error
+
+    def _from_tiles(self, place: Place, first: int, box: Box, size: tuple[int, int]) -> np.ndarray:
+        """A box put together from the tiles that it meets; `size` of the whole picture."""
+        side = place.table.tile
+        columns = -(-size[1] // side)
+        pixels = np.empty((box.height, box.width, 3), np.uint8)
+        for row in range(box.top // side, (box.top + box.height - 1) // side + 1):
+            for column in range(box.left // side, (box.left + box.width - 1) // side + 1):
+                tile = decode(self._member(place, first + row * columns + column))
+                down, right = row * side - box.top, column * side - box.left
+                part = tile[max(-down, 0) : box.height - down, max(-right, 0) : box.width - right]
+                top, left = max(down, 0), max(right, 0)
+                pixels[top : top + part.shape[0], left : left + part.shape[1]] = part
+        return pixels
 
     def _has_input(self, place: Place) -> bool:
         return int(place.row["input"]) != manifest.NONE
@@ -146,10 +177,11 @@ class Reader:
         descriptor, _, _ = self._file(place.shard)
         data = os.pread(descriptor, int(entry["size"]), int(entry["offset"]))
         if len(data) != entry["size"]:
-            raise DamagedError(f"{self._where(place)}: the shard ends inside of it{self.mend}")
+            raise self._damaged(place.shard, f"{self._where(place)}: the shard ends inside of it")
         if zlib.crc32(data) != entry["crc32"]:
-            raise DamagedError(
-                f"{self._where(place)}: its bytes have changed since packing (checksum){self.mend}"
+            raise self._damaged(
+                place.shard,
+                f"{self._where(place)}: its bytes have changed since packing (checksum)",
             )
         return data
 
@@ -172,11 +204,8 @@ class Reader:
         size = os.fstat(descriptor).st_size
         if size != shard.bytes:
             os.close(descriptor)
-            raise DamagedError(
-                f"{storage.join(self.manifest.uri, shard.name)} has {size} bytes, but "
-                f"{manifest.NAME} says "
-                f"{shard.bytes}{self.mend}"
-            )
+            path = storage.join(self.manifest.uri, shard.name)
+            raise self._damaged(shard, _short(path, size, shard))
         while len(self._open) >= OPEN_FILES:
             _, (oldest, _, _) = self._open.popitem(last=False)
             os.close(oldest)
@@ -184,20 +213,14 @@ class Reader:
         return self._open[shard.name]
 
     def _descriptor(self, shard: Shard) -> int:
-        uri = storage.join(self.manifest.uri, shard.name)
-        if not storage.is_remote(uri):
-            try:
-                return os.open(uri, os.O_RDONLY)
-            except FileNotFoundError as error:
-                raise DamagedError(
-                    f"{uri} is named in {manifest.NAME}, but is not there{self.mend}"
-                ) from error
         while True:
-            path = self.cache.fetch(uri, shard.sha256, shard.bytes)
+            path = self.local_path(shard)
             try:
                 return os.open(path, os.O_RDONLY)
-            except FileNotFoundError:
-                continue  # another process evicted it between the two lines
+            except FileNotFoundError as error:
+                if not storage.is_remote(self.manifest.uri):
+                    raise self._damaged(shard, _missing(path)) from error
+                # Another process evicted the copy between the two lines: fetch it again.
 
     def _index(self, shard: Shard) -> Index:
         uri = storage.join(self.manifest.uri, shard.index_name)
@@ -208,7 +231,7 @@ class Reader:
                 raise ValueError("its hash is not the one in the manifest")
             return Index.from_bytes(data)
         except (FileNotFoundError, ValueError) as error:
-            raise DamagedError(f"{uri} is missing or damaged ({error}){self.mend}") from error
+            raise self._damaged(shard, f"{uri} is missing or damaged ({error})") from error
 
     def _remote_index(self, uri: str, shard: Shard) -> bytes:
         path = self.cache.path(shard.index_sha256)
@@ -220,8 +243,19 @@ class Reader:
         with open(path, "rb") as file:
             return file.read()
 
+    def _damaged(self, shard: Shard, what: str) -> DamagedError:
+        return DamagedError(what, self.manifest.mend(shard.task))
+
     def close(self) -> None:
         """Closes all files."""
         while self._open:
             _, (descriptor, _, _) = self._open.popitem()
             os.close(descriptor)
+
+
+def _missing(path: str) -> str:
+    return f"{path} is named in {manifest.NAME}, but is not there"
+
+
+def _short(path: str, size: int, shard: Shard) -> str:
+    return f"{path} has {size} bytes, but {manifest.NAME} says {shard.bytes}"

@@ -134,8 +134,10 @@ def remove(uri: str) -> None:
         os.unlink(uri)
 
 
-def open_remote(uri: str) -> AbstractContextManager[BinaryIO]:
-    """A remote file, read from its beginning to its end."""
+def reading(uri: str) -> AbstractContextManager[BinaryIO]:
+    """A file, local or remote, to be read from its beginning to its end."""
+    if not is_remote(uri):
+        return open(uri, "rb")
     filesystem, path = _remote(uri)
     opened: AbstractContextManager[BinaryIO] = filesystem.open(path, "rb", cache_type="readahead")
     return opened

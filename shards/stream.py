@@ -159,8 +159,8 @@ class TrainStream:
         if sum(self.damaged.values()) > self.data.corrupt_budget:
             raise DamagedError(
                 f"more than data.corrupt_budget = {self.data.corrupt_budget} damaged samples, the "
-                "last: "
-                f"{next(reversed(self.damaged))}"
+                f"last: {next(reversed(self.damaged))}",
+                f"see all damage by `python -m shards.inspect {self.data.train}`",
             )
 
     def _samples(self, positions: np.ndarray) -> list[Sample]:
@@ -181,11 +181,12 @@ class TrainStream:
             other = int(ordering.key(self.seed, 5, position, attempt)) % count
             try:
                 made = self._make(position, degradation, other, epoch)
-                return made._replace(damage=str(first).split("; copy the shard", 1)[0])
+                return made._replace(damage=getattr(first, "what", str(first)))
             except (DamagedError, OSError):
                 continue
         raise DamagedError(
-            f"{_SUBSTITUTES} samples of {task} in a row are damaged: {first}"
+            f"{_SUBSTITUTES} samples of {task} in a row are damaged: {first}",
+            f"see all damage by `python -m shards.inspect {self.data.train}`",
         ) from first
 
     def _make(self, position: int, degradation: int, number: int, epoch: int) -> Sample:
@@ -235,7 +236,7 @@ class _Loads(Dataset["Batch | DamagedError"]):
         except DamagedError as error:
             return error
         except OSError as error:
-            return DamagedError(str(error))
+            return DamagedError(str(error), "see that the store can be read")
 
 
 def _unchanged(batch: Any) -> Any:

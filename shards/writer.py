@@ -1,0 +1,265 @@
+"""One shard: pictures in, a tar with its index out. All that a packing process does."""
+
+import hashlib
+import json
+import os
+import tarfile
+import tempfile
+import zlib
+from io import BytesIO
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from shards import degrade, manifest, storage
+from shards.decode import DecodeError, decode, encode_tile
+from shards.layouts import Group
+from shards.manifest import Index, Shard
+
+WORK = ".packing"
+"""Folder inside of OUT with the rows of finished shards while a packing is under way."""
+LOSSLESS = ("png", "bmp", "tif", "tiff", "ppm")
+"""Suffixes of pictures that may be cut into tiles; others keep their bytes, which are smaller."""
+
+
+class Job(NamedTuple):
+    """One shard to write: everything its bytes depend on, and where it goes."""
+
+    name: str
+    task: str
+    root: str
+    out: str
+    groups: tuple[Group, ...]
+    first: int
+    """Number of the first group within the task."""
+    chain: tuple[str, ...]
+    """Degradations to synthesise, one after the other; empty: the inputs are files."""
+    seed: int
+    tiles: int
+    """Side of the tiles that lossless pictures are cut into, 0 for none."""
+
+    def digest(self) -> str:
+        """Changes with the options and with any of the source files."""
+        files = []
+        for group in self.groups:
+            for path in (group.target, *group.inputs, *([group.map] if group.map else [])):
+                status = os.stat(os.path.join(self.root, path))
+                files.append((path, status.st_size, status.st_mtime_ns))
+        return manifest.digest([self.name, self.first, self.chain, self.seed, self.tiles, files])
+
+
+class _Tar:
+    """Writes a plain USTAR archive member by member and notes where each one lies."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+        self.members: list[tuple[int, int, int]] = []
+
+    def add(self, name: str, data: bytes) -> int:
+        """Writes one member; its number."""
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        info.mode = 0o644
+        self._write(info.tobuf(tarfile.USTAR_FORMAT))
+        self.members.append((self.size, len(data), zlib.crc32(data)))
+        self._write(data)
+        self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
+        return len(self.members) - 1
+
+    def close(self) -> None:
+        """Writes the end of the archive and waits for the disk."""
+        self._write(bytes(2 * tarfile.BLOCKSIZE))
+        self._write(bytes(-self.size % tarfile.RECORDSIZE))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def _write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.sha256.update(data)
+        self.size += len(data)
+
+
+_counter: Any = None
+"""In a packing process: the shared count of pictures done."""
+
+
+def set_counter(counter: Any) -> None:
+    """Where a packing process counts the groups it has written (a multiprocessing.Value)."""
+    global _counter
+    _counter = counter
+
+
+def write_shard(job: Job) -> Shard:
+    """Writes one shard, its index and its row; returns the row.
+
+    OSError or ValueError with one clear line. Nothing is left under the shard's name unless it is
+    whole.
+    """
+    target = storage.join(job.out, job.name)
+    if storage.is_remote(job.out):
+        with tempfile.TemporaryDirectory(prefix="measnet-pack-") as folder:
+            path = os.path.join(folder, job.name)
+            shard, index = _write_tar(job, path)
+            storage.put(path, target)
+    else:
+        with storage.replacing(target) as path:
+            shard, index = _write_tar(job, path)
+    storage.write(storage.join(job.out, shard.index_name), index)
+    row = {"job": job.digest(), "row": shard._asdict()}
+    storage.write(storage.join(job.out, f"{WORK}/{job.name}.json"), json.dumps(row).encode())
+    return shard
+
+
+def _write_tar(job: Job, path: str) -> tuple[Shard, bytes]:
+    samples: list[tuple[Any, ...]] = []
+    with open(path, "wb") as file:
+        tar = _Tar(file)
+        for number, group in enumerate(job.groups, start=job.first):
+            samples += _add_group(tar, job, group, f"{job.task}_{number:08d}")
+            if _counter is not None:
+                with _counter.get_lock():
+                    _counter.value += 1
+        tar.close()
+    index = Index(
+        np.array(tar.members, manifest.MEMBER), np.array(samples, manifest.SAMPLE), job.tiles
+    ).to_bytes()
+    sha256 = tar.sha256.hexdigest()
+    index_sha256 = hashlib.sha256(index).hexdigest()
+    return Shard(job.name, job.task, len(samples), tar.size, sha256, index_sha256), index
+
+
+class _Image(NamedTuple):
+    """A picture as it is to be stored."""
+
+    suffix: str
+    data: bytes
+    pixels: np.ndarray
+
+
+def _add_group(tar: _Tar, job: Job, group: Group, key: str) -> list[tuple[Any, ...]]:
+    """Writes a clean picture and its degraded ones; the rows of the index."""
+    clean = _open(job.root, group.target)
+    about: dict[str, Any] = {"target": group.target}
+    if job.chain:
+        degraded, about["chain"] = _synthesise(job, group, clean.pixels)
+        inputs = [_Image("png", b"" if job.tiles else _png(degraded), degraded)]
+    else:
+        inputs = [_open(job.root, path) for path in group.inputs]
+        about["inputs"] = list(group.inputs)
+    places = [_place(job.root, group, part, image, clean) for part, image in enumerate(inputs)]
+    members = []
+    for part, image in enumerate(inputs):
+        field = "input" if len(inputs) == 1 else f"input{part:02d}"
+        members.append(_add_image(tar, job, f"{key}.{field}", image))
+    target, tiled = _add_image(tar, job, f"{key}.target", clean)
+    height, width = (inputs[0] if inputs else clean).pixels.shape[:2]
+    about |= {"height": height, "width": width, **({"tiles": job.tiles} if tiled else {})}
+    text = json.dumps(about, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    meta = tar.add(f"{key}.json", text.encode())
+    mark = signature(clean.pixels)
+    if not inputs:
+        return [(manifest.NONE, target, meta, 0, height, width, 0, 0, tiled * 2, mark)]
+    return [
+        (member, target, meta, part, *image.pixels.shape[:2], *place, cut + tiled * 2, mark)
+        for part, (image, place, (member, cut)) in enumerate(
+            zip(inputs, places, members, strict=True)
+        )
+    ]
+
+
+def _add_image(tar: _Tar, job: Job, name: str, image: _Image) -> tuple[int, bool]:
+    """Writes a picture, whole or in tiles; its (first) member, and whether it is in tiles."""
+    if not job.tiles or image.suffix not in LOSSLESS:
+        return tar.add(f"{name}.{image.suffix}", image.data), False
+    height, width = image.pixels.shape[:2]
+    members = []
+    for row, top in enumerate(range(0, height, job.tiles)):
+        for column, left in enumerate(range(0, width, job.tiles)):
+            tile = image.pixels[top : top + job.tiles, left : left + job.tiles]
+            members.append(tar.add(f"{name}.{row:03d}_{column:03d}.qoi", encode_tile(tile)))
+    return members[0], True
+
+
+def _open(root: str, path: str) -> _Image:
+    full = os.path.join(root, path)
+    try:
+        with open(full, "rb") as file:
+            data = file.read()
+        return _Image(path.rsplit(".", 1)[-1].lower(), data, decode(data))
+    except DecodeError as error:
+        raise ValueError(
+            f"{full} is not a whole picture ({error}); replace or remove it, then run the same "
+            "command again"
+        ) from error
+    except FileNotFoundError as error:
+        raise ValueError(f"{full} is gone; run the same command again") from error
+
+
+def _place(root: str, group: Group, part: int, image: _Image, clean: _Image) -> tuple[int, int]:
+    """Where a degraded picture lies in its clean one (top, left); ValueError where sizes differ."""
+    down = clean.pixels.shape[0] - image.pixels.shape[0]
+    right = clean.pixels.shape[1] - image.pixels.shape[1]
+    if group.centre and down >= 0 and right >= 0 and down % 2 == right % 2 == 0:
+        return down // 2, right // 2
+    if down == right == 0:
+        return 0, 0
+    sizes = [f"{shape[1]}x{shape[0]}" for shape in (image.pixels.shape, clean.pixels.shape)]
+    raise ValueError(
+        f"{os.path.join(root, group.inputs[part])} is {sizes[0]}, but its clean picture "
+        f"{group.target} is "
+        f"{sizes[1]}; replace or remove the pair, then run the same command again"
+    )
+
+
+def _synthesise(job: Job, group: Group, clean: np.ndarray) -> tuple[np.ndarray, list[Any]]:
+    rng = degrade.generator(job.seed, "+".join(job.chain), group.target)
+    depth = None
+    if group.map and "dehaze" in job.chain:
+        depth = read_map(os.path.join(job.root, group.map))
+        if depth.shape != clean.shape[:2]:
+            raise ValueError(
+                f"{os.path.join(job.root, group.map)} is {depth.shape[1]}x{depth.shape[0]}, but "
+                "its picture is "
+                f"{clean.shape[1]}x{clean.shape[0]}; replace or remove the map"
+            )
+    return degrade.synthesise(clean, job.chain, rng, depth)
+
+
+def read_map(path: str) -> np.ndarray:
+    """Relative depth (H, W) in [0, 1] from a `.npy` or 16-bit `.png` whose name says depth or
+    disparity."""
+    try:
+        if path.endswith(".npy"):
+            values = np.load(path, allow_pickle=False)
+        else:
+            with Image.open(path) as image:
+                values = np.asarray(image)
+    except (ValueError, OSError, SyntaxError) as error:
+        raise ValueError(f"{path} is not a map that can be read ({error})") from error
+    if values.ndim != 2:
+        raise ValueError(f"{path} has the shape {values.shape}, but a map has two dimensions")
+    kind = path.replace(os.sep, "/")
+    disparity = ".disparity." in kind or "/disparity/" in kind
+    return degrade.depth_from_map(values, "disparity" if disparity else "depth")
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=4)
+    return buffer.getvalue()
+
+
+def signature(pixels: np.ndarray) -> bytes:
+    """128 bits that stay nearly the same when a picture is scaled, cropped by a pixel or encoded
+    again.
+
+    The signs of brightness differences between neighbours of an 9x9 thumbnail, across and down.
+    """
+    grey = Image.fromarray(pixels).convert("L").resize((9, 9), Image.Resampling.BOX)
+    levels = np.asarray(grey, np.int16)
+    across = levels[:8, 1:] > levels[:8, :-1]
+    down = levels[1:, :8] > levels[:-1, :8]
+    return np.packbits(np.concatenate([across.ravel(), down.ravel()])).tobytes()
