@@ -25,6 +25,14 @@ bench: $(STAMP)
 	$(BIN)/python bench/model.py
 	$(BIN)/python bench/stream.py
 
+# What the nodes of a cluster install, and the token without which nobody talks to it.
+deploy/node/requirements.txt: pyproject.toml constraints.txt $(STAMP)
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], '-c constraints.txt', sep='\n')" > $@
+	cp constraints.txt deploy/node/constraints.txt
+
+deploy/node/ray.token:
+	umask 077 && openssl rand -hex 32 > $@
+
 clean:
 	rm -rf $(VENV) data/demo runs/demo .pytest_cache .mypy_cache .ruff_cache
 

@@ -63,7 +63,8 @@ class SkipCounter:
         self._path = f"{root}/{PASSED_OVER}"
         self._limit = limit
         self._since: int | None = None
-        self._in_a_row = 0
+        self.in_a_row = 0
+        """Updates skipped one after the other, up to now."""
         self.spans: list[list[int]] = (
             read_json(self._fs, self._path) if self._fs.exists(self._path) else []
         )
@@ -79,11 +80,11 @@ class SkipCounter:
     def after_step(self, first: int, last: int, *, skipped: bool) -> bool:
         """Count the step over samples [first, last); True where the run has to go back."""
         if not skipped:
-            self._in_a_row, self._since = 0, None
+            self.in_a_row, self._since = 0, None
             return False
         self._since = first if self._since is None else self._since
-        self._in_a_row += 1
-        return self._in_a_row >= self._limit
+        self.in_a_row += 1
+        return self.in_a_row >= self._limit
 
     def pass_over(self, last: int) -> list[int]:
         """Write down that the present streak, up to `last` samples, is to be left out."""

@@ -71,6 +71,7 @@ class Meter:
     def reset(self) -> None:
         """Begin the next point of the curves."""
         self._losses = torch.zeros(4, dtype=torch.float64, device=self._device)
+        self.micro_batches = 0
         self._data_wait = 0.0
         self.started = time.perf_counter()
 
@@ -83,6 +84,7 @@ class Meter:
         of_one = torch.stack([*(loss.detach() for loss in losses), losses.total.new_ones(())])
         of_one = torch.where(of_one.isfinite().all(), of_one, 0)  # skipped steps have no loss
         self._losses += of_one.double()
+        self.micro_batches += 1
         self.step_keys += batch.keys
         self.step_digests.append(zlib.crc32(batch.degraded.numpy().tobytes()))
         for library, share_bn in restoration.routing.items():
@@ -223,10 +225,10 @@ class TrainRun:
             self.samples >= self._end or (every.validate and self._crossed(every.validate))
         ):
             self._validate()
-        if (
-            self._crossed(every.checkpoint)
-            or self.over
-            or self._validation.get("at") == self.samples
+        validated = self._validation.get("at") == self.samples
+        # Amid skipped updates the weights may be what is wrong: not a place to come back to.
+        if self.over or (
+            not self._skips.in_a_row and (validated or self._crossed(every.checkpoint))
         ):
             self._save()
         self.samples = self._skips.behind(self.samples)
@@ -337,17 +339,18 @@ class TrainRun:
             self._note(f"going on from checkpoint {found.name}: {self.samples:,} samples")
 
     def _metrics(self, sums: list[float], lr: float) -> dict[str, float]:
-        total, l1, balance, micro_batches, data_wait = sums
-        micro_batches = micro_batches or math.nan  # all skipped
+        total, l1, balance, counted, data_wait = sums
+        counted = counted or math.nan  # all skipped
+        samples = self.meter.micro_batches * self.world * self.config.recipe.micro_batch
         seconds = time.perf_counter() - self.meter.started
         steps = self.samples // self.config.recipe.global_batch
         return {
-            "train/loss": total / micro_batches,
-            "train/l1": l1 / micro_batches,
-            "train/balance": balance / micro_batches,
+            "train/loss": total / counted,
+            "train/l1": l1 / counted,
+            "train/balance": balance / counted,
             "train/learning_rate": lr,
             "train/skipped_updates": steps - self.updates,
-            "speed/samples_per_s": micro_batches * self.config.recipe.micro_batch / seconds,
+            "speed/samples_per_s": samples / seconds,
             "speed/data_wait": min(1.0, data_wait / self.world / seconds),
         }
 

@@ -40,28 +40,9 @@ def golden() -> Path:
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with `train` and `test` shards of all five tasks, from pieces of real photographs."""
-    from PIL import Image
-    from skimage import data
+    from tests.photographs import pack_photographs
 
-    from shards.pack import pack
-
-    root = tmp_path_factory.mktemp("packed")
-    pieces = {
-        "train": [data.astronaut()[100:196, 100:228], data.coffee()[200:296, 200:328]],
-        "test": [data.chelsea()[100:196, 150:278]],
-    }
-    for split, pictures in pieces.items():
-        (root / "pictures" / split).mkdir(parents=True)
-        for number, picture in enumerate(pictures):
-            Image.fromarray(picture).save(root / "pictures" / split / f"{number}.png")
-        pack(
-            "clean",
-            str(root / "pictures" / split),
-            str(root / split),
-            synthesise=["dehaze", "derain", "deblur", "lowlight"],
-            workers=1,
-        )
-    return root
+    return pack_photographs(tmp_path_factory.mktemp("packed"))
 
 
 @pytest.fixture(scope="session")

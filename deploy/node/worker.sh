@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Start Ray on a worker node and join the head whose address is given.
+set -euo pipefail
+ulimit -n 65536
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$HOME/measnet/ray.token" RAY_USAGE_STATS_ENABLED=0
+exec ~/venv/bin/ray start --address="$1:6379"

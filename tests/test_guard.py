@@ -1,0 +1,57 @@
+import json
+import random
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from distributed.guard import (
+    PASSED_OVER,
+    SkipCounter,
+    SpikeDetector,
+    chain,
+    describe_samples,
+    watch_unused,
+)
+
+
+def test_the_chain_tells_order_and_content() -> None:
+    first = chain("", [1, 2])
+    assert chain(first, [3, 4]) == chain(chain("", [1, 2]), [3, 4])
+    assert len({first, chain("", [2, 1]), chain("", [1, 3]), chain("x", [1, 2])}) == 4
+
+
+def test_a_loss_that_stands_out_is_noticed_and_noise_is_not() -> None:
+    draw = random.Random(0)
+    detector = SpikeDetector(8.0)
+    told = [detector.is_spike(0.1 + 0.01 * draw.gauss(0, 1)) for _ in range(2000)]
+    assert not any(told)
+    assert detector.is_spike(0.5)
+    assert not detector.is_spike(float("nan"))
+    assert not detector.is_spike(0.1)
+
+
+def test_skips_in_a_row_lead_back_and_their_samples_are_passed_over(tmp_path: Path) -> None:
+    counter = SkipCounter(str(tmp_path), limit=2)
+    assert not counter.after_step(0, 8, skipped=True)
+    assert not counter.after_step(8, 16, skipped=False)
+    assert not counter.after_step(16, 24, skipped=True)
+    assert counter.after_step(24, 32, skipped=True)
+    assert counter.pass_over(32) == [16, 32]
+    assert json.loads((tmp_path / PASSED_OVER).read_text()) == [[16, 32]]
+    again = SkipCounter(str(tmp_path), limit=2)
+    assert [again.behind(s) for s in (8, 16, 24, 32)] == [8, 32, 32, 32]
+
+
+def test_parameters_without_gradient_are_named() -> None:
+    network = nn.ModuleDict({"used": nn.Linear(2, 2), "forgotten": nn.Linear(2, 2)})
+    network["used"].bias.requires_grad_(False)
+    finish = watch_unused(network)
+    network["used"](torch.ones(1, 2)).sum().backward()
+    assert finish() == ["forgotten.bias", "forgotten.weight"]
+    assert finish() == ["forgotten.bias", "forgotten.weight"]  # the hooks have gone
+
+
+def test_samples_fit_in_a_line() -> None:
+    assert describe_samples(["a", "b"]) == "a, b"
+    assert describe_samples([str(n) for n in range(10)], most=2) == "0, 1 and 8 more"
