@@ -19,7 +19,7 @@ import yaml
 
 from measnet.config import ModelConfig, from_dict, tiny, to_dict
 from shards.config import PAPER_REPEATS, DataConfig
-from shards.tasks import DEGRADATIONS, TASKS
+from shards.tasks import DEGRADATIONS, PAPER_TASKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +279,7 @@ def demo() -> TrainConfig:
             train="data/demo/shards/train",
             validation="data/demo/shards/test",
             crop=64,
-            repeats=dict.fromkeys(DEGRADATIONS, 1),
+            repeats=dict.fromkeys(PAPER_REPEATS, 1),
             loader_workers=0,
         ),
         recipe=Recipe(
@@ -310,9 +310,7 @@ def paper_3task() -> TrainConfig:
     I).
     """
     repeats = {
-        name: PAPER_REPEATS[name]
-        for name, row in DEGRADATIONS.items()
-        if row.task not in ("deblur", "lowlight")
+        name: uses for name, uses in PAPER_REPEATS.items() if name not in ("deblur", "lowlight")
     }
     return TrainConfig(
         name="paper-3task", data=DataConfig(repeats=repeats), recipe=Recipe(samples=150 * 142_431)
@@ -356,7 +354,7 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "local-4090": local_4090,
     "paper-3task": paper_3task,
     "paper-5task": paper_5task,
-    **{f"paper-single-{task}": _paper_single(task) for task in TASKS},
+    **{f"paper-single-{task}": _paper_single(task) for task in PAPER_TASKS},
 }
 
 

@@ -36,7 +36,7 @@ GRACE_S = 12.0
 FREE_TO_CHANGE = ("name", "storage", "scaling.", "every.", "guard.", "tracking.", "engine.")
 """Fields that may differ when a run goes on: they do not change what is learnt beyond rounding."""
 
-FREE_DATA_FIELDS = ("train", "validation", "loader_workers", "cache_dir", "cache_gib")
+FREE_DATA_FIELDS = ("train", "validation", "loader_workers", "prefetch", "cache_dir", "cache_gib")
 """Fields of `data` that may differ when a run goes on; the shards' fingerprint is compared
 instead."""
 

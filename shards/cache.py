@@ -7,8 +7,6 @@ name that is there is right. Locks are held by the operating system: a process t
 import contextlib
 import hashlib
 import os
-import random
-import time
 from dataclasses import dataclass
 
 from filelock import FileLock
@@ -60,28 +58,22 @@ class Cache:
 
     def _download(self, uri: str, path: str, sha256: str, size: int) -> None:
         part = path + ".part"  # what a dead process left under this name is overwritten
-        for attempt in range(1, self.attempts + 1):
-            try:
-                digest, count = _copy(uri, part)
-                if (digest, count) != (sha256, size):
-                    raise OSError(
-                        f"{uri} gave {count} bytes with sha256 {digest[:12]}…, but the manifest "
-                        f"says {size} and "
-                        f"{sha256[:12]}…"
-                    )
-                os.replace(part, path)
-                return
-            except Exception as error:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(part)
-                if attempt == self.attempts:
-                    raise OSError(
-                        f"{uri} could not be fetched in {attempt} tries ({type(error).__name__}: "
-                        f"{error}); "
-                        "see that the store is up and holds what its manifest says, then run the "
-                        "same command again"
-                    ) from error
-                time.sleep(self.delay * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+
+        def copy() -> None:
+            digest, count = _copy(uri, part)
+            if (digest, count) != (sha256, size):
+                raise OSError(
+                    f"{count} bytes with sha256 {digest[:12]}… came, but the manifest says {size} "
+                    "and "
+                    f"{sha256[:12]}…"
+                )
+            os.replace(part, path)
+
+        try:
+            storage.retrying(f"fetching {uri}", copy, self.attempts, self.delay)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(part)
 
     def _evict(self, keep: str) -> None:
         with FileLock(os.path.join(self.folder, "locks", "evict")):

@@ -40,11 +40,16 @@ class DataConfig:
     order: Literal["uniform", "local"] = "uniform"
     """`uniform` shuffles over everything; `local` opens few shards at a time, for very large remote
     sets."""
+    sigma: dict[str, str] = field(default_factory=dict)
+    """Noise degradation -> levels to draw from in training, in place of its fixed one: a range as
+    `5..50`, or a list as `15,25,50`, in grey levels of 0-255."""
     noise_rounding: Literal["truncate", "round"] = "truncate"
     """How noisy pictures become 8 bit: `truncate` as the field does it (half a grey level
     darker)."""
     loader_workers: int = 2
     """Decoding processes per training worker; 0 decodes in the training process."""
+    prefetch: int = 64
+    """Micro-batches whose remote shards are fetched ahead; 0 fetches a shard when it is read."""
     cache_dir: str = "data/cache"
     """Folder of each node's local copies of remote shards; relative to the folder the command is
     run in."""
@@ -69,11 +74,34 @@ class DataConfig:
             raise ValueError(
                 f"data.repeats uses nothing; name at least one of {', '.join(DEGRADATIONS)}"
             )
+        for name, levels in self.sigma.items():
+            if DEGRADATIONS.get(name) is None or DEGRADATIONS[name].sigma is None:
+                raise ValueError(f"data.sigma names {name!r}, which is not a noise degradation")
+            parse_levels(name, levels)
         if self.crop < 16:
             raise ValueError(f"data.crop is {self.crop}, but must be at least 16 pixels")
         if self.loader_workers < 0:
             raise ValueError(f"data.loader_workers is {self.loader_workers}, but must be 0 or more")
+        if self.prefetch < 0:
+            raise ValueError(f"data.prefetch is {self.prefetch}, but must be 0 or more")
         if self.cache_gib <= 0:
             raise ValueError(f"data.cache_gib is {self.cache_gib}, but must be above 0")
         if self.corrupt_budget < 0:
             raise ValueError(f"data.corrupt_budget is {self.corrupt_budget}, but must be 0 or more")
+
+
+def parse_levels(name: str, text: str) -> tuple[bool, tuple[float, ...]]:
+    """`5..50` -> (True, (5, 50)), a range; `15,25,50` -> (False, (15, 25, 50)), a list."""
+    is_range = ".." in text
+    try:
+        levels = tuple(float(part) for part in text.split(".." if is_range else ","))
+    except ValueError:
+        levels = ()
+    if not levels or not all(0 < level <= 255 for level in levels):
+        levels = ()
+    if not levels or (is_range and (len(levels) != 2 or levels[0] > levels[1])):
+        raise ValueError(
+            f"data.sigma.{name} is {text!r}, but must be a range as 5..50 or a list as 15,25,50, "
+            "of grey levels above 0 and up to 255"
+        )
+    return is_range, levels

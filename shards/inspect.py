@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
-from shards import manifest, storage
+from shards import degrade, manifest, storage
 from shards.cache import Cache
 from shards.config import DataConfig
 from shards.manifest import Manifest, Shard
@@ -66,6 +66,8 @@ class Report:
     """Task -> "WIDTHxHEIGHT" -> samples, the commonest first."""
     problems: list[Problem] = field(default_factory=list)
     """In the order of the shards."""
+    shared: list[str] = field(default_factory=list)
+    """Clean pictures that the other set holds too, one line each."""
     contact_sheet: str | None = None
     """PNG that was drawn."""
 
@@ -76,10 +78,12 @@ def inspect(
     deep: bool = False,
     workers: int | None = None,
     sheet: str | None = None,
+    against: str | None = None,
     data: DataConfig | None = None,
 ) -> Report:
     """Verifies a packed folder or store; draws a contact sheet where `sheet` names a PNG.
 
+    `against` names another packed set: clean pictures that look the same in both are reported.
     `data` gives the cache for remote stores. ValueError where there is no readable manifest.
     """
     data = data or DataConfig()
@@ -96,6 +100,8 @@ def inspect(
             problems += [Problem(shard=name, problem=what, mend=mend) for name, what in wrong]
             sizes[shard.task].update(counted)
             tiles[shard.task] = tile
+    problems += _strays(made)
+    shared = [] if against is None else in_both(Reader(made, cache), _reader(against, cache))
     drawn = None
     if sheet is not None:
         drawn = sheet if contact_sheet(Reader(made, cache), sheet) else None
@@ -107,8 +113,62 @@ def inspect(
         tasks={task: _describe(made, task, tiles.get(task, 0)) for task in made.tasks},
         sizes={task: dict(counter.most_common()) for task, counter in sizes.items()},
         problems=problems,
+        shared=shared,
         contact_sheet=drawn,
     )
+
+
+def _reader(uri: str, cache: Cache) -> Reader:
+    return Reader(manifest.read(uri), cache)
+
+
+def _strays(made: Manifest) -> list[Problem]:
+    """Shards in the folder that the manifest does not name: a plain WebDataset reader would take
+    them."""
+    named = {shard.name for shard in made.shards}
+    strays = [n for n in storage.names(made.uri) if n.endswith(".tar") and n not in named]
+    mend = "finish the packing that wrote it, or remove it"
+    return [Problem(shard=n, problem="is not named in the manifest", mend=mend) for n in strays]
+
+
+ALIKE = 10
+"""Bits of 128 that the signatures of two copies of a picture may differ in."""
+
+
+def in_both(one: Reader, other: Reader) -> list[str]:
+    """Clean pictures of one set that stand in the other one too, judged by their signatures.
+
+    Found also where they were scaled, cropped by a few pixels or encoded again. One line each, with
+    the names of both source files.
+    """
+    numbers, marks = _signatures(one)
+    other_numbers, other_marks = _signatures(other)
+    lines = []
+    for (task, number), mark in zip(numbers, marks, strict=True):
+        differ = np.bitwise_count(other_marks ^ mark).sum(axis=1)
+        for match in np.flatnonzero(differ <= ALIKE)[:1]:
+            other_task, other_number = other_numbers[match]
+            names = [
+                reader.about(reader.locate(t, n))["target"]
+                for reader, t, n in ((one, task, number), (other, other_task, other_number))
+            ]
+            lines.append(f"{task} {names[0]} is {other_task} {names[1]}")
+    return sorted(set(lines))
+
+
+def _signatures(reader: Reader) -> tuple[list[tuple[str, int]], np.ndarray]:
+    """(task, number) of one sample for each clean picture, and (n, 2) uint64 signatures."""
+    numbers: list[tuple[str, int]] = []
+    marks: list[np.ndarray] = []
+    for task, shards in reader.shards.items():
+        first = 0
+        for shard in shards:
+            samples = reader.index(shard).samples
+            _, one_each = np.unique(samples["target"], return_index=True)
+            numbers += [(task, first + int(row)) for row in one_each]
+            marks.append(np.frombuffer(samples["signature"][one_each].tobytes(), np.uint64))
+            first += len(samples)
+    return numbers, np.concatenate(marks).reshape(-1, 2)
 
 
 def _describe(made: Manifest, task: str, tile: int) -> dict[str, Any]:
@@ -237,10 +297,13 @@ def contact_sheet(reader: Reader, path: str) -> bool:
 
 def _column(reader: Reader, task: str, number: int) -> tuple[Image.Image, Image.Image] | None:
     try:
-        degraded, clean = reader.both(reader.locate(task, number))
+        place = reader.locate(task, number)
+        degraded, clean = reader.both(place)
     except (DamagedError, OSError):
         return None
-    return _cell(degraded if degraded is not None else clean), _cell(clean)
+    if degraded is None:  # noise is added while loading; shown with σ 25
+        degraded = degrade.noise(clean, 25.0, degrade.generator("sheet", reader.checksum(place)))
+    return _cell(degraded), _cell(clean)
 
 
 def _cell(pixels: np.ndarray) -> Image.Image:
@@ -273,6 +336,8 @@ def show(report: Report) -> None:
     console.print(table)
     if report.ok:
         print(f"every hash is right{' and every picture decodes' if report.deep else ''}")
+    for line in report.shared:
+        print(f"in both: {line}")
     if report.contact_sheet:
         print(f"contact sheet: {report.contact_sheet}")
 
@@ -288,12 +353,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--deep", action="store_true", help="decode every picture")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--workers", type=int, help="processes; default one per core")
+    parser.add_argument("--against", metavar="DIR", help="name pictures that this set holds too")
     parser.add_argument("--sheet", help="the contact sheet; default DIR/contact_sheet.png")
     options = parser.parse_args(argv)
     remote = storage.is_remote(options.uri)
     sheet = options.sheet or ("contact_sheet.png" if remote else f"{options.uri}/contact_sheet.png")
     try:
-        report = inspect(options.uri, deep=options.deep, workers=options.workers, sheet=sheet)
+        report = inspect(
+            options.uri,
+            deep=options.deep,
+            workers=options.workers,
+            sheet=sheet,
+            against=options.against,
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

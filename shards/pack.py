@@ -209,11 +209,12 @@ def _check_whole(layout: str, found: Found, out: str, task: str, allow_missing: 
     line = layouts.shortfall(layout, found)
     if line is None:
         return
+    if allow_missing:
+        print(f"warning: {line} (full list in {out}/{manifest.NAME})", file=sys.stderr)
+        return
     if found.missing:
         line += f" (full list in {_write_list(found, out, task)})"
-    if not allow_missing:
-        raise ValueError(f"{line}; add them, or go on without them by --allow-missing")
-    print(f"warning: {line}", file=sys.stderr)
+    raise ValueError(f"{line}; add them, or go on without them by --allow-missing")
 
 
 def _write_list(found: Found, out: str, task: str) -> str:

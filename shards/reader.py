@@ -1,6 +1,7 @@
 """One sample's bytes out of the shards, by its number: positional reads, each checked against the
 index."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -56,10 +57,10 @@ class Reader:
         """`cache` is used for remote stores only."""
         self.manifest = source
         self.cache = cache
-        self._shards = {task: source.of(task) for task in source.tasks}
+        self.shards = {task: source.of(task) for task in source.tasks}
         self._ends = {
             task: np.cumsum([shard.samples for shard in shards])
-            for task, shards in self._shards.items()
+            for task, shards in self.shards.items()
         }
         self._open: OrderedDict[str, tuple[int, int, Index]] = OrderedDict()
 
@@ -81,14 +82,14 @@ class Reader:
     def locate(self, task: str, number: int) -> Place:
         """Where the `number`-th sample of a task is."""
         slot = int(np.searchsorted(self._ends[task], number, side="right"))
-        shard = self._shards[task][slot]
+        shard = self.shards[task][slot]
         row = number - (int(self._ends[task][slot]) - shard.samples)
         _, _, index = self._file(shard)
         return Place(shard, index, index.samples[row], number)
 
     def shard_of(self, task: str, number: int) -> Shard:
         """The shard of a sample, without opening it."""
-        return self._shards[task][int(np.searchsorted(self._ends[task], number, side="right"))]
+        return self.shards[task][int(np.searchsorted(self._ends[task], number, side="right"))]
 
     def key(self, place: Place) -> str:
         """The sample's name in its tar: `denoise_00000012`; with `.input03` where several share a
@@ -235,13 +236,12 @@ class Reader:
 
     def _remote_index(self, uri: str, shard: Shard) -> bytes:
         path = self.cache.path(shard.index_sha256)
-        if not os.path.exists(path):
-            data = storage.read(uri)
-            if hashlib.sha256(data).hexdigest() == shard.index_sha256:
-                storage.write(path, data)
-            return data
-        with open(path, "rb") as file:
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
             return file.read()
+        data = storage.read(uri)
+        if hashlib.sha256(data).hexdigest() == shard.index_sha256:
+            storage.write(path, data)
+        return data
 
     def _damaged(self, shard: Shard, what: str) -> DamagedError:
         return DamagedError(what, self.manifest.mend(shard.task))

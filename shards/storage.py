@@ -8,14 +8,18 @@ themselves.
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+import random
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import fsspec
 
 BLOCK = 1 << 20
+"""Bytes that are copied at a time."""
+T = TypeVar("T")
 _SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf", "memory", "file")
 
 
@@ -48,6 +52,26 @@ def _remote(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise ValueError(f"{uri} needs another package: {error}") from error
 
 
+def retrying(what: str, action: Callable[[], T], attempts: int = 5, delay: float = 0.5) -> T:
+    """The result of an action on a store; tried again, with growing pauses, where it fails.
+
+    What is not there or not allowed is not tried again. OSError after the last try.
+    """
+    for attempt in range(attempts):
+        try:
+            return action()
+        except (FileNotFoundError, PermissionError, ValueError):
+            raise
+        except Exception as error:  # each store's library has its own kinds
+            if attempt + 1 >= attempts:
+                raise OSError(
+                    f"{what} failed {attempts} times, the last time with {type(error).__name__}: "
+                    f"{error}; see that the store is up and whole, then run the same command again"
+                ) from error
+            time.sleep(delay * 2**attempt * random.uniform(0.5, 1.5))
+    raise AssertionError(f"attempts is {attempts}")
+
+
 def exists(uri: str) -> bool:
     """Whether a file is there."""
     if not is_remote(uri):
@@ -74,7 +98,7 @@ def read(uri: str) -> bytes:
     if not is_remote(uri):
         return Path(uri).read_bytes()
     filesystem, path = _remote(uri)
-    data: bytes = filesystem.cat_file(path)
+    data: bytes = retrying(f"reading {uri}", lambda: filesystem.cat_file(path))
     return data
 
 
@@ -82,7 +106,7 @@ def write(uri: str, data: bytes) -> None:
     """A whole file or none: local files are written aside, synchronised and renamed."""
     if is_remote(uri):
         filesystem, path = _remote(uri)
-        filesystem.pipe_file(path, data)
+        retrying(f"writing {uri}", lambda: filesystem.pipe_file(path, data))
         return
     with replacing(uri) as temporary, open(temporary, "wb") as file:
         file.write(data)
@@ -117,7 +141,7 @@ def put(local: str, uri: str) -> None:
     """Moves a whole local file to its place."""
     if is_remote(uri):
         filesystem, path = _remote(uri)
-        filesystem.put_file(local, path)
+        retrying(f"writing {uri}", lambda: filesystem.put_file(local, path))
         os.unlink(local)
         return
     os.replace(local, uri)

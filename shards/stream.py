@@ -5,7 +5,10 @@ What a sample is follows from its position alone: the plan says which one, and a
 but who computes it.
 """
 
-from collections.abc import Iterable, Iterator
+import contextlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from shards import degrade, manifest
+from shards import degrade, manifest, storage
 from shards import order as ordering
 from shards.cache import Cache
-from shards.config import DataConfig
+from shards.config import DataConfig, parse_levels
 from shards.decode import Box
 from shards.order import Plan
 from shards.reader import DamagedError, Place, Reader
@@ -141,17 +144,63 @@ class TrainStream:
     def _load(self, wanted: "_Positions") -> Iterator["Batch | DamagedError"]:
         loads = _Loads(self)
         if self.data.loader_workers == 0:
-            for positions in wanted:
-                yield loads[positions]
+            batches = (loads[positions] for positions in wanted)
+        else:
+            loader = DataLoader(
+                loads,
+                batch_size=None,
+                sampler=wanted,
+                num_workers=self.data.loader_workers,
+                collate_fn=_unchanged,
+                prefetch_factor=4,
+            )
+            batches = iter(loader)  # type: ignore[arg-type]  # batch_size None: yields as they are
+        # Its thread starts after the loader's processes are forked: a lock that it held would stay
+        # locked.
+        with self._prefetching(wanted) as step:
+            for batch in batches:
+                step()
+                yield batch
+
+    @contextlib.contextmanager
+    def _prefetching(self, wanted: "_Positions") -> Iterator[Callable[[], None]]:
+        """Fetches the shards of the coming micro-batches into the cache; call the yielded one per
+        batch."""
+        if not self.data.prefetch or not storage.is_remote(self.reader.manifest.uri):
+            yield lambda: None
             return
-        yield from DataLoader(
-            loads,
-            batch_size=None,
-            sampler=wanted,
-            num_workers=self.data.loader_workers,
-            collate_fn=_unchanged,
-            prefetch_factor=4,
-        )
+        room = threading.Semaphore(self.data.prefetch)
+        ended = threading.Event()
+        thread = threading.Thread(target=self._prefetch, args=(wanted, room, ended), daemon=True)
+        thread.start()
+        try:
+            yield room.release
+        finally:
+            ended.set()
+            room.release()
+            thread.join()
+
+    def _prefetch(
+        self, wanted: "_Positions", room: threading.Semaphore, ended: threading.Event
+    ) -> None:
+        recent: OrderedDict[str, int] = OrderedDict()
+        for positions in wanted:
+            room.acquire()
+            if ended.is_set():
+                return
+            draws = self.plan.draws(positions)
+            for degradation, sample in zip(draws.degradation, draws.sample, strict=True):
+                task = DEGRADATIONS[_NAMES[degradation]].task
+                shard = self.reader.shard_of(task, int(sample))
+                if shard.name not in recent and not ended.is_set():
+                    # Damage and outages are told by whoever needs the sample.
+                    with contextlib.suppress(OSError):
+                        self.reader.local_path(shard)
+                recent[shard.name] = shard.bytes
+                recent.move_to_end(shard.name)
+            # More would push out what is not read yet.
+            while sum(recent.values()) > self.reader.cache.limit // 2 and len(recent) > 1:
+                recent.popitem(last=False)
 
     def _count(self, damage: tuple[str, ...]) -> None:
         for line in damage:
@@ -204,8 +253,17 @@ class TrainStream:
             clean = _turned(clean, turn)
         else:
             clean = _turned(clean, turn)
+            sigma = _level(name, sigma, self.data.sigma, rng)
             degraded = degrade.noise(clean, sigma, rng, self.data.noise_rounding)
         return Sample(degraded, clean, degradation, position, f"{name}/{self.reader.key(place)}")
+
+
+def _level(name: str, fixed: float, levels: dict[str, str], rng: np.random.Generator) -> float:
+    """The noise's standard deviation for one sample, in grey levels."""
+    if name not in levels:
+        return fixed
+    is_range, choice = parse_levels(name, levels[name])
+    return float(rng.uniform(choice[0], choice[-1]) if is_range else rng.choice(choice))
 
 
 class _Positions:

@@ -1,4 +1,4 @@
-"""The five tasks of the paper and their seven degradations, one row each."""
+"""The tasks and their degradations, one row each: the paper's, and chains of them."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ class Degradation(NamedTuple):
     """One kind of damage that the network learns to undo."""
 
     task: str
-    """The task it counts for in tables: denoise, derain, dehaze, deblur or lowlight."""
+    """The task it counts for in tables."""
     sigma: float | None = None
     """Standard deviation of the noise added while loading, in grey levels of 0-255; None where
     pairs are stored."""
@@ -21,8 +21,12 @@ DEGRADATIONS: dict[str, Degradation] = {
     "dehaze": Degradation("dehaze"),
     "deblur": Degradation("deblur"),
     "lowlight": Degradation("lowlight"),
+    "mixed": Degradation("mixed"),
 }
+"""The last one is two or three of the others in sequence, stored as pairs."""
 
 TASKS: tuple[str, ...] = tuple(dict.fromkeys(row.task for row in DEGRADATIONS.values()))
-"""denoise, derain, dehaze, deblur, lowlight: the tasks in their fixed order; a batch's `task`
-indexes this."""
+"""All tasks in their fixed order; a batch's `task` indexes this."""
+
+PAPER_TASKS: tuple[str, ...] = tuple(task for task in TASKS if task != "mixed")
+"""denoise, derain, dehaze, deblur, lowlight: the tasks of the paper."""
