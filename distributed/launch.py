@@ -233,7 +233,7 @@ def _fit(
         ),
         run_config=RunConfig(
             name=config.name,
-            **_ray_storage(config.storage),
+            **ray_storage(config.storage),
             # Waiting for workers is limited by the display, which can tell what is missing.
             failure_config=FailureConfig(
                 max_failures=scaling.max_failures, controller_failure_limit=-1
@@ -368,7 +368,8 @@ def start_local_ray(**options: Any) -> None:
     )
 
 
-def _ray_storage(storage: str) -> dict[str, Any]:
+def ray_storage(storage: str) -> dict[str, Any]:
+    """Where Ray keeps its own files of a run, as arguments of its RunConfig."""
     if "://" not in storage:
         return {"storage_path": storage}
     from pyarrow.fs import FSSpecHandler, PyFileSystem

@@ -235,6 +235,38 @@ def finish(run: Run, status: Status, folder: Path | None = None) -> Run:
     return state["run"]
 
 
+def annotate(run: Run, tags: Mapping[str, str], metrics: Mapping[str, float] | None = None) -> bool:
+    """Set tags and single figures of a run that may have ended; whether MLflow took them."""
+
+    def send(client: "MlflowClient", run: Run) -> None:
+        for name, value in tags.items():
+            client.set_tag(run.id, name, value)
+        if metrics:
+            now = int(time.time() * 1000)
+            _send_metrics(client, run.id, [{"time": now, "step": 0, "metrics": dict(metrics)}])
+
+    return _attempt(run, "tags", send)
+
+
+def register(run: Run, name: str, alias: str, card: str) -> bool:
+    """Make the run's model a new version of the registered model `name`, and point `alias` at it.
+
+    `models:/NAME@ALIAS` loads it. The card is Markdown.
+
+    Returns:
+        Whether MLflow took it.
+    """
+
+    def send(client: "MlflowClient", run: Run) -> None:
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name)
+        source = f"{client.get_run(run.id).info.artifact_uri}/model"
+        version = client.create_model_version(name, source, run.id, description=card)
+        client.set_registered_model_alias(name, alias, version.version)
+
+    return _attempt(run, f"the model {name}@{alias}", send)
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The records of a tracker's file; a last line that was cut short is left out."""
     records, _ = _read_from(folder / METRICS_FILE, 0)
@@ -298,7 +330,7 @@ class Tracker:
         """Have a file, or all of a folder, stored under `folder`; it must stay until it is sent."""
         self._artifacts.put((path, folder))
 
-    def close(self, deadline_s: float = 20.0) -> bool:
+    def close(self, deadline_s: float = 5.0) -> bool:
         """Send what is left, within the time given; whether MLflow has everything."""
         self._stop.set()
         self._thread.join(deadline_s)
