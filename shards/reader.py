@@ -7,7 +7,7 @@ import json
 import os
 import zlib
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -123,6 +123,10 @@ class Reader:
     def degraded(self, place: Place, box: Box | None = None) -> np.ndarray:
         """The degraded picture (H, W, 3) uint8, or a box of it."""
         return self._picture(place, "input", box or Box(0, 0, *place.size), place.size)
+
+    def stored(self, place: Place, role: Literal["input", "target"]) -> bytes:
+        """The member of a picture as it lies in the tar; its first tile where it is in tiles."""
+        return self._member(place, int(place.row[role]))
 
     def both(self, place: Place) -> tuple[np.ndarray | None, np.ndarray]:
         """The degraded picture, None where only a clean one is stored, and the clean one."""
