@@ -20,7 +20,7 @@ import tyro
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from distributed import figures
 from distributed.checkpoint import newest_whole
@@ -155,7 +155,7 @@ class EvaluationReport:
 
 
 def evaluate(
-    model: nn.Module,
+    model: MEASNet,
     data_uri: str,
     out: Path | str | None,
     *,
@@ -207,7 +207,7 @@ def share(
 
 
 def score(
-    model: nn.Module,
+    model: MEASNet,
     numbered: Iterable[tuple[int, Picture]],
     *,
     device: torch.device | str = "cpu",
@@ -278,7 +278,7 @@ def table(report: EvaluationReport) -> Table:
     return view
 
 
-def load(checkpoint: str, device: torch.device | str) -> nn.Module:
+def load(checkpoint: str, device: torch.device | str) -> MEASNet:
     """The network of a .safetensors file, or of a run's newest whole checkpoint (averaged weights).
 
     Raises:
@@ -327,17 +327,18 @@ class Arguments:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to restore; `auto`: the GPU where there is one."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Refuse values out of range."""
         for name in ("limit", "grid_rows", "tile", "overlap", "border"):
             if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be 0 or more")
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} is {getattr(self, name)}, but must be 0 or more")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 2 after a message where something is wrong with what was asked for."""
+    given = tyro.cli(Arguments, args=argv, prog="python -m distributed.evaluate")
     try:
-        given = tyro.cli(Arguments, args=argv, prog="python -m distributed.evaluate")
         _run(given)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -346,6 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(given: Arguments) -> None:
+    given.check()
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     device = automatic if given.device == "auto" else given.device
     model = load(given.checkpoint, device)
@@ -376,13 +378,13 @@ def _beside(checkpoint: str) -> Path:
 
 
 def _restore(
-    model: nn.Module, degraded: Tensor, tile: int | None, overlap: int
+    model: MEASNet, degraded: Tensor, tile: int | None, overlap: int
 ) -> tuple[Tensor, dict[str, list[float]]]:
     """Restored picture (3, H, W) on the CPU, and the experts' shares weighted by tile size."""
     shares: dict[str, Tensor] = {}
     pixels = 0
 
-    def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    def note(_module: Any, _inputs: Any, output: Any) -> None:
         nonlocal pixels
         size = output.image.shape[0] * output.image.shape[-2] * output.image.shape[-1]
         weight = size / output.image.shape[0]

@@ -97,7 +97,7 @@ def expert_usage(usage: Mapping[str, Mapping[str, Sequence[float]]], path: Path)
         table = np.array([usage[task][library] for task in tasks])
         image = axis.imshow(table, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         axis.set_title(library, fontsize=10)
-        axis.set_xticks(range(table.shape[1]), [str(n + 1) for n in range(table.shape[1])])
+        axis.set_xticks(range(table.shape[1]), range(table.shape[1]))
         axis.set_yticks(range(len(tasks)), tasks if at % columns == 0 else [""] * len(tasks))
         for (row, column), share in np.ndenumerate(table):
             ink = "black" if share > 0.6 else "white"

@@ -1,0 +1,216 @@
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from distributed import evaluate as evaluation
+from distributed.evaluate import EvaluationReport, Score, Tiling, evaluate, main, score, share
+from measnet.config import ModelConfig, tiny
+from measnet.metrics import FIELD, Protocol
+from measnet.network import MEASNet
+from shards.pack import pack
+from shards.stream import pictures
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two photographs of different sizes, no side a multiple of 8; noise and rain."""
+    root = tmp_path_factory.mktemp("photographs")
+    for name, picture in (("chelsea", data.chelsea()), ("coffee", data.coffee())):
+        Image.fromarray(picture[100:175, 150:240]).save(root / f"{name}.png")
+    Image.fromarray(data.astronaut()[:66, 180:260]).save(root / "astronaut.png")
+    out = root.parent / f"{root.name}-shards"
+    pack("clean", str(root), str(out), synthesise=["derain"], workers=1)
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def model() -> MEASNet:
+    torch.manual_seed(0)
+    return MEASNet(tiny()).eval()
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("evaluation")
+
+
+@pytest.fixture(scope="module")
+def report(model: MEASNet, shards: str, out: Path) -> EvaluationReport:
+    return evaluate(model, shards, out)
+
+
+def test_scores_are_those_of_scikit_image_on_what_the_network_gives(
+    model: MEASNet, shards: str, report: EvaluationReport
+) -> None:
+    assert [s.degradation for s in report.scores] == [
+        f"denoise_{sigma}" for sigma in (15, 25, 50) for _ in range(3)
+    ] + ["derain"] * 3
+    for picture, result in zip(pictures(shards), report.scores, strict=True):
+        with torch.no_grad():
+            restored = model(picture.degraded[None]).image[0].clamp(0, 1)
+        before, after, clean = (
+            p.permute(1, 2, 0).double().numpy() for p in (picture.degraded, restored, picture.clean)
+        )
+        expected = [
+            *(peak_signal_noise_ratio(clean, p, data_range=1) for p in (before, after)),
+            *(
+                structural_similarity(clean, p, data_range=1, channel_axis=2)
+                for p in (before, after)
+            ),
+        ]
+        measured = [getattr(result, name) for name in Score._fields[7:11]]
+        assert measured == pytest.approx(expected, abs=1e-5)
+        assert (result.height, result.width) == clean.shape[:2]
+
+
+def test_tasks_are_means_of_their_degradations(report: EvaluationReport) -> None:
+    noise = [report.degradations[f"denoise_{sigma}"].restored_psnr for sigma in (15, 25, 50)]
+    assert report.tasks["denoise"].restored_psnr == pytest.approx(np.mean(noise))
+    assert report.tasks["denoise"].pictures == 9 and report.tasks["derain"].pictures == 3
+    by_task = [report.tasks[task].input_ssim for task in ("denoise", "derain")]
+    assert report.mean.input_ssim == pytest.approx(np.mean(by_task))
+    assert report.metrics()["val_psnr/denoise"] == pytest.approx(np.mean(noise))
+    assert set(report.metrics()) == {
+        f"val_{kind}/{name}" for kind in ("psnr", "ssim") for name in ("denoise", "derain", "mean")
+    }
+
+
+def test_it_repeats(model: MEASNet, shards: str, report: EvaluationReport) -> None:
+    again = evaluate(model, shards, None)
+    for name in ("input_psnr", "restored_psnr", "input_ssim", "restored_ssim", "routing"):
+        assert [getattr(s, name) for s in again.scores] == [getattr(s, name) for s in report.scores]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 16])
+def test_ranks_share_the_pictures(report: EvaluationReport, world: int) -> None:
+    numbered = list(enumerate(report.scores))
+    parts = [list(share(numbered, rank, world)) for rank in range(world)]  # type: ignore[arg-type]
+    assert sorted(position for part in parts for position, _ in part) == list(range(12))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_two_ranks_together_give_the_report_of_one(
+    model: MEASNet, shards: str, report: EvaluationReport
+) -> None:
+    scores = [
+        result
+        for rank in range(2)
+        for result in score(model, share(enumerate(pictures(shards)), rank, 2))
+    ]
+    together = EvaluationReport(shards, FIELD, sorted(scores))
+    assert together.as_dict() == report.as_dict()
+
+
+def test_shares_of_experts(report: EvaluationReport) -> None:
+    assert set(report.routing) == {"denoise", "derain"}
+    config = tiny()
+    for shares in report.routing.values():
+        assert {"encoder1", "encoder2", "encoder3", "decoder1.low"} <= set(shares)
+        assert len(shares["encoder1"]) == config.pixel_experts
+        assert sum(shares["encoder1"]) == pytest.approx(config.pixel_top_k)
+        assert sum(shares["decoder1.low"]) == pytest.approx(config.image_top_k)
+
+
+def test_files_state_the_protocol(out: Path, report: EvaluationReport) -> None:
+    with (out / "pictures.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12 and {row["protocol"] for row in rows} == {FIELD.describe()}
+    assert float(rows[0]["restored_psnr"]) == pytest.approx(
+        report.scores[0].restored_psnr, abs=1e-6
+    )
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["protocol"]["description"] == FIELD.describe()
+    assert summary["tasks"]["derain"]["pictures"] == 3
+    grids = {path.name for path in (out / "grids").iterdir()}
+    assert grids == {"denoise_15.png", "denoise_25.png", "denoise_50.png", "derain.png"}
+    with Image.open(out / "experts.png") as image:
+        assert image.width > 300
+
+
+def test_mode_of_the_network_is_left_as_it_was(shards: str) -> None:
+    model = MEASNet(tiny()).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    evaluate(model, shards, None, limit=1)
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_network_without_experts_has_no_heat_map(shards: str, tmp_path: Path) -> None:
+    config = ModelConfig(
+        **{**tiny().__dict__, "tspg": False, "mese": False, "fd": False, "mee": False}
+    )
+    report = evaluate(MEASNet(config), shards, tmp_path, limit=1)
+    assert report.routing == {"denoise": {}, "derain": {}}
+    assert not (tmp_path / "experts.png").exists()
+
+
+def test_tiles_where_asked_or_where_large() -> None:
+    assert Tiling().side(1080, 1280) is None
+    assert Tiling().side(2160, 3840) == 512
+    assert Tiling(tile=128).side(100, 300) == 128
+    assert Tiling(tile=512).side(100, 300) is None
+
+
+def test_tiles_give_nearly_the_same_and_are_noted(model: MEASNet, shards: str) -> None:
+    whole = evaluate(model, shards, None, limit=1)
+    tiled = evaluate(model, shards, None, limit=1, tiling=Tiling(tile=48, overlap=16))
+    assert [s.tile for s in tiled.scores] == [48] * 4 and whole.scores[0].tile == 0
+    assert tiled.mean.input_psnr == whole.mean.input_psnr
+    shares = tiled.scores[0].routing["encoder1"]
+    assert sum(shares) == pytest.approx(tiny().pixel_top_k)
+
+
+def test_command_line(
+    model: MEASNet, shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model.save_pretrained(tmp_path / "model.safetensors")
+    arguments = [str(tmp_path / "model.safetensors"), shards, "--limit", "1", "--colour", "y"]
+    assert main([*arguments, "--device", "cpu"]) == 0
+    assert "derain" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "evaluation" / "summary.json").read_text())
+    assert summary["protocol"]["description"] == Protocol(colour="y").describe()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no.safetensors", "SHARDS"], "there is no file no.safetensors"),
+        (["TMP", "SHARDS"], "holds no whole checkpoint"),
+        (["MODEL", "nowhere"], "nowhere"),
+        (["MODEL", "SHARDS", "--limit", "-1"], "--limit is -1, but must be 0 or more"),
+        (["MODEL", "SHARDS", "--tile", "32", "--overlap", "64"], "overlap is 64"),
+        (["s3://bucket/run.safetensors", "SHARDS"], "there is no file"),
+    ],
+)
+def test_wrong_arguments_are_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    model: MEASNet,
+    shards: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model.save_pretrained(tmp_path / "model.safetensors")
+    places = {"SHARDS": shards, "MODEL": str(tmp_path / "model.safetensors"), "TMP": str(tmp_path)}
+    assert main([places.get(a, a) for a in arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.strip().splitlines()) == 1
+
+
+def test_no_pictures_is_an_error() -> None:
+    with pytest.raises(ValueError, match="holds no picture"):
+        EvaluationReport("shards", FIELD, [])
+
+
+def test_json_has_no_nan() -> None:
+    assert evaluation._finite({"a": [float("nan"), 1.0], "b": float("inf")}) == {
+        "a": [None, 1.0],
+        "b": None,
+    }
