@@ -366,14 +366,19 @@ LAYOUTS: dict[str, Layout] = {
 """Name on the command line -> how it is read."""
 
 
+def check_name(layout: str) -> None:
+    """ValueError where there is no such layout."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"{layout!r} is not a layout; known: {', '.join(LAYOUTS)}")
+
+
 def find(layout: str, root: str) -> Found:
     """What a layout finds in a folder; ValueError where layout or folder are wrong or nothing is
     found.
 
     Paths of the groups are relative to `root`, also where the benchmark lies in a part of it.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"{layout!r} is not a layout; known: {', '.join(LAYOUTS)}")
+    check_name(layout)
     if not os.path.isdir(root):
         raise ValueError(f"{root} is not a folder; give the folder that holds the pictures")
     found = LAYOUTS[layout].find(root)

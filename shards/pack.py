@@ -117,11 +117,12 @@ def pack(
     """
     out = storage.checked(out)
     options = Options(seed=seed, shard_mib=shard_mib, tiles=tiles)
+    layouts.check_name(layout)
+    chains = {} if repair else _chains(layout, task, synthesise)
     found = layouts.find(layout, root)
     with _only_one(out):
         if repair:
             return _repair(layout, task, root, out, found, workers, ray, progress)
-        chains = _chains(layout, task, synthesise)
         before = _before(out, list(chains))
         _check_whole(layout, found, out, next(iter(chains)), allow_missing)
         jobs = [

@@ -1,5 +1,9 @@
 """Packing real pictures: what is written, and what is refused."""
 
+import os
+import signal
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -9,6 +13,7 @@ from PIL import Image
 
 from shards import manifest, pack
 from shards.config import DataConfig
+from shards.decode import Box
 from shards.reader import Reader
 from shards.stream import open_reader
 
@@ -94,3 +99,229 @@ def test_tasks_are_added_one_after_the_other_and_not_twice(photos: Path, tmp_pat
     assert made.counts == {"denoise": 6, "derain": 6}
     with pytest.raises(ValueError, match="already holds derain"):
         pack.pack("paired", str(pairs), out, task="derain", workers=1)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_chains_of_degradations_are_packed_as_mixed(photos: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    made = pack.pack(
+        "clean", str(photos), out, synthesise=["dehaze+lowlight+denoise", "derain"], workers=1
+    )
+    assert made.counts == {"denoise": 6, "derain": 6, "mixed": 6}
+    about = reader(tmp_path / "out").about(reader(tmp_path / "out").locate("mixed", 2))
+    assert [link["degradation"] for link in about["chain"]] == ["dehaze", "lowlight", "denoise"]
+    assert 10 <= about["chain"][2]["sigma"] <= 50
+    for wish in ("dehaze+fog", "denoise", "dehaze+derain+deblur+lowlight"):
+        with pytest.raises(ValueError, match="--synthesise names"):
+            pack.pack("clean", str(photos), str(tmp_path / "no"), synthesise=[wish], workers=1)
+
+
+def test_a_measured_depth_map_makes_the_haze(photos: Path, tmp_path: Path) -> None:
+    name = sorted(path.name for path in photos.iterdir())[0]
+    with Image.open(photos / name) as image:
+        width, height = image.size
+    depth = np.zeros((height, width)) + 1.0
+    depth[:, width // 2 :] = 100.0
+    np.save(photos / name.replace(".png", ".depth.npy"), depth)
+    pack.pack("clean", str(photos), str(tmp_path / "out"), synthesise=["dehaze"], workers=1)
+    packed = reader(tmp_path / "out")
+    place = packed.locate("dehaze", 0)
+    assert packed.about(place)["chain"][0]["depth"] == "measured"
+    assert packed.about(packed.locate("dehaze", 1))["chain"][0]["depth"] == "synthetic"
+    contrast = packed.degraded(place).astype(float)
+    near, far = contrast[:, : width // 2].std(), contrast[:, width // 2 :].std()
+    clean = packed.clean(place).astype(float)
+    near_clean, far_clean = clean[:, : width // 2].std(), clean[:, width // 2 :].std()
+    assert near / near_clean > 0.9  # nearly no haze before the lens
+    assert far / far_clean < 0.6
+    np.save(photos / name.replace(".png", ".depth.npy"), depth[:-3])
+    with pytest.raises(ValueError, match="remove the map"):
+        pack.pack("clean", str(photos), str(tmp_path / "no"), synthesise=["dehaze"], workers=1)
+
+
+def test_tiles_give_the_same_pixels(photos: Path, tmp_path: Path) -> None:
+    whole, tiled = tmp_path / "whole", tmp_path / "tiled"
+    for out, tiles in ((whole, 0), (tiled, 32)):
+        made = pack.pack(
+            "clean", str(photos), str(out), synthesise=["derain"], workers=1, tiles=tiles
+        )
+        assert made.tasks["derain"].options["tiles"] == tiles
+    one, other = reader(whole), reader(tiled)
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        here, there = one.locate("derain", number), other.locate("derain", number)
+        assert other.key(there) == one.key(here) == f"derain_{number:08d}"
+        assert other.stored(there, "input").startswith(b"qoif")
+        assert np.array_equal(one.clean(here), other.clean(there))
+        assert np.array_equal(one.degraded(here), other.degraded(there))
+        for _ in range(20):
+            height, width = here.size
+            tall, wide = int(rng.integers(1, height + 1)), int(rng.integers(1, width + 1))
+            top, left = rng.integers(0, [height - tall + 1, width - wide + 1])
+            box = Box(int(top), int(left), tall, wide)
+            assert np.array_equal(one.degraded(here, box), other.degraded(there, box)), box
+            assert np.array_equal(one.clean(here, box), other.clean(there, box)), box
+
+
+def run_and_kill(arguments: list[str], after: float) -> bool:
+    """Starts a packing and kills it and its processes; whether it was still at work."""
+    command = [sys.executable, "-m", "shards.pack", *arguments]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
+    try:
+        process.wait(after)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return True
+    return False
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(photos: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    tasks = ["dehaze", "derain", "deblur"]
+    pack.pack("clean", str(photos), str(whole), synthesise=tasks, workers=1, shard_mib=0.05)
+    arguments = ["clean", str(photos), str(killed), "--shard-mib", "0.05", "--workers", "1"]
+    arguments += ["--synthesise", *tasks]
+    cut_short = [run_and_kill(arguments, after) for after in (0.75, 0.95)]
+    assert not cut_short[0] or not (killed / "manifest.json").exists() or cut_short[1]
+    if (killed / "manifest.json").exists():  # a fast machine
+        assert tree(killed) == tree(whole)
+        return
+    # Whatever stands under a shard's own name is whole.
+    for path in killed.glob("*.tar"):
+        assert path.read_bytes() == (whole / path.name).read_bytes()
+    assert pack.main(arguments) == 0
+    assert tree(killed) == tree(whole)
+    assert not (killed / ".packing").exists()
+
+
+def test_finished_shards_are_not_written_again(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    last = sorted(photos.iterdir())[-1]
+    good = last.read_bytes()
+    last.write_bytes(good[: len(good) // 2])
+    options = {"workers": 1, "shard_mib": 0.02}
+    with pytest.raises(ValueError, match=rf"{last.name} is not a whole picture .* run the same"):
+        pack.pack("clean", str(photos), str(out), **options)
+    assert not (out / "manifest.json").exists()
+    first = out / "denoise-000000.tar"
+    before = first.stat().st_mtime_ns
+    last.write_bytes(good)
+    pack.pack("clean", str(photos), str(out), **options)
+    assert first.stat().st_mtime_ns == before
+    pack.pack("clean", str(photos), str(tmp_path / "anew"), **options)
+    assert tree(out) == tree(tmp_path / "anew")
+
+
+def test_an_unfinished_packing_with_other_options_leaves_nothing_behind(
+    photos: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    last = sorted(photos.iterdir())[-1]
+    good = last.read_bytes()
+    last.write_bytes(b"")
+    with pytest.raises(ValueError, match="not a whole picture"):
+        pack.pack("clean", str(photos), str(out), workers=1, shard_mib=0.02)
+    last.write_bytes(good)
+    made = pack.pack("clean", str(photos), str(out), workers=1)
+    assert sorted(path.name for path in out.glob("*.tar")) == [row.name for row in made.shards]
+
+
+def test_repair_makes_damaged_shards_anew(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = {"synthesise": ["derain"], "workers": 1, "shard_mib": 0.05, "seed": 4}
+    pack.pack("clean", str(photos), str(out), **options)
+    good = tree(out)
+    shards = sorted(out.glob("*.tar"))
+    shards[0].unlink()
+    shards[1].write_bytes(b"")
+    shards[2].with_suffix(".idx").write_bytes(b"rubbish")
+    damaged = bytearray(shards[3].read_bytes())
+    damaged[700] ^= 1
+    shards[3].write_bytes(damaged)
+    pack.pack("clean", str(photos), str(out), repair=True, workers=1)
+    assert tree(out) == good
+    # Other pictures than those that were packed cannot repair it.
+    shards[0].unlink()
+    for path in photos.iterdir():
+        Image.new("RGB", (64, 64)).save(path)
+    with pytest.raises(ValueError, match="find the old pictures"):
+        pack.pack("clean", str(photos), str(out), repair=True, workers=1)
+
+
+def limited(arguments: list[str], size: int) -> subprocess.CompletedProcess[str]:
+    """The command with files limited to `size` bytes, which fails as a full disk does."""
+    code = (
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); "
+        "from shards.pack import main; sys.exit(main(sys.argv[1:]))"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("size", [50_000, 9_000])
+def test_a_full_disk_gives_one_line_and_leaves_nothing_half_written(
+    photos: Path, tmp_path: Path, size: int
+) -> None:
+    out = tmp_path / "out"
+    ended = limited(["clean", str(photos), str(out), "--workers", "1"], size)
+    assert ended.returncode == 2
+    assert ended.stderr.count("\n") == 1
+    assert "no space left to write" in ended.stderr
+    assert "run the same command again" in ended.stderr
+    left = [path.name for path in out.rglob("*") if path.is_file()]
+    assert [name for name in left if name != "running.lock"] == []
+
+
+def one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert pack.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_wrong_inputs_get_one_clear_line(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "holds no pictures" in one_line(["clean", str(empty), out], capsys)
+    assert "is not a folder" in one_line(["clean", str(tmp_path / "nowhere"), out], capsys)
+    assert "'dirty' is not a layout" in one_line(["dirty", str(photos), out], capsys)
+    assert "--task is None" in one_line(["paired", str(photos), out], capsys)
+    assert "must be 0, or 16" in one_line(["clean", str(photos), out, "--tiles", "3"], capsys)
+    assert "is not empty" in one_line(["clean", str(photos), str(photos)], capsys)
+    assert "pipe:cat" in one_line(["clean", str(photos), "pipe:cat"], capsys)
+    pairs = tmp_path / "pairs"
+    for side, size in (("low", 60), ("high", 64)):
+        (pairs / side).mkdir(parents=True)
+        Image.new("RGB", (size, 50)).save(pairs / side / "1.png")
+    line = one_line(["paired", str(pairs), out, "--task", "lowlight"], capsys)
+    assert "1.png is 60x50" in line and "is 64x50" in line and "run the same command" in line
+    assert not Path(out).exists() or not list(Path(out).glob("*"))
+
+
+def test_two_packings_at_a_time_are_refused(photos: Path, tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    out = tmp_path / "out"
+    (out / ".packing").mkdir(parents=True)
+    with FileLock(out / ".packing/running.lock"), pytest.raises(ValueError, match="is running"):
+        pack.pack("clean", str(photos), str(out), workers=1)
+    pack.pack("clean", str(photos), str(out), workers=1)
+
+
+@pytest.mark.slow
+def test_packed_over_ray_it_is_the_same(photos: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = {"synthesise": ["derain"], "shard_mib": 0.05}
+    pack.pack("clean", str(photos), str(one), workers=1, **options)
+    pack.pack("clean", str(photos), str(two), ray=True, **options)
+    assert tree(one) == tree(two)
