@@ -48,7 +48,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, temperature: Tensor, project_out: Te
 
 def transformer_block(x: Tensor, block: TransformerBlock) -> Tensor:
     attention, ffn = block.attention, block.feed_forward
-    qkv = depthwise(conv1x1(layer_norm(x, block.norm1), attention.qkv), attention.qkv_depthwise)
+    qkv = conv1x1(layer_norm(x, block.norm1), attention.qkv.flatten(0, 1))
+    qkv = depthwise(qkv, attention.qkv_depthwise.flatten(0, 1))
     x = x + attend(*qkv.chunk(3, dim=1), attention.temperature, attention.project_out)
     hidden = conv1x1(layer_norm(x, block.norm2), ffn.project_in.flatten(0, 1))
     a, b = depthwise(hidden, ffn.depthwise.flatten(0, 1)).chunk(2, dim=1)
@@ -200,7 +201,8 @@ def frequency_experts(x: Tensor, level: nn.Module) -> Tensor:
 
 def cross_attention(x: Tensor, y: Tensor, layer: official.CrossAttention) -> Tensor:
     q = depthwise(conv1x1(x, layer.q), layer.q_depthwise)
-    k, v = depthwise(conv1x1(y, layer.kv), layer.kv_depthwise).chunk(2, dim=1)
+    kv = depthwise(conv1x1(y, layer.kv.flatten(0, 1)), layer.kv_depthwise.flatten(0, 1))
+    k, v = kv.chunk(2, dim=1)
     return attend(q, k, v, layer.temperature, layer.project_out)
 
 

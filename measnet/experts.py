@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from measnet.transformer import weight
+from measnet.transformer import pointwise, weight
 
 ExpertPath = Literal["auto", "dense", "sorted"]
 BALANCE_EPSILON = 1e-10
@@ -71,7 +71,7 @@ class ExpertBank(nn.Module):
         gate_pn = scatter_gates(gate_pk, index_pk, len(self.bias_in)).to(x_pc.dtype)
         hidden_pnh = self._hidden(x_pc) * gate_pn.unsqueeze(-1)
         merged = self.weight_out.transpose(0, 1).flatten(1)  # (C, N·h): the sum is in the product
-        return F.linear(hidden_pnh.flatten(1), merged) + gate_pn @ self.bias_out.to(x_pc.dtype)
+        return pointwise(hidden_pnh.flatten(1), merged) + gate_pn @ self.bias_out.to(x_pc.dtype)
 
     def all(self, x_pc: Tensor) -> Tensor:
         """Every expert's output for every pixel, (P, N, C)."""
@@ -92,12 +92,12 @@ class ExpertBank(nn.Module):
         return _Gather.apply(out, back, order, 1).view(len(x_pc), top_k, -1)
 
     def _hidden(self, x_pc: Tensor) -> Tensor:
-        hidden = F.linear(x_pc, self.weight_in.flatten(0, 1), self.bias_in.flatten())
+        hidden = pointwise(x_pc, self.weight_in.flatten(0, 1), self.bias_in.flatten())
         return F.gelu(hidden).view(len(x_pc), *self.bias_in.shape)
 
     def _expert(self, n: int, x_pc: Tensor) -> Tensor:
-        hidden = F.gelu(F.linear(x_pc, self.weight_in[n], self.bias_in[n]))
-        return F.linear(hidden, self.weight_out[n], self.bias_out[n])
+        hidden = F.gelu(pointwise(x_pc, self.weight_in[n], self.bias_in[n]))
+        return pointwise(hidden, self.weight_out[n], self.bias_out[n])
 
 
 class _Gather(torch.autograd.Function):

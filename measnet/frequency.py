@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from measnet.experts import ExpertPath, resolve_path, scatter_gates
-from measnet.transformer import Merge, convolve, weight
+from measnet.transformer import Merge, convolve, pointwise, weight
 
 GROUPS = 8
 """Channel groups that share one low-pass kernel (Eq. 7)."""
@@ -170,7 +170,7 @@ class PictureExperts(nn.Module):
         """(B, H, W, C) -> the input plus its experts, and the choice as (B, N) zeros and ones."""
         depth = convolve(self.norm(x_bhwc), self.depthwise, groups=len(self.depthwise))  # F^d
         gate_bk, index_bk = self._choose(depth)
-        mixed = F.linear(depth, self.project) * (depth + 1)  # F^pd = F^p ⊙ F^d + F^p
+        mixed = pointwise(depth, self.project) * (depth + 1)  # F^pd = F^p ⊙ F^d + F^p
         gate_bn = scatter_gates(gate_bk, index_bk, len(self.widths))
         path = resolve_path(self.path, len(self.widths), self.top_k, x_bhwc.device)
         if path == "sorted":
@@ -193,8 +193,8 @@ class PictureExperts(nn.Module):
         per_hidden = torch.cat(
             [gate_bn[:, n : n + 1].expand(-1, width) for n, width in enumerate(self.widths)], dim=1
         )
-        hidden = F.gelu(F.linear(x_bhwc, self.weight_in, self.bias_in))
-        out = F.linear(hidden * per_hidden[:, None, None], self.weight_out)
+        hidden = F.gelu(pointwise(x_bhwc, self.weight_in, self.bias_in))
+        out = pointwise(hidden * per_hidden[:, None, None], self.weight_out)
         return out + (gate_bn @ self.bias_out.to(gate_bn.dtype))[:, None, None]
 
     def _chosen(self, x_bhwc: Tensor, gate_bn: Tensor, index_bk: Tensor) -> Tensor:
@@ -211,8 +211,8 @@ class PictureExperts(nn.Module):
                 biases.append(self.bias_in[rows])
                 # The gate goes into the small matrix, not over the pixels.
                 parts_out.append(self.weight_out[:, rows] * gate_n[n].to(x_hwc.dtype))
-            hidden = F.gelu(F.linear(x_hwc, torch.cat(parts_in), torch.cat(biases)))
-            outs.append(F.linear(hidden, torch.cat(parts_out, dim=1), bias_c))
+            hidden = F.gelu(pointwise(x_hwc, torch.cat(parts_in), torch.cat(biases)))
+            outs.append(pointwise(hidden, torch.cat(parts_out, dim=1), bias_c))
         return torch.stack(outs)
 
 

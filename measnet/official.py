@@ -29,7 +29,7 @@ from measnet.experts import (
 )
 from measnet.frequency import FrequencySplit
 from measnet.network import MEASNet
-from measnet.transformer import Merge, attend_channels, convolve, weight
+from measnet.transformer import Merge, attend_channels, convolve, pointwise, weight
 
 LEAST_SIZE = 64
 """Pixels a side: level 3 is shrunk twice by 4 in `RankExperts`."""
@@ -203,18 +203,18 @@ class RankExperts(nn.Module):
         """(B, H, W, C) -> same, and the choice as (B, N) zeros and ones."""
         hidden = F.gelu(convolve(self.norm(x_bhwc), self.conv_in, self.conv_in_bias))
         (to_x, to_k), (bias_x, bias_k) = self.divide.chunk(2), self.divide_bias.chunk(2)
-        x = convolve(F.linear(hidden, to_x, bias_x), self.across, self.across_bias, len(to_x))
+        x = convolve(pointwise(hidden, to_x, bias_x), self.across, self.across_bias, len(to_x))
         x = F.gelu(convolve(x, self.along, self.along_bias, len(to_x)))
-        k = self._calibrated(F.linear(hidden, to_k, bias_k))
+        k = self._calibrated(pointwise(hidden, to_k, bias_k))
 
         gate_bk, index_bk = self._choose(x)
         gate_bn = scatter_gates(gate_bk, index_bk, len(self.ranks)).to(x.dtype)
         columns = [gate_bn[:, n : n + 1].expand(-1, rank) for n, rank in enumerate(self.ranks)]
-        mixed = F.linear(x, self.from_x, self.from_x_bias)
-        mixed = mixed * F.linear(k, self.from_k, self.from_k_bias)
+        mixed = pointwise(x, self.from_x, self.from_x_bias)
+        mixed = mixed * pointwise(k, self.from_k, self.from_k_bias)
         mixed = mixed * torch.cat(columns, dim=1)[:, None, None]
         bias_bc = gate_bn @ self.back_bias.to(x.dtype)
-        x = x + F.linear(mixed, self.back) + bias_bc[:, None, None]
+        x = x + pointwise(mixed, self.back) + bias_bc[:, None, None]
         chosen_bn = scatter_gates(torch.ones_like(gate_bk.detach()), index_bk, len(self.ranks))
         return self.project(x) + x_bhwc, chosen_bn
 
@@ -268,27 +268,29 @@ class CrossAttention(nn.Module):
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
         self.q = weight(channels, channels, fan_in=channels)
         self.q_depthwise = weight(channels, 1, 3, 3, fan_in=9)
-        self.kv = weight(2 * channels, channels, fan_in=channels)
-        self.kv_depthwise = weight(2 * channels, 1, 3, 3, fan_in=9)
+        self.kv = weight(2, channels, channels, fan_in=channels)
+        self.kv_depthwise = weight(2, channels, 1, 3, 3, fan_in=9)
         self.project_out = weight(channels, channels, fan_in=channels)
 
     def forward(self, query_bhwc: Tensor | None, y_bhwc: Tensor) -> Tensor:
         """Two of (B, H, W, C) -> same; a query of None is one of zeros."""
         if query_bhwc is None:
             return self._uniform(y_bhwc)
-        q = convolve(F.linear(query_bhwc, self.q), self.q_depthwise, groups=len(self.q))
-        kv = convolve(F.linear(y_bhwc, self.kv), self.kv_depthwise, groups=len(self.kv))
-        k_bpc, v_bpc = kv.flatten(1, 2).chunk(2, dim=-1)
+        q = convolve(pointwise(query_bhwc, self.q), self.q_depthwise, groups=len(self.q))
+        k_bpc, v_bpc = (
+            convolve(pointwise(y_bhwc, matrix), kernel, groups=len(kernel)).flatten(1, 2)
+            for matrix, kernel in zip(self.kv, self.kv_depthwise, strict=True)
+        )
         out = attend_channels(q.flatten(1, 2), k_bpc, v_bpc, self.temperature, self.project_out)
         return out.view(y_bhwc.shape)
 
     def _uniform(self, y_bhwc: Tensor) -> Tensor:
         """A query of zeros attends to all channels alike: a head gives the mean of its values."""
         heads = len(self.temperature)
-        to_v, depthwise = self.kv.chunk(2)[1], self.kv_depthwise.chunk(2)[1]
-        v = convolve(F.linear(y_bhwc, to_v), depthwise, groups=len(depthwise))
+        to_v, depthwise = self.kv[1], self.kv_depthwise[1]
+        v = convolve(pointwise(y_bhwc, to_v), depthwise, groups=len(depthwise))
         mean = v.unflatten(-1, (heads, -1)).mean(-1)
-        out = F.linear(mean, self.project_out.unflatten(1, (heads, -1)).sum(-1))
+        out = pointwise(mean, self.project_out.unflatten(1, (heads, -1)).sum(-1))
         if torch.is_grad_enabled():
             # Their gradient is zero, not missing: a sharded engine waits for every parameter.
             untouched = (self.q, self.q_depthwise, self.temperature)
@@ -658,8 +660,8 @@ def _transformer_block(
     depthwise = source.take(ffn + "dwconv.weight", 2 * hidden, 1, 3, 3)
     return state | {
         "attention.temperature": source.take(attn + "temperature", heads, 1, 1),
-        "attention.qkv": qkv,
-        "attention.qkv_depthwise": qkv_depthwise,
+        "attention.qkv": qkv.unflatten(0, (3, width)),
+        "attention.qkv_depthwise": qkv_depthwise.unflatten(0, (3, width)),
         "attention.project_out": source.take(attn + "project_out.weight", width, width),
         "feed_forward.project_in": project_in.unflatten(0, (2, hidden)),
         "feed_forward.depthwise": depthwise.unflatten(0, (2, hidden)),
@@ -736,12 +738,14 @@ def _mining(source: _Entries, at: str, width: int) -> dict[str, Tensor]:
 
 
 def _cross_attention(source: _Entries, at: str, width: int) -> dict[str, Tensor]:
+    kv = source.take(at + "kv.weight", 2 * width, width)
+    kv_depthwise = source.take(at + "kv_dwconv.weight", 2 * width, 1, 3, 3)
     return {
         "temperature": source.take(at + "temperature", MINING_HEADS, 1, 1),
         "q": source.take(at + "q.weight", width, width),
         "q_depthwise": source.take(at + "q_dwconv.weight", width, 1, 3, 3),
-        "kv": source.take(at + "kv.weight", 2 * width, width),
-        "kv_depthwise": source.take(at + "kv_dwconv.weight", 2 * width, 1, 3, 3),
+        "kv": kv.unflatten(0, (2, width)),
+        "kv_depthwise": kv_depthwise.unflatten(0, (2, width)),
         "project_out": source.take(at + "project_out.weight", width, width),
     }
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from measnet.transformer import weight
+from measnet.transformer import pointwise, weight
 
 LEAST_SIZE = 9
 """Pixels a side that two convolutions of stride 3 need."""
@@ -59,4 +59,4 @@ class PromptConcat(nn.Module):
         """Features (B, H, W, C) and prompts (B, M) -> (B, H, W, C)."""
         for_features, for_prompt = self.weight.chunk(2, dim=1)
         prompt_bc = F.linear(self.to_channels(prompt_bm), for_prompt)
-        return F.linear(x_bhwc, for_features) + prompt_bc[:, None, None]
+        return pointwise(x_bhwc, for_features) + prompt_bc[:, None, None]

@@ -27,6 +27,20 @@ def convolve(x_bhwc: Tensor, kernel: Tensor, bias: Tensor | None = None, groups:
     return x_bchw.permute(0, 2, 3, 1)
 
 
+def pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` over the last dimension: a 1×1 convolution.
+
+    On a CPU it is computed as one, for torch hands convolutions to oneDNN and matrix products to
+    MKL, which uses half of what an AMD processor can do (bench/model.py has the figures).
+    """
+    on_cpu = x.device.type == "cpu" and x.dtype != torch.float64
+    if not on_cpu or x.numel() == 0 or torch.compiler.is_compiling():
+        return F.linear(x, matrix, bias)
+    row_bchw = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
+    out_bchw = F.conv2d(row_bchw, matrix[:, :, None, None], bias)
+    return out_bchw.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(matrix))
+
+
 class Conv3x3(nn.Module):
     """A dense 3×3 convolution without bias on BHWC features."""
 
@@ -51,16 +65,18 @@ class ChannelAttention(nn.Module):
     def __init__(self, channels: int, heads: int) -> None:
         """`heads` divides `channels`."""
         super().__init__()
-        self.heads = heads
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
-        self.qkv = weight(3 * channels, channels, fan_in=channels)
-        self.qkv_depthwise = weight(3 * channels, 1, 3, 3, fan_in=9)
+        self.qkv = weight(3, channels, channels, fan_in=channels)
+        self.qkv_depthwise = weight(3, channels, 1, 3, 3, fan_in=9)
         self.project_out = weight(channels, channels, fan_in=channels)
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        qkv = convolve(F.linear(x_bhwc, self.qkv), self.qkv_depthwise, groups=len(self.qkv))
-        q_bpc, k_bpc, v_bpc = qkv.flatten(1, 2).chunk(3, dim=-1)
+        # Three products instead of one that is cut: nothing is put together in the backward pass.
+        q_bpc, k_bpc, v_bpc = (
+            convolve(pointwise(x_bhwc, matrix), kernel, groups=len(kernel)).flatten(1, 2)
+            for matrix, kernel in zip(self.qkv, self.qkv_depthwise, strict=True)
+        )
         out = attend_channels(q_bpc, k_bpc, v_bpc, self.temperature, self.project_out)
         return out.view(x_bhwc.shape)
 
@@ -76,13 +92,19 @@ def attend_channels(
     q_bhcp = q_bpc.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)
     k_bhpc = k_bpc.unflatten(-1, (heads, -1)).transpose(1, 2)
     gram = (q_bhcp @ k_bhpc).float()
-    q_norm = torch.linalg.vector_norm(q_bpc, dim=1, dtype=torch.float32).clamp_min(EPSILON)
-    k_norm = torch.linalg.vector_norm(k_bpc, dim=1, dtype=torch.float32).clamp_min(EPSILON)
+    q_norm, k_norm = _norm(q_bpc), _norm(k_bpc)
     cosine = gram / q_norm.view(*gram.shape[:3], 1) / k_norm.view(len(gram), heads, 1, -1)
     attention_bhcc = torch.softmax(cosine * temperature.float(), dim=-1).to(v_bpc.dtype)
     project_hcc = project_out.unflatten(1, (heads, -1)).transpose(0, 1)
     mixed = (project_hcc @ attention_bhcc).transpose(1, 2).flatten(2)  # (B, C out, C of v)
+    if len(mixed) == 1:
+        return pointwise(v_bpc, mixed[0].to(v_bpc.dtype))
     return v_bpc @ mixed.transpose(1, 2).to(v_bpc.dtype)
+
+
+def _norm(x_bpc: Tensor) -> Tensor:
+    """L2 norm along the pixels, (B, C) fp32; at 0 its gradient is 0."""
+    return x_bpc.square().sum(1, dtype=torch.float32).clamp_min(EPSILON**2).sqrt()
 
 
 class FeedForward(nn.Module):
@@ -107,10 +129,10 @@ class FeedForward(nn.Module):
         project_in = F.pad(self.project_in, (0, 0, 0, self.padding))
         depthwise = F.pad(self.depthwise, (0, 0, 0, 0, 0, 0, 0, self.padding))
         a, b = (
-            convolve(F.linear(x_bhwc, p), d, groups=len(d))
+            convolve(pointwise(x_bhwc, p), d, groups=len(d))
             for p, d in zip(project_in, depthwise, strict=True)
         )
-        return F.linear(F.gelu(a) * b, F.pad(self.project_out, (0, self.padding)))
+        return pointwise(F.gelu(a) * b, F.pad(self.project_out, (0, self.padding)))
 
 
 class TransformerBlock(nn.Module):
@@ -173,4 +195,4 @@ class Merge(nn.Module):
     def forward(self, first_bhwc: Tensor, second_bhwc: Tensor) -> Tensor:
         """Two of (B, H, W, channels) -> (B, H, W, out)."""
         for_first, for_second = self.weight.chunk(2, dim=1)
-        return F.linear(first_bhwc, for_first, self.bias) + F.linear(second_bhwc, for_second)
+        return pointwise(first_bhwc, for_first, self.bias) + pointwise(second_bhwc, for_second)
