@@ -154,7 +154,7 @@ def launch(
     Raises:
         ValueError: see `check`.
     """
-    console = console or Console()
+    console = console or Console(soft_wrap=True)
     config = resolve(config)
     started = time.monotonic()
     manifest, plan, found = check(config)

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from distributed.launch import launch
 
-    console = Console()
+    console = Console(soft_wrap=True)
     try:
         outcome = launch(config, console=console)
     except (ValueError, OSError) as error:
@@ -41,7 +41,7 @@ def show(outcome: "Outcome", console: "Console") -> None:
             console.print(f"finished {outcome.samples:,} samples in {outcome.seconds:.0f} s")
             console.print(f"  weights   {outcome.folder}/model.safetensors")
             store = f"--backend-store-uri {outcome.tracking_uri}"
-            console.print(f"  MLflow    mlflow ui --host 127.0.0.1 {store}", soft_wrap=True)
+            console.print(f"  MLflow    mlflow ui --host 127.0.0.1 {store}")
         case "stopped":
             console.print(f"stopped ({outcome.reason}) after {outcome.samples:,} samples; {again}")
         case "failed":
