@@ -7,7 +7,6 @@ with the command that mends it. A contact sheet shows samples of each task.
 import argparse
 import contextlib
 import dataclasses
-import hashlib
 import json
 import multiprocessing
 import os
@@ -196,14 +195,14 @@ def _check_shard(
     tiles."""
     uri, shard, deep, cache = work
     reader = Reader(_only(uri, shard), cache)
-    wrong = [] if storage.is_remote(uri) else _check_file(uri, shard)
+    wrong = _check_file(uri, shard)
     sizes: Counter[str] = Counter()
     tile = 0
     try:
         index = reader.index(shard)
         sizes.update(f"{row['width']}x{row['height']}" for row in index.samples)
         tile = index.tile
-        if wrong or deep:
+        if deep or (wrong and not storage.is_remote(uri)):
             wrong += _check_samples(reader, shard)
         if deep and not wrong:
             wrong += _check_members(reader, shard)
@@ -224,15 +223,12 @@ def _only(uri: str, shard: Shard) -> Manifest:
 
 
 def _check_file(uri: str, shard: Shard) -> list[tuple[str, str]]:
-    path = storage.join(uri, shard.name)
     try:
-        size = os.path.getsize(path)
-        if size != shard.bytes:
-            return [(shard.name, f"has {size} bytes, but the manifest says {shard.bytes}")]
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        size, digest = storage.size_and_sha256(storage.join(uri, shard.name))
     except FileNotFoundError:
         return [(shard.name, "is named in the manifest, but is not there")]
+    if size != shard.bytes:
+        return [(shard.name, f"has {size} bytes, but the manifest says {shard.bytes}")]
     if digest != shard.sha256:
         return [(shard.name, "its bytes have changed since packing (sha256)")]
     return []

@@ -8,7 +8,6 @@ without it nothing takes OUT for shards.
 
 import argparse
 import contextlib
-import hashlib
 import json
 import multiprocessing
 import os
@@ -268,17 +267,11 @@ def _repair(
 
 
 def _is_whole(out: str, shard: Shard) -> bool:
-    for name, wanted in ((shard.name, shard.sha256), (shard.index_name, shard.index_sha256)):
-        try:
-            with storage.reading(f"{out}/{name}") as file:
-                digest = hashlib.sha256()
-                while block := file.read(storage.BLOCK):
-                    digest.update(block)
-        except FileNotFoundError:
-            return False
-        if digest.hexdigest() != wanted:
-            return False
-    return True
+    wanted = {shard.name: shard.sha256, shard.index_name: shard.index_sha256}
+    try:
+        return all(storage.size_and_sha256(f"{out}/{n}")[1] == sha for n, sha in wanted.items())
+    except FileNotFoundError:
+        return False
 
 
 def _before(out: str, tasks: list[str]) -> Manifest:

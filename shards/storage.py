@@ -7,6 +7,7 @@ themselves.
 
 import contextlib
 import errno
+import hashlib
 import os
 import random
 import time
@@ -156,6 +157,20 @@ def remove(uri: str) -> None:
         return
     with contextlib.suppress(FileNotFoundError):
         os.unlink(uri)
+
+
+def size_and_sha256(uri: str) -> tuple[int, str]:
+    """Of a file, read once; FileNotFoundError where there is none."""
+
+    def run() -> tuple[int, str]:
+        size, digest = 0, hashlib.sha256()
+        with reading(uri) as file:
+            while block := file.read(BLOCK):
+                size += len(block)
+                digest.update(block)
+        return size, digest.hexdigest()
+
+    return retrying(f"reading {uri}", run)
 
 
 def reading(uri: str) -> AbstractContextManager[BinaryIO]:

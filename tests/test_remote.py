@@ -1,0 +1,312 @@
+"""Shards in stores: real HTTP and S3-compatible servers on loopback; and the cache of copies."""
+
+import dataclasses
+import functools
+import hashlib
+import http.server
+import multiprocessing
+import os
+import socketserver
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shards import inspect, manifest, pack, storage
+from shards.cache import Cache
+from shards.config import DataConfig
+from shards.stream import TrainStream, pictures
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import skimage.data
+
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(10):
+        cut = skimage.data.coffee()[20 * number : 20 * number + 48, 100:164]
+        Image.fromarray(cut).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "set"
+    pack.pack("clean", str(photos), str(out), synthesise=["lowlight"], workers=1, shard_mib=0.03)
+    return out
+
+
+class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
+    """A folder over HTTP that can misbehave."""
+
+    daemon_threads = True
+    broken: dict[str, int]  # name -> how many answers to spoil
+    asked: list[str]
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    def do_GET(self) -> None:
+        assert isinstance(self.server, Server)
+        name = self.path.rsplit("/", 1)[-1]
+        self.server.asked.append(name)
+        if self.server.broken.get(name, 0) > 0:
+            self.server.broken[name] -= 1
+            if self.server.broken[name] % 2:
+                self.send_error(503)
+            else:  # ends in the middle, with a whole answer's headers
+                body = Path(self.translate_path(self.path)).read_bytes()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body[: len(body) // 2])
+                self.close_connection = True
+            return
+        super().do_GET()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture()
+def server(packed: Path) -> Iterator[Server]:
+    handler = functools.partial(Handler, directory=str(packed))
+    with Server(("127.0.0.1", 0), handler) as running:
+        running.broken, running.asked = {}, []
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        yield running
+        running.shutdown()
+
+
+def uri(server: Server) -> str:
+    return f"http://127.0.0.1:{server.server_address[1]}"
+
+
+def config(place: str, cache: Path, **changes: object) -> DataConfig:
+    base = DataConfig(
+        train=place,
+        repeats={"denoise_25": 2, "lowlight": 1},
+        crop=32,
+        loader_workers=0,
+        cache_dir=str(cache),
+    )
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+def contents(data: DataConfig) -> list[tuple[list[str], bytes]]:
+    stream = TrainStream(data, 5)
+    sizes = {"global_batch": 6, "micro_batch": 3, "world": 1, "rank": 0}
+    return [(b.keys, b.degraded.numpy().tobytes()) for b in stream.batches(0, 30, **sizes)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_over_http_the_batches_are_those_of_the_folder(
+    server: Server, packed: Path, tmp_path: Path, workers: int
+) -> None:
+    local = contents(config(str(packed), tmp_path / "unused"))
+    assert not (tmp_path / "unused").exists()
+    cache = tmp_path / "cache"
+    remote = contents(config(uri(server), cache, loader_workers=workers))
+    assert remote == local
+    # Each shard came once, though prefetching thread and readers all wanted it; named by its
+    # content.
+    tars = [name for name in server.asked if name.endswith(".tar")]
+    shards = manifest.read(str(packed)).shards
+    assert sorted(set(tars)) == sorted(shard.name for shard in shards)
+    for shard in shards:
+        assert hashlib.sha256((cache / shard.sha256).read_bytes()).hexdigest() == shard.sha256
+    server.asked.clear()
+    assert contents(config(uri(server), cache)) == local
+    assert [name for name in server.asked if name != manifest.NAME] == []
+
+
+def test_a_server_that_stumbles_is_asked_again(
+    server: Server, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    local = contents(config(str(packed), tmp_path / "unused"))
+    for shard in manifest.read(str(packed)).shards[:2]:
+        server.broken |= {shard.name: 3, shard.index_name: 1}
+    server.broken[manifest.NAME] = 2
+    assert contents(config(uri(server), tmp_path / "cache")) == local
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_a_shard_that_never_comes_whole_stops_with_its_name(
+    server: Server, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    shard = manifest.read(str(packed)).shards[0]
+    server.broken[shard.name] = 10**6
+    with pytest.raises(ValueError, match=rf"fetching http.*{shard.name} failed 5 times"):
+        contents(config(uri(server), tmp_path / "cache", prefetch=0))
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_a_store_that_holds_another_shard_is_noticed(
+    server: Server, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same length, but other bytes; as after a copy that mixed two sets up."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    shard = manifest.read(str(packed)).shards[0]
+    path = packed / shard.name
+    good = path.read_bytes()
+    try:
+        path.write_bytes(good[:-2000] + bytes([1]) + good[-1999:])
+        with pytest.raises(ValueError, match="but the manifest says"):
+            contents(config(uri(server), tmp_path / "cache"))
+    finally:
+        path.write_bytes(good)
+
+
+def test_inspect_and_pictures_over_http(server: Server, packed: Path, tmp_path: Path) -> None:
+    data = DataConfig(cache_dir=str(tmp_path / "cache"))
+    report = inspect.inspect(uri(server), deep=True, workers=1, data=data)
+    assert report.ok and report.tasks["denoise"]["samples"] == 10
+    here = list(pictures(str(packed), limit=2))
+    there = list(pictures(uri(server), limit=2, data=data))
+    assert len(here) == 8
+    for one, other in zip(here, there, strict=True):
+        assert one.name == other.name and one.degradation == other.degradation
+        assert np.array_equal(one.degraded.numpy(), other.degraded.numpy())
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """An S3-compatible server on loopback; nothing of the machine's own credentials is used."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    pytest.importorskip("s3fs")
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    import fsspec
+
+    fsspec.filesystem("s3").mkdir("shelf")
+    yield "s3://shelf"
+    for name, value in before.items():
+        os.environ.pop(name)
+        if value is not None:
+            os.environ[name] = value
+    server.stop()
+
+
+def test_packed_to_s3_and_streamed_from_it(
+    bucket: str, photos: Path, packed: Path, tmp_path: Path
+) -> None:
+    out = f"{bucket}/sets/one"
+    options = {"synthesise": ["lowlight"], "workers": 1, "shard_mib": 0.03}
+    made = pack.pack("clean", str(photos), out, **options)
+    assert made.fingerprint == manifest.read(str(packed)).fingerprint
+    assert storage.names(f"{out}/.packing") == []
+    assert contents(config(out, tmp_path / "cache")) == contents(
+        config(str(packed), tmp_path / "no")
+    )
+    data = DataConfig(cache_dir=str(tmp_path / "cache"))
+    assert inspect.inspect(out, workers=1, data=data).ok
+    with pytest.raises(ValueError, match="already holds denoise"):
+        pack.pack("clean", str(photos), out, **options)
+    # A shard that vanishes is named, and made anew in its place.
+    storage.remove(f"{out}/{made.shards[1].name}")
+    report = inspect.inspect(out, workers=1, data=DataConfig(cache_dir=str(tmp_path / "fresh")))
+    assert [problem.shard for problem in report.problems] == [made.shards[1].name]
+    pack.pack("clean", str(photos), out, repair=True, workers=1)
+    assert inspect.inspect(out, workers=1, data=DataConfig(cache_dir=str(tmp_path / "new"))).ok
+
+
+def test_an_unfinished_packing_to_s3_goes_on(bucket: str, photos: Path, tmp_path: Path) -> None:
+    out = f"{bucket}/sets/two"
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    for path in photos.iterdir():
+        (copies / path.name).write_bytes(path.read_bytes())
+    good = (copies / "9.png").read_bytes()
+    (copies / "9.png").write_bytes(good[:100])
+    with pytest.raises(ValueError, match=r"9\.png is not a whole picture"):
+        pack.pack("clean", str(copies), out, workers=1, shard_mib=0.01)
+    with pytest.raises(ValueError, match=r"has no manifest\.json"):
+        manifest.read(out)
+    rows = [name for name in storage.names(f"{out}/.packing") if name.endswith(".json")]
+    assert rows  # finished shards are kept
+    (copies / "9.png").write_bytes(good)
+    made = pack.pack("clean", str(copies), out, workers=1, shard_mib=0.01)
+    assert made.counts == {"denoise": 10}
+
+
+def blob(folder: Path, name: str, size: int) -> tuple[str, str, int]:
+    data = np.random.default_rng(size).bytes(size)
+    (folder / name).write_bytes(data)
+    return str(folder / name), hashlib.sha256(data).hexdigest(), size
+
+
+def test_the_cache_keeps_its_limit_and_drops_the_least_recently_used(tmp_path: Path) -> None:
+    cache = Cache(folder=str(tmp_path / "cache"), limit=3_500)
+    files = [blob(tmp_path, f"{n}", 1000 + n) for n in range(4)]
+    now = 1_700_000_000
+    for number, file in enumerate(files[:3]):
+        os.utime(cache.fetch(*file), (now + number, now + number))
+    cache.fetch(*files[0])  # used again: now file 1 is the oldest
+    cache.fetch(*files[3])
+    kept = {name for name in os.listdir(cache.folder) if name != "locks"}
+    assert kept == {files[0][1], files[2][1], files[3][1]}
+    small = Cache(folder=str(tmp_path / "small"), limit=10)
+    assert os.path.getsize(small.fetch(*files[0])) == 1000  # one shard always has room
+
+
+def test_an_open_copy_survives_its_eviction(tmp_path: Path) -> None:
+    cache = Cache(folder=str(tmp_path / "cache"), limit=1_500)
+    one, other = blob(tmp_path, "a", 1000), blob(tmp_path, "b", 1001)
+    with open(cache.fetch(*one), "rb") as file:
+        cache.fetch(*other)
+        assert not os.path.exists(cache.path(one[1]))
+        assert hashlib.sha256(file.read()).hexdigest() == one[1]
+
+
+def fetch_from(folder: str, address: str, sha256: str, size: int) -> None:
+    cache = Cache(folder=folder, limit=10**9)
+    path = cache.fetch(address, sha256, size)
+    assert hashlib.sha256(Path(path).read_bytes()).hexdigest() == sha256
+
+
+def fetch_and_die(folder: str, address: str, sha256: str, size: int) -> None:
+    """Dies while it holds the lock and has written half of the file."""
+    from shards import cache as module
+
+    def copy(uri: str, path: str) -> tuple[str, int]:
+        Path(path).write_bytes(b"half")
+        os._exit(9)
+
+    module._copy = copy
+    fetch_from(folder, address, sha256, size)
+
+
+def test_processes_that_want_one_shard_fetch_it_once_and_may_die(
+    server: Server, packed: Path, tmp_path: Path
+) -> None:
+    shard = manifest.read(str(packed)).shards[0]
+    arguments = (str(tmp_path / "cache"), f"{uri(server)}/{shard.name}", shard.sha256, shard.bytes)
+    context = multiprocessing.get_context("fork")
+    victim = context.Process(target=fetch_and_die, args=arguments)
+    victim.start()
+    victim.join(20)
+    assert victim.exitcode == 9
+    assert os.path.exists(tmp_path / "cache" / f"{shard.sha256}.part")
+    several = [context.Process(target=fetch_from, args=arguments) for _ in range(4)]
+    for process in several:
+        process.start()
+    for process in several:
+        process.join(30)
+    assert [process.exitcode for process in several] == [0] * 4
+    assert server.asked.count(shard.name) == 1
+    assert not list((tmp_path / "cache").glob("*.part"))
