@@ -1,0 +1,358 @@
+"""What a search may change: dotted `TrainConfig` fields with their ranges, or a fixed list of
+points.
+
+    experts     N and K of both kinds of expert library, and lambda: what the paper set by hand
+    width       the channels of the network, which move its cost far more than K does
+    ablation    the six rows of Table VI
+    tasks       all tasks in one network against one network per task (Fig. 8)
+    FILE.yaml   field: range, one per line; `--vary FIELD=RANGE` adds one on the command line
+
+A range is `2..8`, `0.1..0.9`, `log 1e-6..1e-2`, or the choices `16,24,32`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from distributed.config import TrainConfig, as_metrics
+from measnet.config import ABLATION, ModelConfig, replace_dotted
+from shards.tasks import DEGRADATIONS
+
+if TYPE_CHECKING:
+    from optuna import Trial
+    from optuna.distributions import BaseDistribution
+
+Changes = dict[str, Any]
+"""Dotted field -> value."""
+
+EXPERTS = {
+    "model.pixel_experts": "2..8",
+    "model.pixel_top_k": "1..4",
+    "model.image_experts": "2..8",
+    "model.image_top_k": "1..4",
+    "recipe.balance_weight": "log 1e-6..1e-2",
+}
+PAPER: Changes = {
+    "model.pixel_experts": ModelConfig.pixel_experts,
+    "model.pixel_top_k": ModelConfig.pixel_top_k,
+    "model.image_experts": ModelConfig.image_experts,
+    "model.image_top_k": ModelConfig.image_top_k,
+    "recipe.balance_weight": 1e-4,
+}
+"""Section IV.B of the paper; always trial 0, for the fields that are searched."""
+BOUND_BY = {
+    "model.pixel_top_k": "model.pixel_experts",
+    "model.image_top_k": "model.image_experts",
+}
+"""K of a library cannot be more than its N."""
+SYMBOLS = {
+    "model.pixel_experts": "N pixel",
+    "model.pixel_top_k": "K pixel",
+    "model.image_experts": "N picture",
+    "model.image_top_k": "K picture",
+    "recipe.balance_weight": "λ",
+    "model.dim": "width",
+    "recipe.lr": "learning rate",
+}
+"""Short names for tables and plots."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """One field and the values it may take: a range, or choices."""
+
+    field: str
+    low: float | int = 0
+    high: float | int = 0
+    log: bool = False
+    choices: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what is no range, and choices where a bound is needed."""
+        if self.choices:
+            if self.field in BOUND_BY:
+                raise ValueError(
+                    f"{self.field} needs a range such as 1..4, for it is cut at {self.bound}"
+                )
+            return
+        if not self.low < self.high:
+            raise ValueError(f"{self.field}: the range {self.low}..{self.high} holds nothing")
+        if self.log and self.low <= 0:
+            raise ValueError(f"{self.field}: a log range must begin above 0, not at {self.low}")
+
+    @property
+    def bound(self) -> str | None:
+        """The field that this one cannot exceed."""
+        return BOUND_BY.get(self.field)
+
+    @property
+    def extremes(self) -> tuple[Any, ...]:
+        """The values to try whether the range is possible at all."""
+        return self.choices or (self.low, self.high)
+
+    def distribution(self, *, most: int | None = None, value: Any = None) -> "BaseDistribution":
+        """Optuna's description; `most` cuts the range, and it is widened to hold `value`."""
+        from optuna.distributions import (
+            CategoricalDistribution,
+            FloatDistribution,
+            IntDistribution,
+        )
+
+        if self.choices:
+            return CategoricalDistribution(self.choices)
+        low, high = self._range(most)
+        if value is not None:
+            low, high = min(low, value), max(high, value)
+        if isinstance(self.low, int):
+            return IntDistribution(int(low), int(high), log=self.log)
+        return FloatDistribution(low, high, log=self.log)
+
+    def draw(self, trial: "Trial", most: int | None = None) -> Any:
+        """Have Optuna choose a value, at most `most`."""
+        if self.choices:
+            return trial.suggest_categorical(self.field, self.choices)
+        low, high = self._range(most)
+        if isinstance(self.low, int):
+            return trial.suggest_int(self.field, int(low), int(high), log=self.log)
+        return trial.suggest_float(self.field, low, high, log=self.log)
+
+    def clip(self, value: float) -> float:
+        """The nearest value inside the range."""
+        return min(max(value, self.low), self.high)
+
+    def _range(self, most: int | None) -> tuple[float, float]:
+        high = self.high if most is None else max(1, min(self.high, most))
+        return min(self.low, high), high
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row of a fixed list."""
+
+    label: str
+    changes: Changes
+
+
+@dataclass(frozen=True)
+class Space:
+    """Parameters to search, or points to train one after the other."""
+
+    parameters: tuple[Parameter, ...] = ()
+    points: tuple[Point, ...] = ()
+
+    def check(self, base: TrainConfig) -> None:
+        """Try the ends of each range on `base`.
+
+        Raises:
+            ValueError: an end that the configuration refuses; no choice for the paper's value.
+        """
+        first = self.first(base)
+        for parameter in self.parameters:
+            if parameter.choices and first[parameter.field] not in parameter.choices:
+                raise ValueError(
+                    f"{parameter.field} has the choices "
+                    f"{', '.join(map(str, parameter.choices))}, but trial 0 needs "
+                    f"{first[parameter.field]} among them"
+                )
+            for value in parameter.extremes:
+                changes = first | {parameter.field: value}
+                if parameter.bound:  # a K beyond N is cut, so it is tried with an N that has room
+                    changes[parameter.bound] = max(
+                        value, changes.get(parameter.bound, _get(base, parameter.bound))
+                    )
+                apply(base, self._cut(changes, base))
+        for point in self.points:
+            apply(base, point.changes)
+
+    def first(self, base: TrainConfig) -> Changes:
+        """Trial 0: the paper's N, K and lambda where they are searched, else the values of
+        `base`."""
+        if self.points:
+            return dict(self.points[0].changes)
+        return {p.field: PAPER.get(p.field, _get(base, p.field)) for p in self.parameters}
+
+    def suggest(self, trial: "Trial", base: TrainConfig) -> Changes:
+        """Let Optuna choose a value for each parameter, each K up to its N."""
+        changes: Changes = {}
+        for parameter in self._ordered():
+            changes[parameter.field] = parameter.draw(trial, self._most(parameter, changes, base))
+        return {p.field: changes[p.field] for p in self.parameters}
+
+    def distributions(
+        self, changes: Mapping[str, Any], base: TrainConfig, *, whole: bool = False
+    ) -> "dict[str, BaseDistribution]":
+        """What each value of a trial was drawn from; `whole` leaves the K uncut by their N."""
+        return {
+            p.field: p.distribution(
+                most=None if whole else self._most(p, changes, base), value=changes[p.field]
+            )
+            for p in self.parameters
+        }
+
+    def _ordered(self) -> list[Parameter]:
+        return sorted(self.parameters, key=lambda p: p.bound is not None)
+
+    def _most(self, parameter: Parameter, chosen: Mapping[str, Any], base: TrainConfig) -> Any:
+        if parameter.bound is None:
+            return None
+        return chosen.get(parameter.bound, _get(base, parameter.bound))
+
+    def _cut(self, changes: Changes, base: TrainConfig) -> Changes:
+        cut = dict(changes)
+        for field, bound in BOUND_BY.items():
+            if field in cut:
+                cut[field] = min(cut[field], cut.get(bound, _get(base, bound)))
+            elif bound in cut and cut[bound] < _get(base, field):
+                raise ValueError(
+                    f"{bound} may become {cut[bound]}, but {field} stays {_get(base, field)}: "
+                    f"search it too (--vary {field}=1..{_get(base, field)})"
+                )
+        return cut
+
+
+def build(names: Sequence[str], vary: Sequence[str], base: TrainConfig) -> Space:
+    """The space that the command line asks for.
+
+    Raises:
+        ValueError: unknown name or field, a range that cannot be read or that `base` refuses.
+    """
+    fixed = [name for name in names if name in ("ablation", "tasks")]
+    if fixed:
+        if len(names) > 1 or vary:
+            raise ValueError(f"--space {fixed[0]} is a fixed list: nothing can be added to it")
+        space = Space(points=_ablation() if fixed[0] == "ablation" else _tasks(base))
+    else:
+        ranges: dict[str, Any] = {}
+        for name in names:
+            ranges |= _named(name, base)
+        for item in vary:
+            field, equals, text = item.partition("=")
+            if not equals:
+                raise ValueError(f"--vary {item!r}; write FIELD=RANGE, as recipe.lr=log 1e-4..1e-2")
+            ranges[field.strip()] = text
+        space = Space(tuple(parameter(field, text, base) for field, text in ranges.items()))
+        if not space.parameters:
+            raise ValueError("nothing to search: give --space experts or --vary FIELD=RANGE")
+    space.check(base)
+    return space
+
+
+def parameter(field: str, text: Any, base: TrainConfig) -> Parameter:
+    """Read one range: `2..8`, `log 1e-6..1e-2`, `16,24,32`, or a YAML list of choices.
+
+    Raises:
+        ValueError: unknown field, or no range.
+    """
+    known = as_metrics(base)
+    if field not in known:
+        near = [name for name in known if name.rpartition(".")[2] == field.rpartition(".")[2]]
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"cannot search {field}: there is no such field{hint}")
+    if isinstance(text, list):
+        return Parameter(field=field, choices=tuple(text))
+    log, words = False, str(text).replace(":", " ").split()
+    if words and words[0] == "log":
+        log, words = True, words[1:]
+    body = "".join(words)
+    if ".." in body:
+        low, _, high = body.partition("..")
+        try:
+            ends = [_number(end, integer=isinstance(known[field], int)) for end in (low, high)]
+        except ValueError:
+            raise ValueError(
+                f"cannot read the range {text!r} of {field}; write 2..8, log 1e-6..1e-2 or 16,24,32"
+            ) from None
+        return Parameter(field=field, low=ends[0], high=ends[1], log=log)
+    choices = [yaml.safe_load(item) for item in body.split(",") if item]
+    if len(choices) < 2 or log:
+        raise ValueError(
+            f"cannot read the range {text!r} of {field}; write 2..8, log 1e-6..1e-2 or 16,24,32"
+        )
+    if isinstance(known[field], float):
+        choices = [float(choice) for choice in choices]
+    return Parameter(field=field, choices=tuple(choices))
+
+
+def apply(base: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    """`base` with the values of one trial."""
+    return replace_dotted(base, changes)
+
+
+def describe(changes: Mapping[str, Any]) -> str:
+    """One short line: `N pixel 6  K pixel 2  λ 0.0001`."""
+    return "  ".join(f"{symbol(f)} {show(v)}" for f, v in changes.items())
+
+
+def symbol(field: str) -> str:
+    """Short name of a field."""
+    return SYMBOLS.get(field, field.removeprefix("model.").removeprefix("recipe."))
+
+
+def show(value: Any) -> str:
+    """A value in few characters."""
+    if isinstance(value, dict):
+        return "+".join(name for name, count in value.items() if count) or "none"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _named(name: str, base: TrainConfig) -> dict[str, Any]:
+    if name == "experts":
+        return dict(EXPERTS)
+    if name == "width":
+        widths = {_multiple_of_4(base.model.dim * part) for part in (0.5, 0.75, 1.0)}
+        return {"model.dim": sorted(widths)}
+    if name.endswith((".yaml", ".yml")):
+        try:
+            ranges = yaml.safe_load(Path(name).read_text())
+        except OSError as error:
+            raise ValueError(f"cannot read --space {name}: {error.strerror}") from error
+        if not isinstance(ranges, dict):
+            raise ValueError(f"{name} must hold lines such as `model.dim: 16,24,32`")
+        return ranges
+    raise ValueError(
+        f"unknown --space {name!r}; choose experts, width, ablation, tasks, or a FILE.yaml"
+    )
+
+
+def _ablation() -> tuple[Point, ...]:
+    switches = ("tspg", "mese", "fd", "mee")
+    return tuple(
+        Point(label, {f"model.{name}": getattr(make(), name) for name in switches})
+        for label, make in ABLATION.items()
+    )
+
+
+def _tasks(base: TrainConfig) -> tuple[Point, ...]:
+    used = {name: count for name, count in base.data.repeats.items() if count}
+    tasks = list(dict.fromkeys(DEGRADATIONS[name].task for name in used))
+    if len(tasks) < 2:
+        raise ValueError(
+            f"--space tasks compares tasks, but data.repeats uses only {tasks[0]}; "
+            "take a preset with several"
+        )
+    single = [
+        Point(
+            task,
+            {"data.repeats": {n: c for n, c in used.items() if DEGRADATIONS[n].task == task}},
+        )
+        for task in tasks
+    ]
+    return (Point("all in one", {"data.repeats": used}), *single)
+
+
+def _get(base: TrainConfig, field: str) -> Any:
+    value: Any = base
+    for part in field.split("."):
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
+    return value
+
+
+def _multiple_of_4(channels: float) -> int:
+    return max(4, round(channels / 4) * 4)
+
+
+def _number(text: str, *, integer: bool) -> float | int:
+    return int(text) if integer else float(text)

@@ -1,0 +1,316 @@
+"""Ray Tune's part of a search: proposals in, events out.
+
+Tune schedules, stops and pauses trials. What it would keep of its own in pickles is not used: the
+record is written at every event, and a search that goes on hands the schedulers what they saw.
+"""
+
+import dataclasses
+import logging
+import os
+import random
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining
+from ray.tune.search import Searcher
+
+from distributed.launch import ray_storage
+from distributed.monitor import free_resources
+from measnet.config import to_dict
+from tune.conclude import prune_losers, refresh
+from tune.config import SearchConfig
+from tune.propose import propose
+from tune.record import Record, Row
+from tune.resources import Room
+from tune.space import Changes, Space, describe
+from tune.trial import Trial
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+HEAD = "node:__internal_head__"
+
+
+def trial_resources(parallel: int) -> dict[str, float]:
+    """What a trial takes: its part of the head node, where its small files lie, and no CPU, or
+    trials would hold what their own workers wait for.
+
+    A thousandth of the head node per trial stays free, or Ray Train's own helpers would not start,
+    and the trial would wait for them for ever.
+    """
+    return {HEAD: max(1, int(10_000 * (1 - 0.002 * parallel) / parallel)) / 10_000}
+
+
+@dataclasses.dataclass
+class Live:
+    """What the parts of a running search share."""
+
+    config: SearchConfig
+    space: Space
+    record: Record
+    total: int
+    console: "Console"
+    room: Room
+    stop_file: Path
+    signals: int = 0
+
+    def say(self, row: Row, text: str) -> None:
+        """A line about a trial."""
+        label = row.label or describe(row.changes)
+        self.console.print(f"{row.number:3d}  {label}  {text}", soft_wrap=True)
+
+
+class Proposals(Searcher):
+    """Waiting trials first, then new ones, in the order of their numbers."""
+
+    def __init__(self, live: Live) -> None:
+        """Propose for this search."""
+        super().__init__(metric="psnr", mode="max")
+        self._live = live
+        self._waiting = [row for row in live.record.rows if row.state == "waiting"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: the record is the state."""
+        return {}
+
+    def set_search_properties(
+        self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
+    ) -> bool:
+        """Known already."""
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next trial, or that there is none."""
+        live, record = self._live, self._live.record
+        if live.signals:
+            return Searcher.FINISHED
+        if self._waiting:
+            row = self._waiting.pop(0)
+        elif len(record.rows) < live.total:
+            row = self._new_row()
+        else:
+            return Searcher.FINISHED
+        base = live.config.base()
+        scaling = dataclasses.replace(
+            base.scaling,
+            cpus_per_worker=live.room.cpus,
+            device="gpu" if live.room.gpu else "cpu",
+        )
+        return {
+            "name": row.name,
+            "base": to_dict(dataclasses.replace(base, scaling=scaling)),
+            "changes": row.changes,
+            "options": {
+                "cost": live.config.cost,
+                "cpus": live.room.cpus,
+                "gpu": live.room.gpu,
+                "stop_file": str(live.stop_file),
+                "tags": {"measnet.kind": "trial", "measnet.search": record.name},
+            },
+        }
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """The record tells."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the record is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the record is the state."""
+
+    def _new_row(self) -> Row:
+        record, number = self._live.record, len(self._live.record.rows)
+        name = f"{record.name}-{number:03d}"
+        row = Row(
+            number=number,
+            name=name,
+            changes=propose(self._live.space, record.rows, self._live.config),
+            label=self._live.space.points[number].label if self._live.space.points else "",
+            folder=f"{record.folder}/trials/{name}",
+        )
+        record.rows.append(row)
+        record.save()
+        return row
+
+
+class Events(tune.Callback):
+    """Writes what happens into the record, and shows it."""
+
+    def __init__(self, live: Live) -> None:
+        """Watch this search."""
+        self._live = live
+        self._since: dict[str, float] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: the record is the state."""
+        return {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Its actor lives; after PBT took over another's weights, with other values."""
+        row = self._row(trial)
+        changes = trial.config["changes"]
+        if changes != row.changes:
+            row.inherited.append({"samples": row.samples, "changes": dict(changes)})
+            row.changes = dict(changes)
+            self._live.say(row, f"took over better weights at {row.samples:,} samples")
+        elif row.state == "waiting":
+            self._live.say(row, "starts" if not row.samples else f"goes on at {row.samples:,}")
+        row.state = "running"
+        self._since[row.name] = time.monotonic()
+        self._live.record.save()
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """A validation."""
+        row = self._row(trial)
+        self._take(row, result)
+        self._live.record.save()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """It ran to its end, or was stopped by the scheduler or by the user."""
+        row, live = self._row(trial), self._live
+        if trial.last_result.get("interrupted"):
+            row.state = "waiting"
+        elif row.samples >= live.config.budget:
+            row.state = "finished"
+            live.say(row, f"finished with {_db(row)}")
+        else:
+            row.state = "stopped"
+            row.reason = (
+                f"ASHA: not among the best 1/{live.config.reduction} at {row.samples:,} samples"
+            )
+            live.say(row, f"stopped at {row.samples:,} samples with {_db(row)}")
+        self._end(row)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """It failed; the search goes on."""
+        row = self._row(trial)
+        row.state, row.reason = "failed", _reason(trial.get_pickled_error())
+        self._live.say(row, f"[red]failed[/red]: {row.reason}")
+        self._end(row)
+
+    def _row(self, trial: Any) -> Row:
+        return self._live.record.row(str(trial))
+
+    def _take(self, row: Row, result: dict[str, Any]) -> None:
+        row.costs |= {
+            k: result[k] for k in ("parameters", "multiply_adds", "latency") if k in result
+        }
+        if "psnr" in result and row.validated(int(result["samples"]), float(result["psnr"])):
+            self._live.say(row, f"{row.samples:,} samples  {_db(row)}")
+        row.samples = max(row.samples, int(result.get("samples", 0)))
+
+    def _end(self, row: Row) -> None:
+        row.seconds += time.monotonic() - self._since.pop(row.name, time.monotonic())
+        refresh(row)
+        self._live.record.save()
+        if self._live.config.scheduler != "pbt":  # whose losers' weights are nobody's any more
+            prune_losers(self._live.record, self._live.config.keep)
+        self._live.record.save()
+
+
+def make_tuner(live: Live) -> tune.Tuner:
+    """A tuner for the trials that are left."""
+    config, record = live.config, live.record
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the record, and MLflow, hold it all
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # a trial may end before it has figures
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
+    for name in ("ray.tune", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    left = live.total - sum(row.ended for row in record.rows)
+    return tune.Tuner(
+        tune.with_resources(
+            Trial, tune.PlacementGroupFactory([trial_resources(live.room.parallel)])
+        ),
+        tune_config=tune.TuneConfig(
+            search_alg=Proposals(live),
+            scheduler=make_scheduler(config, record),
+            num_samples=left,
+            max_concurrent_trials=None if config.scheduler == "pbt" else live.room.parallel,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            **ray_storage(record.folder),
+            callbacks=[Events(live)],
+            failure_config=tune.FailureConfig(max_failures=0),
+            verbose=0,
+        ),
+    )
+
+
+def make_scheduler(config: SearchConfig, record: Record) -> Any:
+    """The scheduler, told of the trials that ended in earlier launches."""
+    if config.scheduler == "asha":
+        asha = ASHAScheduler(
+            time_attr="samples",
+            metric="psnr",
+            mode="max",
+            max_t=config.budget,
+            grace_period=config.least,
+            reduction_factor=config.reduction,
+        )
+        for row in record.rows:
+            if row.ended and row.state != "failed":
+                trial: Any = SimpleNamespace(trial_id=f"before-{row.number}")
+                asha.on_trial_add(None, trial)
+                for samples, psnr in row.curve:
+                    asha.on_trial_result(None, trial, {"samples": samples, "psnr": psnr})
+        return asha
+    if config.scheduler == "pbt":
+        ranges = {p.field: p for p in build_parameters(config) if p.field.startswith("recipe.")}
+        return PopulationBasedTraining(
+            time_attr="samples",
+            metric="psnr",
+            mode="max",
+            perturbation_interval=config.interval,
+            custom_explore_fn=lambda trial_config: explore(trial_config, ranges),
+        )
+    return FIFOScheduler()
+
+
+def build_parameters(config: SearchConfig) -> tuple[Any, ...]:
+    """The parameters that are searched."""
+    from tune.space import build
+
+    return build(config.space, config.vary, config.base()).parameters
+
+
+def explore(trial_config: dict[str, Any], ranges: dict[str, Any]) -> dict[str, Any]:
+    """PBT: the better trial's values, those of the recipe varied by a fifth up or down.
+
+    What shapes the network comes with the weights and stays.
+    """
+    changes: Changes = dict(trial_config["changes"])
+    for field, parameter in ranges.items():
+        if parameter.choices:
+            changes[field] = random.choice(parameter.choices)
+        else:
+            value = parameter.clip(changes[field] * random.choice((0.8, 1.25)))
+            changes[field] = type(changes[field])(value)
+    return {**trial_config, "changes": changes}
+
+
+def _name(trial: Any) -> str:
+    return str(trial.config["name"])
+
+
+def _db(row: Row) -> str:
+    return "no figure" if row.psnr is None else f"{row.psnr:.2f} dB"
+
+
+def _reason(error: BaseException | None) -> str:
+    """The last line of what a trial raised."""
+    text = str(error or "the trial's process ended without a word")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if "ActorDied" in type(error).__name__ or "actor died" in text:
+        return f"the trial's process was lost; {free_resources()}"
+    return lines[-1].removeprefix("RuntimeError: ")[:400]
