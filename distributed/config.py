@@ -124,6 +124,9 @@ class ScalingConfig:
     """Restarts after a lost worker or node before the run gives up; -1 never gives up."""
     start_timeout_s: float = 60.0
     """Seconds to wait for the workers' resources before saying what is missing and trying again."""
+    resize_interval_s: float = 60.0
+    """With a range of workers: seconds between two looks for more resources. Each change costs a
+    restart from the last checkpoint."""
     health_timeout_s: float = 30.0
     """Seconds without an answer after which a worker counts as lost: longer than any pause of its
     interpreter, shorter than people wait."""
@@ -153,7 +156,13 @@ class ScalingConfig:
             )
         if self.max_failures < -1:
             raise ValueError(f"scaling.max_failures is {self.max_failures}, but must be -1 or more")
-        for name in ("start_timeout_s", "health_timeout_s", "give_up_s", "collective_timeout_s"):
+        for name in (
+            "start_timeout_s",
+            "resize_interval_s",
+            "health_timeout_s",
+            "give_up_s",
+            "collective_timeout_s",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(
                     f"scaling.{name} is {getattr(self, name)}, but must be above 0 seconds"

@@ -42,6 +42,15 @@ class Decisions(NamedTuple):
     zero: Decision
 
 
+def sharing_workers(recipe: Recipe, world: int) -> int:
+    """How many of `world` workers share the micro-batches evenly; the rest stand by.
+
+    Only a run that grows and shrinks meets a number that does not divide: with 8 micro-batches, 5
+    workers are no faster than 4 however the work is dealt out.
+    """
+    return max(n for n in range(1, world + 1) if recipe.micro_batches % n == 0)
+
+
 def decide(config: TrainConfig, world: int, device: torch.device) -> Decisions:
     """Resolve what the configuration leaves open, for `world` workers on `device`."""
     engine, recipe = config.engine, config.recipe
@@ -58,10 +67,12 @@ def decide(config: TrainConfig, world: int, device: torch.device) -> Decisions:
         compiled = Decision(
             "on" if on_gpu else "off", "a GPU" if on_gpu else "does not pay on a CPU"
         )
-    share = recipe.micro_batches // world
+    sharing = sharing_workers(recipe, world)
+    spare = f", {world - sharing} more stand by" if sharing < world else ""
     accumulation = Decision(
-        f"{share}",
-        f"global batch {recipe.global_batch} / {world} workers / micro-batch {recipe.micro_batch}",
+        f"{recipe.micro_batches // sharing}",
+        f"global batch {recipe.global_batch} / {sharing} workers / micro-batch "
+        f"{recipe.micro_batch}{spare}",
     )
     zero = Decision(f"stage {engine.zero_stage}", "engine.zero_stage")
     return Decisions(precision, compiled, accumulation, zero)

@@ -229,6 +229,7 @@ def _fit(
         scaling_config=ScalingConfig(
             num_workers=low if low == high else (low, high),
             use_gpu=use_gpu,
+            elastic_resize_monitor_interval_s=scaling.resize_interval_s,
             resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {}),
         ),
         run_config=RunConfig(

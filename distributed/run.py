@@ -24,6 +24,7 @@ from distributed.engine import (
     initialize,
     load_optimizer_state,
     optimizer_state,
+    sharing_workers,
     weights,
 )
 from distributed.evaluate import EvaluationReport, Score, score, share
@@ -60,9 +61,9 @@ def gate_noise(seed: int, step: int, micro_batch: int, device: torch.device) -> 
 class Meter:
     """Sums over the micro-batches of one rank since they were last taken."""
 
-    def __init__(self, device: torch.device) -> None:
-        """Nothing yet."""
-        self._device = device
+    def __init__(self, device: torch.device, *, counts: bool) -> None:
+        """Nothing yet; a rank whose work has no weight counts nothing."""
+        self._device, self._counts = device, counts
         self._usage: dict[str, Tensor] = {}
         self.step_keys: list[str] = []
         self.step_digests: list[int] = []
@@ -81,6 +82,8 @@ class Meter:
 
     def add(self, losses: Losses, restoration: Restoration, batch: Batch) -> None:
         """Count one micro-batch; stays on the device, so that nobody waits for it."""
+        if not self._counts:
+            return
         of_one = torch.stack([*(loss.detach() for loss in losses), losses.total.new_ones(())])
         of_one = torch.where(of_one.isfinite().all(), of_one, 0)  # skipped steps have no loss
         self._losses += of_one.double()
@@ -107,12 +110,14 @@ class Meter:
     def take_usage(self) -> dict[str, list[float]]:
         """How much each expert of each library was chosen since the last call; a collective
         call."""
-        if not self._usage:
-            return {}
-        flat = torch.cat(list(self._usage.values()))
-        dist.all_reduce(flat)
-        parts = flat.split([u.numel() for u in self._usage.values()])
-        usage = {library: part.tolist() for library, part in zip(self._usage, parts, strict=True)}
+        own = {library: chosen.tolist() for library, chosen in self._usage.items()}
+        gathered: list[dict[str, list[float]]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, own)
+        told = [part for part in gathered if part]
+        usage = {
+            library: [sum(experts) for experts in zip(*(p[library] for p in told), strict=True)]
+            for library in (told[0] if told else {})
+        }
         self._usage = {}
         return usage
 
@@ -140,7 +145,13 @@ class TrainRun:
 
         decisions = decide(self.config, self.world, self.device)
         self.accumulation = int(decisions.accumulation.choice)
-        self.first_micro_batch = self.rank * self.accumulation
+        # A worker that stands by computes what another one does, with no weight: DeepSpeed's
+        # collectives need it, the result does not.
+        self._sharing = sharing_workers(self.config.recipe, self.world)
+        self._stands_by = self.rank >= self._sharing
+        self._slice = self.rank % self._sharing
+        self.first_micro_batch = self._slice * self.accumulation
+        self.loss_weight = 0.0 if self._stands_by else self.world / self._sharing
 
         found = self._agree_on_checkpoint()
         state = found.state() if found else None
@@ -164,7 +175,7 @@ class TrainRun:
         self._best = state.best if state else None
         self._mlflow_run_id = settings["tracking"].id or None
 
-        self.meter = Meter(self.device)
+        self.meter = Meter(self.device, counts=not self._stands_by)
         self._sums_before = [0.0] * 5
         self.stop_reason = ""
         self._validation: dict[str, Any] = {}
@@ -193,10 +204,16 @@ class TrainRun:
                     first,
                     global_batch=recipe.global_batch,
                     micro_batch=recipe.micro_batch,
-                    world=self.world,
-                    rank=self.rank,
+                    world=self._sharing,
+                    rank=self._slice,
                 )
             at = max(at, behind)
+
+    def sum_statistics(self, flat: Tensor) -> None:
+        """Add up the batch norms' sums over the ranks that share the work, in place."""
+        if self._stands_by:
+            flat.zero_()
+        dist.all_reduce(flat)
 
     def after_step(self, lr: float, *, updated: bool) -> None:
         """Report, validate and save where it is time; learn on all ranks at once whether to stop.
@@ -341,7 +358,8 @@ class TrainRun:
     def _metrics(self, sums: list[float], lr: float) -> dict[str, float]:
         total, l1, balance, counted, data_wait = sums
         counted = counted or math.nan  # all skipped
-        samples = self.meter.micro_batches * self.world * self.config.recipe.micro_batch
+        # Rank 0 shares the work always; what another rank would say here is shown to nobody.
+        samples = self.meter.micro_batches * self._sharing * self.config.recipe.micro_batch
         seconds = time.perf_counter() - self.meter.started
         steps = self.samples // self.config.recipe.global_batch
         return {

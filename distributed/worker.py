@@ -6,8 +6,6 @@ Runs in each Ray Train worker, inside the process group that Ray has made.
 import time
 from typing import Any
 
-import torch.distributed as dist
-
 from distributed.engine import guarded_optimizer, learning_rate, set_learning_rate
 from distributed.run import TrainRun, gate_noise
 from measnet.frequency import commit_statistics
@@ -35,10 +33,10 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
             losses = restoration_loss(
                 restoration, batch.clean.to(run.device), recipe.balance_weight
             )
-            engine.backward(losses.total)
+            engine.backward(losses.total * run.loss_weight)
             engine.step()  # DeepSpeed updates the weights at the last micro-batch of the step
             run.meter.add(losses, restoration, batch)
-        commit_statistics(engine.module, reduce=dist.all_reduce)
+        commit_statistics(engine.module, reduce=run.sum_statistics)
         updated = guarded_optimizer(engine).updates > run.updates
         if updated:
             run.updates += 1

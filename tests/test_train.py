@@ -109,6 +109,24 @@ def test_two_workers_learn_what_one_learns(
     assert two == pytest.approx(one, rel=1e-4)
 
 
+@pytest.mark.slow
+def test_a_number_of_workers_that_does_not_divide_learns_the_same(
+    packed: Path, ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    three = ("--recipe.global-batch", "6")  # three micro-batches: of two workers, one stands by
+    assert main(command(packed, *three, "--name", "one")) == 0
+    assert main(command(packed, *three, "--name", "two", "--scaling.workers", "1..2")) == 0
+    one, two = (losses(tmp_path / "runs" / name) for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-5)
+    states = [
+        found.state().consumed
+        for name in ("one", "two")
+        if (found := checkpoints.newest_whole(str(tmp_path / "runs" / name))) is not None
+    ]
+    assert len(states) == 2 and states[0] == states[1]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
