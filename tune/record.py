@@ -133,7 +133,9 @@ class Record:
         self.rank()
         fs, root = open_folder(self.folder)
         fs.makedirs(root, exist_ok=True)
-        write_json(fs, f"{root}/{FILE}", _plain(dataclasses.asdict(self)))
+        data = _plain(dataclasses.asdict(self))
+        data["trials"] = data.pop("rows")
+        write_json(fs, f"{root}/{FILE}", data)
 
 
 def load(folder: str) -> Record | None:
@@ -150,7 +152,7 @@ def load(folder: str) -> Record | None:
         data = read_json(fs, path)
         if data.get("version") != VERSION:
             raise ValueError(f"its version is {data.get('version')}, not {VERSION}")
-        rows = [_row(row) for row in data.pop("rows")]
+        rows = [_row(row) for row in data.pop("trials")]
         return Record(rows=rows, **(data | {"folder": folder}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error

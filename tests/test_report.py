@@ -1,0 +1,156 @@
+"""The page of a search, from records whose answer is known."""
+
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from measnet.config import to_dict
+from tune.config import SearchConfig, parse
+from tune.propose import propose
+from tune.record import Record, Row
+from tune.report import importance, main, page, tendency
+from tune.space import Space, build
+
+
+def searched(trials: int = 16, *more: str, cost: str = "parameters") -> tuple[Record, SearchConfig]:
+    """A search whose PSNR depends on the pixel experts' N and a little on lambda, and on nothing
+    else; every third trial was stopped, the last but one diverged."""
+    config = parse(["demo", "--trials", str(trials), "--cost", cost, "--samples", "1600", *more])
+    space = build(config.space, config.vary, config.base())
+    record = Record(
+        name="known",
+        config=to_dict(config),
+        command="python -m tune.search demo",
+        budget=config.budget,
+        cost=cost,
+        state="finished",
+    )
+    for number in range(len(space.points) or trials):
+        changes = propose(space, record.rows, config)
+        record.rows.append(trial(number, changes, config, space))
+    record.rank()
+    return record, config
+
+
+def trial(number: int, changes: dict, config: SearchConfig, space: Space) -> Row:
+    stopped = number % 3 == 2 and not space.points
+    n = changes.get("model.pixel_experts", number)
+    weight = changes.get("recipe.balance_weight", 1e-4)
+    final = 24 + 0.3 * n - 0.05 * abs(math.log10(weight) + 4)
+    steps = range(1, 4 if stopped else 10)
+    curve = [(s * config.interval, final - 3 * math.exp(-s / 2)) for s in steps]
+    if not stopped:
+        curve[-1] = (config.budget, curve[-1][1])
+    row = Row(
+        number=number,
+        name=f"known-{number:03d}",
+        changes=changes,
+        label=space.points[number].label if space.points else "",
+        state="stopped" if stopped else "finished",
+        reason="ASHA: not among the best 1/3" if stopped else "",
+        curve=curve,
+        samples=curve[-1][0],
+        psnr=curve[-1][1],
+        tasks={"denoise": curve[-1][1] + 2, "derain": curve[-1][1] - 2},
+        costs={"parameters": 1e5 * n * changes.get("model.dim", 16), "multiply_adds": 1.9e9 + n},
+        routing={
+            task: {"encoder1": [2 / n] * n, "decoder1.low": [1.0, 0.6, 0.4]}
+            for task in ("denoise", "derain")
+        }
+        if n
+        else {},
+        seconds=30.0,
+    )
+    if number == config.trials - 2 and not space.points:
+        row.state, row.reason, row.psnr = "failed", "diverged: PSNR is nan <at> 200 samples", None
+    return row
+
+
+class _Tags(HTMLParser):
+    """Checks that what is opened is closed, and collects what could load something."""
+
+    VOID = ("meta", "br", "img", "link", "input")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href") and v]
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.links += [v for k, v in attrs if k in ("src", "href", "xlink:href") and v]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag
+
+
+@pytest.mark.parametrize("more", [(), ("--space", "ablation"), ("--space", "tasks")])
+def test_the_page_is_whole_and_loads_nothing(more: tuple[str, ...]) -> None:
+    record, _ = searched(16, *more)
+    text = page(record)
+    tags = _Tags()
+    tags.feed(text)
+    assert not tags.open
+    assert all(link.startswith(("#", "data:image/png;")) for link in tags.links)
+    assert "url(http" not in text and "@import" not in text
+    for row in record.rows:
+        assert f"<td>{row.number}" in text
+
+
+def test_the_table_is_sorted_and_reasons_are_shown() -> None:
+    record, _ = searched()
+    text = page(record)
+    body = text[text.index("<tbody>") : text.index("</tbody>")]
+    states = re.findall(r'<tr class="(\w+)', body)
+    assert states == sorted(states, key=["finished", "stopped", "failed"].index)
+    psnrs = [float(v) for v in re.findall(r'class="finished.*?<b>([\d.]+)</b>', body)]
+    assert psnrs == sorted(psnrs, reverse=True)
+    assert "trial 14: diverged: PSNR is nan &lt;at&gt; 200 samples" in text
+    assert 'class="badge paper"' in body and 'class="badge best"' in body
+
+
+def test_importance_finds_the_parameter_that_matters() -> None:
+    record, config = searched(60)
+    space = build(config.space, config.vary, config.base())
+    shares = importance(record, config, space)
+    assert max(shares, key=lambda f: shares[f]) == "model.pixel_experts"
+    assert shares["model.pixel_experts"] > 0.6
+    assert "more is better" in page(record)
+
+
+def test_an_empty_search_has_a_page() -> None:
+    record, _ = searched(4)
+    record.rows = []
+    record.rank()
+    assert "No trial has run to its end yet" in page(record)
+
+
+@pytest.mark.parametrize(
+    ("values", "scores", "expected"),
+    [([1, 2, 3], [5, 6, 9], 1.0), ([1, 2, 3], [3, 2, 1], -1.0), ([1, 1, 1], [1, 2, 3], 0.0)],
+)
+def test_tendency(values: list[float], scores: list[float], expected: float) -> None:
+    assert tendency(values, scores) == pytest.approx(expected)
+
+
+def test_tendency_is_spearmans() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    values, scores = [3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]
+    assert tendency(values, scores) == pytest.approx(stats.spearmanr(values, scores).statistic)
+
+
+def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record, _ = searched()
+    record.folder = str(tmp_path)
+    record.save()
+    assert main([str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert "holds no search.json" in capsys.readouterr().err
