@@ -1,0 +1,322 @@
+"""The whole system at work on photographs: pack, train, evaluate, track. What `make demo` runs.
+
+    python -m distributed.demo [--pictures DIR]
+
+Starts from nothing each time, in folders of its own (data/demo, runs/demo), so that its figures
+repeat. Without --pictures it takes the photographs that scikit-image and scikit-learn ship. Some
+are held out: never trained on, and all figures are measured on them.
+"""
+
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tyro
+from PIL import Image, ImageOps, UnidentifiedImageError
+from rich.console import Console
+from rich.table import Table
+
+from distributed.config import TrainConfig, demo
+from shards import layouts
+
+DATA, RUN = Path("data/demo"), Path("runs/demo")
+"""The demo's own folders; removed when it starts."""
+SYNTHESISED = ("derain", "dehaze", "deblur", "lowlight")
+HELD_OUT = ("chelsea", "motorcycle")
+"""The packaged photographs that are never trained on."""
+SCALES = (1.0, 0.84, 0.7, 0.59, 0.5)
+"""Each training photograph is packed at these scales, each time with a degradation of its own."""
+MOST_PICTURES, MOST_HELD_OUT, LONGEST, SHORTEST = 24, 2, 768, 96
+"""With --pictures: how many are used, how many of them held out, and their sides in pixels."""
+
+
+class Split(NamedTuple):
+    """Names of the pictures on each side; no picture is on both."""
+
+    train: list[str]
+    held_out: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Pack, train, evaluate and track on photographs, in minutes on a CPU."""
+
+    pictures: Path | None = None
+    """Folder of your own pictures; default: those that scikit-image and scikit-learn ship."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; 2 after a message where pictures cannot be used, 130 where it was stopped."""
+    given = tyro.cli(Arguments, args=argv, prog="python -m distributed.demo")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        return run(given.pictures, Console())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(source: Path | None, console: Console) -> int:
+    """All steps one after the other; the exit code.
+
+    Raises:
+        ValueError, OSError: pictures that cannot be used, or a full disk.
+    """
+    seconds: dict[str, float | None] = {"install": _install_seconds()}
+    with _timed(seconds, "pack"):
+        pictures = packaged_pictures() if source is None else own_pictures(source)
+        _start_from_nothing()
+        names = split(sorted(pictures), HELD_OUT if source is None else ())
+        _write_pictures(pictures, names)
+        _pack(console, names)
+
+    from distributed.launch import launch
+
+    config = demo()
+    with _timed(seconds, "train"):
+        outcome = launch(config, console=console)
+    if outcome.status != "finished":
+        console.print(f"the training {outcome.status}: {outcome.reason or 'see above'}")
+        return outcome.exit_code
+
+    from distributed.evaluate import evaluate, load, table
+
+    with _timed(seconds, "evaluate"):
+        report = evaluate(load(str(RUN), "cpu"), config.data.validation, RUN / "evaluation")
+        _draw_curves()
+    _log_evaluation(config, outcome)
+    console.print(table(report))
+    console.print(_result(report.tasks, names))
+    _write_summary(report, outcome.mlflow_run_id, seconds)
+    _where_to_look(console, outcome.tracking_uri, seconds)
+    return 0
+
+
+def packaged_pictures() -> dict[str, dict[str, np.ndarray]]:
+    """Name -> `picture` (H, W, 3) uint8, and `disparity` (H, W) where it was measured.
+
+    All of them lie in the installed packages: nothing is downloaded.
+
+    Raises:
+        ValueError: a package that does not ship them.
+    """
+    try:
+        from skimage import data
+        from sklearn.datasets import load_sample_image
+
+        left, _right, disparity = data.stereo_motorcycle()
+        found = {
+            name: {"picture": getattr(data, name)()}
+            for name in ("astronaut", "chelsea", "coffee", "rocket")
+        }
+        found["china"] = {"picture": load_sample_image("china.jpg")}
+        found["flower"] = {"picture": load_sample_image("flower.jpg")}
+    except (ImportError, OSError) as error:
+        raise ValueError(
+            f"the photographs of scikit-image and scikit-learn are not there ({error}); "
+            'install them with pip install -e ".[dev]", or give pictures of your own: '
+            "python -m distributed.demo --pictures DIR"
+        ) from error
+    found["motorcycle"] = {"picture": left, "disparity": disparity}
+    return found
+
+
+def own_pictures(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Pictures of a folder, at most `MOST_PICTURES`, none longer than `LONGEST` pixels.
+
+    Raises:
+        ValueError: too few, too small, unreadable, or a folder that the demo would remove.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"--pictures {folder} is not a folder")
+    for own in (DATA, RUN):
+        if own.resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise ValueError(f"--pictures {folder} lies in {own}, which the demo removes; copy it")
+    names = layouts.pictures(str(folder))
+    if len(names) < 2:
+        raise ValueError(
+            f"{folder} holds {len(names)} pictures ({', '.join(layouts.SUFFIXES)}), but at least 2 "
+            "are needed: one to train on and one held out"
+        )
+    spread = np.linspace(0, len(names) - 1, min(len(names), MOST_PICTURES)).round().astype(int)
+    found: dict[str, dict[str, np.ndarray]] = {}
+    seen: dict[bytes, str] = {}
+    for name in (names[at] for at in spread):
+        picture = _read(folder / name)
+        same = seen.setdefault(picture.tobytes(), name)
+        if same != name:
+            raise ValueError(
+                f"{folder / name} and {same} are the same picture; remove one, so that no picture "
+                "is trained on and held out"
+            )
+        found[f"{len(found):03d}_{layouts.stem(name)}"] = {"picture": picture}
+    return found
+
+
+def split(names: Sequence[str], held_out: Sequence[str] = ()) -> Split:
+    """Which pictures are trained on; by default every fourth is not, at most `MOST_HELD_OUT`."""
+    count = min(MOST_HELD_OUT, max(1, len(names) // 4))
+    every = len(names) / count
+    chosen = list(held_out) or [names[int((at + 0.5) * every)] for at in range(count)]
+    return Split([name for name in names if name not in chosen], chosen)
+
+
+def _read(path: Path) -> np.ndarray:
+    """One picture as RGB, upright, scaled down to `LONGEST` pixels where it is larger."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); repair or remove it") from error
+    image.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
+    if min(image.size) < SHORTEST:
+        width, height = image.size
+        raise ValueError(
+            f"{path} is {width}x{height} pixels, but the demo needs {SHORTEST} on the shorter side "
+            f"(at most {LONGEST} on the longer); remove it"
+        )
+    return np.asarray(image)
+
+
+def _start_from_nothing() -> None:
+    for folder in (DATA, RUN):
+        if folder.exists():
+            shutil.rmtree(folder)
+
+
+def _write_pictures(pictures: Mapping[str, Mapping[str, np.ndarray]], names: Split) -> None:
+    """PNGs for both sides: held-out pictures as they are, training pictures at several scales."""
+    for side in ("train", "test"):
+        (DATA / "pictures" / side).mkdir(parents=True, exist_ok=True)
+    for name in names.held_out:
+        _save(DATA / "pictures" / "test" / name, pictures[name])
+    for name in names.train:
+        for scale in SCALES:
+            folder = DATA / "pictures" / "train"
+            _save(folder / f"{name}_{round(100 * scale):03d}", pictures[name], scale)
+
+
+def _save(path: Path, picture: Mapping[str, np.ndarray], scale: float = 1.0) -> None:
+    image = Image.fromarray(picture["picture"])
+    size = (round(image.width * scale), round(image.height * scale))
+    if scale != 1.0:
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    image.save(path.with_name(path.name + ".png"))
+    if "disparity" in picture:
+        disparity = Image.fromarray(picture["disparity"].astype(np.float32))
+        nearest = disparity.resize(size, Image.Resampling.NEAREST)
+        np.save(path.with_name(path.name + ".disparity.npy"), np.asarray(nearest))
+
+
+def _pack(console: Console, names: Split) -> None:
+    from shards.pack import pack
+
+    for number, side in enumerate(("train", "test")):
+        folder, out = str(DATA / "pictures" / side), str(DATA / "shards" / side)
+        manifest = pack("clean", folder, out, synthesise=SYNTHESISED, seed=number)
+        counts = ", ".join(f"{task} {count}" for task, count in manifest.counts.items())
+        console.print(f"packed {out}: {counts}", highlight=False)
+    console.print(
+        f"trained on: {', '.join(names.train)}\nheld out:   {', '.join(names.held_out)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _draw_curves() -> None:
+    from distributed.figures import curves
+    from distributed.tracking import read_metrics
+
+    records = read_metrics(RUN)
+    if records:
+        curves(records, RUN / "evaluation" / "curves.png")
+
+
+def _log_evaluation(config: TrainConfig, outcome: Any) -> None:
+    from distributed import tracking
+
+    run = tracking.Run(
+        uri=outcome.tracking_uri,
+        experiment=config.tracking.experiment,
+        name=config.name,
+        key=tracking.run_key(outcome.folder),
+        id=outcome.mlflow_run_id,
+    )
+    tracking.log_artifacts(run, RUN / "evaluation", "evaluation")
+
+
+def _result(tasks: Mapping[str, Any], names: Split) -> Table:
+    view = Table(title=f"held-out pictures: {', '.join(names.held_out)}")
+    view.add_column("task")
+    view.add_column("input PSNR -> restored PSNR", justify="right")
+    view.add_column("gain in dB", justify="right")
+    gains = []
+    for task, row in tasks.items():
+        gains.append(row.restored_psnr - row.input_psnr)
+        change = f"{row.input_psnr:.2f} -> {row.restored_psnr:.2f}"
+        view.add_row(task, change, f"{gains[-1]:+.2f}")
+    view.add_section()
+    view.add_row("mean of tasks", "", f"{np.mean(gains):+.2f}", style="bold")
+    return view
+
+
+def _write_summary(report: Any, run_id: str, seconds: Mapping[str, float | None]) -> None:
+    summary = {
+        "tasks": report.as_dict()["tasks"],
+        "mlflow_run_id": run_id,
+        "seconds": seconds,
+        "protocol": report.protocol.describe(),
+    }
+    (RUN / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def _where_to_look(
+    console: Console, tracking_uri: str, seconds: Mapping[str, float | None]
+) -> None:
+    worked = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if value)
+    lines = (
+        f"before/after   {RUN / 'evaluation' / 'grids'}/*.png",
+        f"experts        {RUN / 'evaluation' / 'experts.png'}",
+        f"curves         {RUN / 'evaluation' / 'curves.png'}",
+        f"figures        {RUN / 'summary.json'}",
+        f"MLflow         {ui_command(tracking_uri)}",
+        f"took           {worked}",
+    )
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def ui_command(tracking_uri: str) -> str:
+    """What shows the run in a browser: a server on 127.0.0.1, or the one that is there."""
+    if not tracking_uri.startswith("sqlite:"):
+        return tracking_uri
+    return (
+        f"{Path(sys.executable).parent / 'mlflow'} ui --host 127.0.0.1 "
+        f"--backend-store-uri {tracking_uri}"
+    )
+
+
+def _install_seconds() -> float | None:
+    """What the Makefile wrote down when it made the virtual environment; None without it."""
+    try:
+        return float((Path(sys.prefix) / ".installed").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+@contextmanager
+def _timed(seconds: dict[str, float | None], name: str) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    seconds[name] = round(time.monotonic() - start, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""What holds between files: import directions, names, light configuration, true documents."""
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import distributed
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = {
+    "measnet": {"measnet"},
+    "shards": {"shards"},
+    "distributed": {"distributed", "measnet", "shards"},
+    "tune": {"tune", "distributed", "measnet", "shards"},
+}
+"""Room -> the rooms that it may import."""
+HEAVY = ("torch", "ray", "deepspeed", "mlflow", "numpy")
+DOCUMENTS = sorted(
+    path for place in (ROOT, ROOT / "docs", ROOT / "deploy") for path in place.glob("*.md")
+)
+
+
+def imported(path: Path) -> set[str]:
+    """First names of all modules that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_in_one_direction(room: str) -> None:
+    files = sorted((ROOT / room).rglob("*.py"))
+    assert files
+    for path in files:
+        foreign = (imported(path) & ROOMS.keys()) - ROOMS[room]
+        assert not foreign, f"{path.relative_to(ROOT)} imports {foreign}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_packages_hold_a_docstring_only(room: str) -> None:
+    """joblib and others import packages by their bare name: that must cost nothing."""
+    (only,) = ast.parse((ROOT / room / "__init__.py").read_text()).body
+    assert isinstance(only, ast.Expr) and isinstance(only.value, ast.Constant)
+
+
+def test_distributed_is_ours_and_not_that_of_dask() -> None:
+    assert distributed.__file__ and Path(distributed.__file__).parent == ROOT / "distributed"
+    command = [sys.executable, "-c", "import distributed; print(distributed.__file__)"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert Path(found.stdout.strip()).parent == ROOT / "distributed"
+
+
+@pytest.mark.parametrize("module", ["measnet.config", "shards.config", "distributed.config"])
+def test_configuration_imports_nothing_heavy(module: str) -> None:
+    """So a wrong field is answered in a fraction of a second."""
+    program = (
+        f"import sys, {module}\n"
+        f"sys.exit(' '.join(name for name in {HEAVY!r} if name in sys.modules) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{module} imports {done.stderr.strip()}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_file_hides_a_library(room: str) -> None:
+    taken = sys.stdlib_module_names | {"deepspeed", "mlflow", "webdataset", "ray", "torch"}
+    names = {path.stem for path in (ROOT / room).glob("*.py")} - {"__init__"}
+    assert not names & (taken - {"inspect"})
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_in_the_documentation_exist(path: Path) -> None:
+    text = path.read_text()
+    for module in set(re.findall(r"python3? -m ((?:measnet|shards|distributed|tune)[\w.]*)", text)):
+        spec = importlib.util.find_spec(module)
+        assert spec is not None and spec.origin, f"{path.name} names {module}"
+        source = Path(spec.origin).read_text()
+        assert 'if __name__ == "__main__":' in source, f"{module} is no command"
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for target in set(re.findall(r"^\s*make ([\w-]+)|`make ([\w-]+)", text, re.MULTILINE)):
+        assert "".join(target) in targets, f"{path.name} names make {''.join(target)}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_files_named_in_the_documentation_exist(path: Path) -> None:
+    for link in re.findall(r"\]\((?!https?://|#)([^)\s#]+)", path.read_text()):
+        assert (path.parent / link).exists(), f"{path.name} links to {link}"
