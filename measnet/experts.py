@@ -89,11 +89,11 @@ class ExpertBank(nn.Module):
         top_k = index_pk.shape[1]
         parts = _Gather.apply(x_pc, order, back, top_k).split(counts)
         out = torch.cat([self._expert(n, part) for n, part in enumerate(parts)])
-        return _Gather.apply(out, back, order, 1).view(len(x_pc), top_k, -1)
+        return _Gather.apply(out, back, order, 1).unflatten(0, (-1, top_k))
 
     def _hidden(self, x_pc: Tensor) -> Tensor:
         hidden = pointwise(x_pc, self.weight_in.flatten(0, 1), self.bias_in.flatten())
-        return F.gelu(hidden).view(len(x_pc), *self.bias_in.shape)
+        return F.gelu(hidden).unflatten(1, self.bias_in.shape)
 
     def _expert(self, n: int, x_pc: Tensor) -> Tensor:
         hidden = F.gelu(pointwise(x_pc, self.weight_in[n], self.bias_in[n]))
@@ -124,7 +124,7 @@ class _Gather(torch.autograd.Function):
 
 def scatter_gates(gate_pk: Tensor, index_pk: Tensor, experts: int) -> Tensor:
     """The K gates of each row in their places among N, zeros elsewhere: (P, N)."""
-    zeros = gate_pk.new_zeros(len(gate_pk), experts)
+    zeros = gate_pk.new_zeros(gate_pk.shape[0], experts)
     return zeros.scatter(1, index_pk, gate_pk)
 
 

@@ -70,7 +70,8 @@ class LogExpertBank(ExpertBank):
         if path == "sorted":
             terms = self.chosen(x_pc, index_pk).float() + gate_pk.unsqueeze(-1)
         else:
-            never = gate_pk.new_full((len(gate_pk), len(self.bias_in)), -torch.inf)
+            shape = (gate_pk.shape[0], len(self.bias_in))
+            never = gate_pk.new_full(shape, -torch.inf)
             log_gate_pn = never.scatter(1, index_pk, gate_pk)
             terms = self.all(x_pc).float() + log_gate_pn.unsqueeze(-1)
         out_pc = torch.logsumexp(terms, dim=1)

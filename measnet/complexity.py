@@ -1,0 +1,335 @@
+"""How large the network is: parameters, multiply-adds, and the memory that training takes.
+
+    python -m measnet.complexity [paper|official|tiny] [--chart FILE.png]
+    python -m measnet.complexity [preset] --memory 24GiB [--crop 128] [--precision bf16]
+
+One multiply-add counts as 1. Counted, by fvcore, is what is executed for one picture of 256×256×3:
+convolutions, matrix products, layer norms (2 per element) and bilinear resizing; of the experts only
+the K of N that the picture's pixels choose, of the frequencies only those that are computed. Not
+counted: activations, additions, softmax, pooling, sorting and copying.
+"""
+
+import argparse
+import logging
+import re
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Literal, NamedTuple
+
+import torch
+from fvcore.nn import FlopCountAnalysis
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from measnet import config as configs
+from measnet.config import ModelConfig, replace_dotted
+from measnet.losses import restoration_loss
+from measnet.network import MEASNet
+
+PRESETS: dict[str, Callable[[], ModelConfig]] = {
+    "paper": configs.paper,
+    "official": configs.official,
+    "tiny": configs.tiny,
+}
+SIDE = 256
+"""Height and width of the picture that multiply-adds are counted for, as in the paper's Fig. 9."""
+DEAD_OFFICIAL_PARAMETERS = 1_520_520
+"""Parameters at full width that the authors' program stores, and that never get a gradient."""
+
+
+class Peer(NamedTuple):
+    """Another network, its size by fvcore on its authors' code, its PSNR as printed."""
+
+    name: str
+    parameters: float
+    """Millions."""
+    multiply_adds: float
+    """Thousand millions, for 256×256×3."""
+    psnr: float
+    """dB, mean over SOTS, Rain100L and BSD68 at σ 15, 25, 50, as its paper prints it."""
+
+
+PEERS = (
+    Peer("MoCE-IR-S", 11.48, 44.4, 32.57),
+    Peer("MoCE-IR", 25.35, 94.2, 32.73),
+    Peer("AdaIR", 28.78, 161.8, 32.69),
+    Peer("PromptIR", 35.59, 172.7, 32.06),
+    Peer("MEASNet (authors' program)", 31.68, 179.2, 32.85),
+)
+
+
+# --- Multiply-adds ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Complexity:
+    """Size of one network."""
+
+    parameters: dict[str, int]
+    """By top-level block."""
+    multiply_adds: dict[str, float]
+    """By top-level block."""
+    operators: dict[str, float]
+    """Multiply-adds by operator."""
+
+    @property
+    def total_parameters(self) -> int:
+        """All parameters, also those that are not trained."""
+        return sum(self.parameters.values())
+
+    @property
+    def total_multiply_adds(self) -> float:
+        """For one picture."""
+        return sum(self.multiply_adds.values())
+
+
+class _Image(nn.Module):
+    """fvcore traces a module that gives one tensor."""
+
+    def __init__(self, network: MEASNet) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network(image).image
+
+
+def count(model: MEASNet, height: int = SIDE, width: int = SIDE) -> Complexity:
+    """Parameters and executed multiply-adds of one picture of random pixels, by block."""
+    training = model.training
+    image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
+    logging.getLogger("fvcore").setLevel(logging.ERROR)
+    with torch.no_grad():
+        analysis = FlopCountAnalysis(_Image(model.eval()), image)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        analysis.set_op_handle("aten::layer_norm", _layer_norm)
+        by_module, operators = analysis.by_module(), analysis.by_operator()
+    model.train(training)
+    blocks = [name for name, child in model.named_children() if any(True for _ in child.modules())]
+    multiply_adds = {name: float(by_module[f"network.{name}"]) for name in blocks}
+    parameters = {
+        name: sum(p.numel() for p in getattr(model, name).parameters()) for name in blocks
+    }
+    kept = [name for name in blocks if parameters[name]]
+    return Complexity(
+        parameters={name: parameters[name] for name in kept},
+        multiply_adds={name: multiply_adds[name] for name in kept},
+        operators={name: float(value) for name, value in operators.items() if value},
+    )
+
+
+def _layer_norm(inputs: list[Any], outputs: list[Any]) -> float:
+    """Centred times scale, times weight plus bias: two for each element."""
+    elements = 1
+    for size in inputs[0].type().sizes():
+        elements *= size
+    return 2.0 * elements
+
+
+def table(complexity: Complexity) -> str:
+    """Blocks in the order of the figure, for the terminal."""
+    lines = [f"{'block':<16}{'parameters':>14}{'10⁹ multiply-adds':>20}"]
+    for name, parameters in complexity.parameters.items():
+        gigas = complexity.multiply_adds[name] / 1e9
+        lines.append(f"{name:<16}{parameters:>14,}{gigas:>20.3f}")
+    total = complexity.total_multiply_adds / 1e9
+    lines.append(f"{'total':<16}{complexity.total_parameters:>14,}{total:>20.3f}")
+    return "\n".join(lines)
+
+
+def peers_table(name: str, complexity: Complexity) -> str:
+    """Beside other networks."""
+    ours = f"this, {name}"
+    lines = [f"{'network':<30}{'10⁶ parameters':>16}{'10⁹ multiply-adds':>20}{'PSNR printed':>14}"]
+    for peer in PEERS:
+        figures = f"{peer.parameters:>16.2f}{peer.multiply_adds:>20.1f}{peer.psnr:>14.2f}"
+        lines.append(f"{peer.name:<30}{figures}")
+    size = f"{complexity.total_parameters / 1e6:>16.2f}"
+    lines.append(f"{ours:<30}{size}{complexity.total_multiply_adds / 1e9:>20.1f}{'':>14}")
+    return "\n".join(lines)
+
+
+def bubble_chart(name: str, complexity: Complexity, path: str | PathLike[str]) -> None:
+    """PSNR over multiply-adds, areas by parameters; this network as a line, for it has no PSNR yet."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for peer in PEERS:
+        axes.scatter(peer.multiply_adds, peer.psnr, s=25 * peer.parameters, alpha=0.6)
+        label = f"{peer.name}\n{peer.parameters:.1f} M"
+        axes.annotate(label, (peer.multiply_adds, peer.psnr), ha="center", fontsize=8)
+    ours = complexity.total_multiply_adds / 1e9
+    axes.axvline(ours, linestyle="--", color="grey")
+    label = f"this, {name}: {complexity.total_parameters / 1e6:.1f} M"
+    axes.annotate(label, (ours, 32.2), rotation=90, ha="right", fontsize=8)
+    axes.set_xlabel("10⁹ multiply-adds for 256×256×3 (fvcore)")
+    axes.set_ylabel("mean PSNR, three tasks, as printed in the papers [dB]")
+    axes.set_xlim(0, 210)
+    axes.set_ylim(31.9, 33.1)
+    figure.savefig(path, dpi=150)
+
+
+# --- Memory ---
+
+RESERVE = 0.9
+"""Share of a device's memory that is planned with; the rest is for fragments and libraries."""
+STATE_BYTES = 4 + 4 + 8 + 4
+"""Per parameter: weight, gradient, two moments of Adam, running average; all fp32."""
+PROBES = (64, 96)
+"""Crops at which the live tensors of a training step are counted; the rest is linear in pixels."""
+Precision = Literal["fp32", "bf16"]
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of all tensors that live, and the most there were; each storage counts once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(  # type: ignore[no-untyped-def]
+        self, func, types, args=(), kwargs=None
+    ):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.bytes -= size
+
+
+class Memory(NamedTuple):
+    """Bytes of a training step: `state + constant + per_pixel · pixels of the micro-batch`."""
+
+    state: int
+    """Weights, gradients, optimizer state, running average."""
+    constant: float
+    """What a step holds besides, whatever the size."""
+    per_pixel: float
+    """What it holds for each pixel of the micro-batch."""
+
+    def step(self, batch: int, crop: int) -> float:
+        """Peak of a forward and backward pass, without the state."""
+        return self.constant + self.per_pixel * batch * crop * crop
+
+    def total(self, batch: int, crop: int) -> float:
+        """Peak with the state."""
+        return self.state + self.step(batch, crop)
+
+
+def predict(
+    config: ModelConfig, *, precision: Precision = "fp32", checkpointing: bool = False
+) -> Memory:
+    """Memory of training, from the tensors that live in two small steps on the CPU.
+
+    Args:
+        config: with the expert path that the device will take.
+        precision: `bf16` is autocast; weights and optimizer state stay fp32.
+        checkpointing: recompute the transformer blocks.
+    """
+    model = MEASNet(config)
+    model.activation_checkpointing = checkpointing
+    small, large = (_peak(model, crop, precision) for crop in PROBES)
+    pixels = [crop * crop for crop in PROBES]
+    per_pixel = (large - small) / (pixels[1] - pixels[0])
+    parameters = sum(p.numel() for p in model.parameters())
+    constant = max(0.0, small - per_pixel * pixels[0])
+    return Memory(STATE_BYTES * parameters, constant, per_pixel)
+
+
+def _peak(model: MEASNet, crop: int, precision: Precision) -> int:
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # counted as state
+    image = torch.rand(1, 3, crop, crop)
+    with _Live() as live:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            restoration = model(image)
+        restoration_loss(restoration, image, 1e-4).total.backward()
+    return live.peak
+
+
+def largest_micro_batch(memory: Memory, budget: float, crop: int) -> int:
+    """Samples of `crop`×`crop` that fit into `budget` bytes; 0 where not even one does."""
+    free = RESERVE * budget - memory.state - memory.constant
+    return max(0, int(free / (memory.per_pixel * crop * crop)))
+
+
+def parse_bytes(text: str) -> float:
+    """`24GiB`, `16GB`, `800MiB` -> bytes.
+
+    Raises:
+        ValueError: another form.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT])(i?)B\s*", text)
+    if match is None:
+        raise ValueError(f"{text!r} is no size; write it as 24GiB or 800MB")
+    number, unit, binary = match.groups()
+    return float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit) + 1)
+
+
+def memory_table(config: ModelConfig, budget: float, crop: int, precision: Precision) -> str:
+    """The largest micro-batch with and without activation checkpointing, on a GPU."""
+    lines = [
+        f"training with {precision} on crops of {crop}×{crop}; {RESERVE:.0%} of the memory is used",
+        f"{'checkpointing':<16}{'state GiB':>12}{'GiB a sample':>14}{'largest micro-batch':>21}",
+    ]
+    dense = replace_dotted(config, {"expert_path": "dense"})  # what a GPU takes
+    for checkpointing in (False, True):
+        memory = predict(dense, precision=precision, checkpointing=checkpointing)
+        sample = memory.per_pixel * crop * crop / 2**30
+        batch = largest_micro_batch(memory, budget, crop)
+        name = "on" if checkpointing else "off"
+        lines.append(f"{name:<16}{memory.state / 2**30:>12.2f}{sample:>14.2f}{batch:>21}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; 0, or 2 after a message."""
+    parser = argparse.ArgumentParser(prog="python -m measnet.complexity", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("preset", nargs="?", default="paper", help=", ".join(PRESETS))
+    parser.add_argument("--chart", metavar="PNG", help="write the bubble chart here")
+    parser.add_argument("--memory", metavar="SIZE", help="memory of the device, as 24GiB")
+    parser.add_argument("--crop", type=int, default=128, help="side of the training crops")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.preset not in PRESETS:
+            raise ValueError(f"unknown preset {arguments.preset}; choose {', '.join(PRESETS)}")
+        config = PRESETS[arguments.preset]()
+        if arguments.memory:
+            budget = parse_bytes(arguments.memory)
+            print(memory_table(config, budget, arguments.crop, arguments.precision))
+            return 0
+        complexity = count(MEASNet(config))
+        print(table(complexity), peers_table(arguments.preset, complexity), sep="\n\n")
+        if arguments.preset == "official":
+            print(f"The program stores {DEAD_OFFICIAL_PARAMETERS:,} more that it never trains.")
+        if arguments.chart:
+            bubble_chart(arguments.preset, complexity, arguments.chart)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
