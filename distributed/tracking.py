@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,9 @@ SYSTEM_EVERY_S = 10.0
 """Seconds between two points of the system's metrics."""
 _BATCH, _PARAMS = 1000, 100
 """Most metrics and most parameters in one request; MLflow refuses more."""
+
+_MODEL_NEEDS = ("torch", "safetensors", "numpy")
+"""What the exported model imports besides the standard library and MLflow."""
 
 Status = Literal["FINISHED", "KILLED", "FAILED"]
 log = logging.getLogger(__name__)
@@ -199,17 +203,17 @@ def save_model(weights: Path, folder: Path) -> None:
     from mlflow.types import Schema, TensorSpec
 
     here = Path(__file__).resolve().parent
-    picture = TensorSpec(np.dtype(np.float32), (-1, -1, -1, 3), "pictures")
-    pyfunc.save_model(
-        path=str(folder),
-        python_model=str(here / "served.py"),
-        artifacts={"weights": str(weights)},
-        code_paths=[str(here.parent / "measnet")],
-        pip_requirements=[
-            f"{name}=={_version(name)}" for name in ("torch", "safetensors", "numpy")
-        ],
-        signature=ModelSignature(inputs=Schema([picture]), outputs=Schema([picture])),
-    )
+    picture = TensorSpec(np.dtype(np.float32), (-1, -1, -1, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # wants an example beside the signature
+        pyfunc.save_model(
+            path=str(folder),
+            python_model=str(here / "served.py"),
+            artifacts={"weights": str(weights)},
+            code_paths=[str(here.parent / "measnet")],
+            pip_requirements=[f"{name}=={_version(name)}" for name in _MODEL_NEEDS],
+            signature=ModelSignature(inputs=Schema([picture]), outputs=Schema([picture])),
+        )
 
 
 def finish(run: Run, status: Status, folder: Path | None = None) -> Run:

@@ -204,3 +204,28 @@ def test_nothing_phones_home() -> None:
     from mlflow.telemetry.utils import is_telemetry_disabled
 
     assert is_telemetry_disabled()
+
+
+def test_the_exported_model_restores_without_a_pickle(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy as np
+    import torch
+
+    from measnet.config import tiny
+    from measnet.network import MEASNet
+
+    model = MEASNet(tiny()).eval()
+    model.save_pretrained(tmp_path / "model.safetensors")
+    assert tracking.log_model(run, tmp_path / "model.safetensors")
+    from mlflow import pyfunc
+
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", run.uri)
+    folder = tracking._client(run).download_artifacts(run.id, "model", str(tmp_path))
+    assert not list(Path(folder).rglob("*.pkl"))
+    pictures = np.random.default_rng(0).random((2, 20, 24, 3), np.float32)
+    restored = pyfunc.load_model(f"runs:/{run.id}/model").predict(pictures)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(pictures).permute(0, 3, 1, 2)).image.clamp(0, 1)
+    assert np.allclose(restored, expected.permute(0, 2, 3, 1).numpy(), atol=1e-5)
