@@ -32,7 +32,7 @@ import torch
 import webdataset
 from PIL import Image
 
-from shards import pack
+from shards import degrade, pack
 from shards.config import DataConfig
 from shards.decode import decode
 from shards.order import Plan
@@ -76,17 +76,16 @@ def mosaic(sources: list[np.ndarray], width: int, height: int, seed: int) -> Ima
 
 
 def make_pairs(root: Path, kind: str, count: int, sources: list[np.ndarray]) -> None:
-    """`count` pairs of one kind in input/ and target/; the degraded one is noisier and darker."""
+    """`count` pairs of one kind in input/ and target/: hazy JPEG, rainy PNG, blurred large PNG."""
     width, height, suffix = KINDS[kind]
+    damage = {"jpeg": "dehaze", "png": "derain", "png720": "deblur"}[kind]
     for side in ("input", "target"):
         (root / side).mkdir(parents=True)
     for number in range(count):
         clean = mosaic(sources, width, height, number)
-        grain = np.random.default_rng(number).normal(0, 3, (height, width, 1))
-        degraded = Image.fromarray(
-            np.clip(np.asarray(clean) * 0.9 + grain, 0, 255).astype(np.uint8)
-        )
-        for side, picture in (("input", degraded), ("target", clean)):
+        rng = degrade.generator(kind, number)
+        degraded, _ = degrade.synthesise(np.asarray(clean), (damage,), rng)
+        for side, picture in (("input", Image.fromarray(degraded)), ("target", clean)):
             options = {"quality": 95} if suffix == "jpg" else {}
             picture.save(root / side / f"{number:04d}.{suffix}", **options)
 
@@ -140,7 +139,7 @@ def decode_only(packed: Path) -> Callable[[int], None]:
     def run(samples: int) -> None:
         for number in range(samples):
             place, pair = places[number % len(places)], stored[number % len(places)]
-            box = _crop(place, CROP, rng)
+            box = _crop(place, CROP, rng.bit_generator.random_raw(2).tolist())
             for encoded in pair:
                 decode(encoded, box)
 

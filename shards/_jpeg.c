@@ -11,7 +11,7 @@
 #include <string.h>
 #include <jpeglib.h>
 
-enum { MARGIN = 16 };
+enum { MARGIN = 4, BLOCK = 16 };
 
 struct failure {
     struct jpeg_error_mgr base;
@@ -56,7 +56,7 @@ static int crop(const uint8_t *data, size_t size, size_t top, size_t left, size_
     jpeg_crop_scanline(&info, &from, &across); /* moves `from` to the left, onto a block's border */
     row = malloc((size_t)info.output_width * 3);
     if (row == NULL) give_up((j_common_ptr)&info);
-    JDIMENSION skip = (JDIMENSION)(top > MARGIN ? (top - MARGIN) / MARGIN * MARGIN : 0);
+    JDIMENSION skip = (JDIMENSION)(top > MARGIN ? (top - MARGIN) / BLOCK * BLOCK : 0);
     if (skip && jpeg_skip_scanlines(&info, skip) != skip) give_up((j_common_ptr)&info);
     while (info.output_scanline < top + height) {
         const size_t y = info.output_scanline;

@@ -24,6 +24,32 @@ def generator(*parts: int | str) -> np.random.Generator:
     return np.random.Generator(np.random.SFC64(np.random.SeedSequence(words)))
 
 
+class Keyed:
+    """One generator that is set to a new key for each sample: ten times faster than making a new
+    one."""
+
+    def __init__(self) -> None:
+        """Without a key yet."""
+        self._bits = np.random.SFC64(0)
+        self._rng = np.random.Generator(self._bits)
+
+    def at(self, *words: int) -> np.random.Generator:
+        """The generator for three 64-bit words, valid until the next call.
+
+        Keyed as SFC64's author does it: the words and a counter of 1 are its state, and twelve
+        numbers are thrown away (Doty-Humphrey, PractRand).
+        """
+        state = np.array([*(word & 0xFFFFFFFFFFFFFFFF for word in words), 1], np.uint64)
+        self._bits.state = {
+            "bit_generator": "SFC64",
+            "state": {"state": state},
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+        self._bits.random_raw(12)
+        return self._rng
+
+
 def noise(
     picture: np.ndarray,
     sigma: float,
@@ -123,13 +149,13 @@ def haze(
     2019): airlight A 0.75-1.0, nearly grey; β so that the farthest transmits 10-45 %. `depth` (H,
     W) in [0, 1]; made from the picture where it is None.
     """
-    airlight = rng.uniform(0.75, 1.0) + rng.uniform(-0.01, 0.01, 3)
+    airlight = np.clip(rng.uniform(0.75, 1.0) + rng.uniform(-0.01, 0.01, 3), 0, 1)
     beta = rng.uniform(0.8, 2.3)
     known = depth is not None
     if depth is None:
         depth = depth_from_picture(picture, rng)
     transmission = np.exp(-beta * depth)[..., None]
-    hazy = picture / 255.0 * transmission + np.clip(airlight, 0, 1) * (1 - transmission)
+    hazy = picture / 255.0 * transmission + airlight * (1 - transmission)
     parameters = {
         "airlight": _rounded(airlight),
         "beta": _rounded(beta),

@@ -29,6 +29,8 @@ SCHEMA = 1
 NAME = "manifest.json"
 NONE = 0xFFFFFFFF
 """In a `SAMPLE` row: there is no such member."""
+TILED_INPUT, TILED_TARGET, SEVERAL = 1, 2, 4
+"""Flags of a `SAMPLE` row: a picture is in tiles; its clean picture has several degraded ones."""
 
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
 """One member of the tar: where its data starts, how long it is, and its checksum."""
@@ -40,12 +42,13 @@ SAMPLE = np.dtype(
         ),  # member of the degraded picture, or of its first tile; NONE: only a clean one
         ("target", "<u4"),  # member of the clean picture, or of its first tile
         ("meta", "<u4"),  # member that describes it, as JSON
+        ("group", "<u4"),  # number in the key: samples of one group share their clean picture
         ("part", "<u4"),  # which of the inputs that share this target
         ("height", "<u4"),
         ("width", "<u4"),
         ("top", "<u2"),  # where the degraded picture lies in a larger target
         ("left", "<u2"),
-        ("tiled", "u1"),  # 1: the degraded picture is in tiles; 2: the clean one is
+        ("flags", "u1"),  # sum of `TILED_INPUT`, `TILED_TARGET`, `SEVERAL`
         ("signature", "V16"),  # of the clean picture, to find the same one in another set
     ]
 )

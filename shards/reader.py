@@ -5,11 +5,11 @@ import contextlib
 import hashlib
 import json
 import os
-import zlib
 from collections import OrderedDict
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from isal import isal_zlib
 
 from shards import manifest, storage
 from shards.cache import Cache
@@ -94,9 +94,8 @@ class Reader:
     def key(self, place: Place) -> str:
         """The sample's name in its tar: `denoise_00000012`; with `.input03` where several share a
         clean one."""
-        return self._name(
-            place, int(place.row["input"] if self._has_input(place) else place.row["target"])
-        )
+        part = f".input{place.row['part']:02d}" if place.row["flags"] & manifest.SEVERAL else ""
+        return f"{place.shard.task}_{place.row['group']:08d}{part}"
 
     def about(self, place: Place) -> dict[str, Any]:
         """What the packing noted: names of the source files, and what was synthesised."""
@@ -146,7 +145,8 @@ class Reader:
 
     def _picture(self, place: Place, role: str, box: Box, size: tuple[int, int]) -> np.ndarray:
         first = int(place.row[role])
-        tiled = int(place.row["tiled"]) & (1 if role == "input" else 2)
+        flag = manifest.TILED_INPUT if role == "input" else manifest.TILED_TARGET
+        tiled = int(place.row["flags"]) & flag
         try:
             if not tiled:
                 return decode(self._member(place, first), box)
@@ -183,19 +183,12 @@ class Reader:
         data = os.pread(descriptor, int(entry["size"]), int(entry["offset"]))
         if len(data) != entry["size"]:
             raise self._damaged(place.shard, f"{self._where(place)}: the shard ends inside of it")
-        if zlib.crc32(data) != entry["crc32"]:
+        if isal_zlib.crc32(data) != entry["crc32"]:
             raise self._damaged(
                 place.shard,
                 f"{self._where(place)}: its bytes have changed since packing (checksum)",
             )
         return data
-
-    def _name(self, place: Place, member: int) -> str:
-        """From the tar header, which stands in the block before the data."""
-        descriptor, _, _ = self._file(place.shard)
-        header = os.pread(descriptor, 100, int(place.table.members[member]["offset"]) - 512)
-        parts = header.rstrip(b"\0").decode("ascii", "replace").split(".")
-        return parts[0] if parts[1:2] in (["input"], ["target"]) else ".".join(parts[:2])
 
     def _file(self, shard: Shard) -> tuple[int, int, Index]:
         """Descriptor, size and index of a shard; opens it where needed, and closes the one least

@@ -26,6 +26,8 @@ from shards.reader import DamagedError, Place, Reader
 from shards.tasks import DEGRADATIONS, TASKS
 
 _NAMES = tuple(DEGRADATIONS)
+_DRAWS = 1024
+"""Positions whose draws are computed at a time."""
 _SUBSTITUTES = 32
 """How many other samples are tried in the place of a damaged one."""
 
@@ -44,6 +46,29 @@ class Sample(NamedTuple):
     """`denoise_15/denoise_00000012`."""
     damage: str = ""
     """What was wrong with the sample whose place this one takes; empty where nothing was."""
+
+
+class Turn(NamedTuple):
+    """How a crop is turned: first transposed, then flipped."""
+
+    down: bool
+    """Flipped upside down."""
+    right: bool
+    """Flipped left to right."""
+    over: bool
+    """Transposed."""
+
+
+class _Raw(NamedTuple):
+    """A sample before it is turned; fields as in `Sample`."""
+
+    degraded: np.ndarray
+    clean: np.ndarray
+    degradation: int
+    position: int
+    key: str
+    turn: Turn
+    damage: str = ""
 
 
 class Batch(NamedTuple):
@@ -94,6 +119,8 @@ class TrainStream:
         self.seed = seed
         self.reader = open_reader(data.train, data)
         self.plan = Plan.from_manifest(self.reader.manifest, data.repeats, seed, data.order)
+        self._keyed = degrade.Keyed()
+        self._drawn: dict[int, list[tuple[int, int, int]]] = {}
         self.damaged: dict[str, int] = {}
         """With `on_corrupt: substitute`: damage met so far -> how often."""
         if data.on_corrupt == "stop":
@@ -102,7 +129,9 @@ class TrainStream:
     def read(self, position: int) -> Sample:
         """The sample at a position of the run's sequence; `DamagedError` with its name where it is
         damaged."""
-        return self._samples(np.array([position]))[0]
+        raw = self._samples(np.array([position]))[0]
+        degraded, clean = (_turned(pixels, raw.turn) for pixels in (raw.degraded, raw.clean))
+        return Sample(degraded, clean, raw.degradation, raw.position, raw.key, raw.damage)
 
     def batches(
         self, start: int, stop: int, *, global_batch: int, micro_batch: int, world: int, rank: int
@@ -125,15 +154,17 @@ class TrainStream:
             if isinstance(result, DamagedError):
                 raise result
             self._count(result.damage)
-            yield result
+            yield _floats(result)
 
     def batch(self, positions: np.ndarray) -> Batch:
-        """The samples at (m,) positions as one batch."""
+        """The samples at (m,) positions as one batch, with pictures still in uint8: that is what
+        loader processes send."""
         samples = self._samples(positions)
         degradations = [sample.degradation for sample in samples]
+        turns = [sample.turn for sample in samples]
         return Batch(
-            degraded=_tensor(np.stack([sample.degraded for sample in samples])),
-            clean=_tensor(np.stack([sample.clean for sample in samples])),
+            degraded=_bytes([sample.degraded for sample in samples], turns),
+            clean=_bytes([sample.clean for sample in samples], turns),
             task=torch.tensor([TASKS.index(DEGRADATIONS[_NAMES[d]].task) for d in degradations]),
             degradation=torch.tensor(degradations),
             position=torch.from_numpy(np.asarray(positions, np.int64).copy()),
@@ -212,12 +243,21 @@ class TrainStream:
                 f"see all damage by `python -m shards.inspect {self.data.train}`",
             )
 
-    def _samples(self, positions: np.ndarray) -> list[Sample]:
-        draws = self.plan.draws(positions)
-        rows = zip(positions, draws.degradation, draws.sample, draws.epoch, strict=True)
-        return [self._sample(int(p), int(d), int(s), int(e)) for p, d, s, e in rows]
+    def _samples(self, positions: np.ndarray) -> list[_Raw]:
+        return [self._sample(position, *self._draw(position)) for position in positions.tolist()]
 
-    def _sample(self, position: int, degradation: int, number: int, epoch: int) -> Sample:
+    def _draw(self, position: int) -> tuple[int, int, int]:
+        """Degradation, sample and epoch at a position; computed for many positions at once."""
+        block, within = divmod(position, _DRAWS)
+        if block not in self._drawn:
+            while len(self._drawn) > 1:
+                del self._drawn[next(iter(self._drawn))]
+            draws = self.plan.draws(np.arange(block * _DRAWS, (block + 1) * _DRAWS))
+            columns = (draws.degradation.tolist(), draws.sample.tolist(), draws.epoch.tolist())
+            self._drawn[block] = list(zip(*columns, strict=True))
+        return self._drawn[block][within]
+
+    def _sample(self, position: int, degradation: int, number: int, epoch: int) -> _Raw:
         try:
             return self._make(position, degradation, number, epoch)
         except (DamagedError, OSError) as error:
@@ -238,24 +278,23 @@ class TrainStream:
             f"see all damage by `python -m shards.inspect {self.data.train}`",
         ) from first
 
-    def _make(self, position: int, degradation: int, number: int, epoch: int) -> Sample:
+    def _make(self, position: int, degradation: int, number: int, epoch: int) -> _Raw:
         name = _NAMES[degradation]
         task, sigma = DEGRADATIONS[name]
         place = self.reader.locate(task, number)
-        rng = degrade.generator(
-            self.seed & 0xFFFFFFFFFFFFFFFF, epoch, position - epoch * self.plan.epoch_samples
-        )
-        box = _crop(place, self.data.crop, rng)
+        rng = self._keyed.at(self.seed, epoch, position - epoch * self.plan.epoch_samples)
+        # Four words for crop and flips, whatever is made of them; what follows is for the noise.
+        words = rng.bit_generator.random_raw(4).tolist()
+        box = _crop(place, self.data.crop, words)
         clean = _fit(self.reader.clean(place, box), self.data.crop)
-        turn = _turn(self.data.augment, rng)
         if sigma is None:
-            degraded = _turned(_fit(self.reader.degraded(place, box), self.data.crop), turn)
-            clean = _turned(clean, turn)
+            degraded = _fit(self.reader.degraded(place, box), self.data.crop)
         else:
-            clean = _turned(clean, turn)
             sigma = _level(name, sigma, self.data.sigma, rng)
             degraded = degrade.noise(clean, sigma, rng, self.data.noise_rounding)
-        return Sample(degraded, clean, degradation, position, f"{name}/{self.reader.key(place)}")
+        turn = _turn(self.data.augment, words[2])
+        key = f"{name}/{self.reader.key(place)}"
+        return _Raw(degraded, clean, degradation, position, key, turn)
 
 
 def _level(name: str, fixed: float, levels: dict[str, str], rng: np.random.Generator) -> float:
@@ -301,18 +340,25 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _tensor(pixels: np.ndarray) -> Tensor:
-    """(…, H, W, 3) uint8 -> (…, 3, H, W) float32 in [0, 1], contiguous."""
-    moved = torch.from_numpy(np.moveaxis(pixels, -1, -3).copy())
-    return moved.to(torch.float32).div_(255)
+def _bytes(pictures: list[np.ndarray], turns: list[Turn]) -> Tensor:
+    """(H, W, 3) uint8 each -> (m, 3, H, W) uint8, turned; one copy that does it all."""
+    height, width = pictures[0].shape[:2]
+    laid_out = np.empty((len(pictures), 3, height, width), np.uint8)
+    for place, pixels, turn in zip(laid_out, pictures, turns, strict=True):
+        place[:] = _turned(pixels, turn).transpose(2, 0, 1)
+    return torch.from_numpy(laid_out)
 
 
-def _crop(place: Place, side: int, rng: np.random.Generator) -> Box:
+def _floats(batch: Batch) -> Batch:
+    """The batch's pictures as float32 in [0, 1]."""
+    return batch._replace(degraded=batch.degraded.div(255), clean=batch.clean.div(255))
+
+
+def _crop(place: Place, side: int, words: list[int]) -> Box:
     """A random square; the whole height or width where the picture has less."""
     height, width = place.size
     tall, wide = min(side, height), min(side, width)
-    top, left = rng.integers(0, [height - tall + 1, width - wide + 1])
-    return Box(int(top), int(left), tall, wide)
+    return Box(words[0] % (height - tall + 1), words[1] % (width - wide + 1), tall, wide)
 
 
 def _fit(pixels: np.ndarray, side: int) -> np.ndarray:
@@ -323,19 +369,18 @@ def _fit(pixels: np.ndarray, side: int) -> np.ndarray:
     return np.pad(pixels, ((0, down), (0, right), (0, 0)), mode="reflect")
 
 
-def _turn(augment: str, rng: np.random.Generator) -> tuple[bool, bool, bool]:
-    """Flip upside down, flip left to right, transpose."""
-    down, right, over = rng.integers(0, 2, 3).astype(bool)
+def _turn(augment: str, word: int) -> Turn:
+    """Three random bits, as far as they are wanted."""
     if augment == "none":
-        return False, False, False
-    return bool(down), bool(right), bool(over) and augment == "dihedral"
+        return Turn(False, False, False)
+    return Turn(bool(word & 1), bool(word & 2), bool(word & 4) and augment == "dihedral")
 
 
-def _turned(pixels: np.ndarray, turn: tuple[bool, bool, bool]) -> np.ndarray:
-    down, right, over = turn
-    if over:
+def _turned(pixels: np.ndarray, turn: Turn) -> np.ndarray:
+    """(H, W, 3) turned, as `_tensor` does it."""
+    if turn.over:
         pixels = pixels.transpose(1, 0, 2)
-    return pixels[:: -1 if down else 1, :: -1 if right else 1]
+    return pixels[:: -1 if turn.down else 1, :: -1 if turn.right else 1]
 
 
 def pictures(
@@ -383,4 +428,6 @@ def _picture(reader: Reader, name: str, number: int) -> Picture:
         rng = degrade.generator("evaluation", reader.checksum(place))
         degraded = degrade.noise(clean, sigma, rng)
         source = about["target"]
-    return Picture(name, task, source, _tensor(degraded), _tensor(clean))
+    still = Turn(False, False, False)
+    tensors = [_bytes([pixels], [still])[0].div(255) for pixels in (degraded, clean)]
+    return Picture(name, task, source, *tensors)

@@ -118,7 +118,7 @@ def _write_tar(job: Job, path: str) -> tuple[Shard, bytes]:
     with open(path, "wb") as file:
         tar = _Tar(file)
         for number, group in enumerate(job.groups, start=job.first):
-            samples += _add_group(tar, job, group, f"{job.task}_{number:08d}")
+            samples += _add_group(tar, job, group, number)
             if _counter is not None:
                 with _counter.get_lock():
                     _counter.value += 1
@@ -139,8 +139,9 @@ class _Image(NamedTuple):
     pixels: np.ndarray
 
 
-def _add_group(tar: _Tar, job: Job, group: Group, key: str) -> list[tuple[Any, ...]]:
+def _add_group(tar: _Tar, job: Job, group: Group, number: int) -> list[tuple[Any, ...]]:
     """Writes a clean picture and its degraded ones; the rows of the index."""
+    key = f"{job.task}_{number:08d}"
     clean = _open(job.root, group.target)
     about: dict[str, Any] = {"target": group.target}
     if job.chain:
@@ -160,14 +161,15 @@ def _add_group(tar: _Tar, job: Job, group: Group, key: str) -> list[tuple[Any, .
     text = json.dumps(about, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     meta = tar.add(f"{key}.json", text.encode())
     mark = signature(clean.pixels)
+    flags = manifest.TILED_TARGET * tiled + manifest.SEVERAL * (len(inputs) > 1)
     if not inputs:
-        return [(manifest.NONE, target, meta, 0, height, width, 0, 0, tiled * 2, mark)]
-    return [
-        (member, target, meta, part, *image.pixels.shape[:2], *place, cut + tiled * 2, mark)
-        for part, (image, place, (member, cut)) in enumerate(
-            zip(inputs, places, members, strict=True)
-        )
-    ]
+        return [(manifest.NONE, target, meta, number, 0, height, width, 0, 0, flags, mark)]
+    rows = []
+    for part, (member, cut) in enumerate(members):
+        size = inputs[part].pixels.shape[:2]
+        own = flags + manifest.TILED_INPUT * cut
+        rows.append((member, target, meta, number, part, *size, *places[part], own, mark))
+    return rows
 
 
 def _add_image(tar: _Tar, job: Job, name: str, image: _Image) -> tuple[int, bool]:

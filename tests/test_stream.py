@@ -162,3 +162,76 @@ def test_noise_is_the_fields(packed: Path) -> None:
     assert cut.mean() - rounded.mean() == pytest.approx(-0.5, abs=0.01)
     edge = degrade.noise(np.full((50, 50, 3), 250, np.uint8), 50.0, degrade.generator(1))
     assert edge.max() == 255  # clipped, not wrapped
+
+
+def test_noise_levels_may_be_drawn_from_a_range_or_a_list(packed: Path) -> None:
+    def levels(choice: str) -> np.ndarray:
+        data = config(packed, repeats={"denoise_25": 4}, sigma={"denoise_25": choice})
+        stream = TrainStream(data, 2)
+        found = []
+        for position in range(36):
+            sample = stream.read(position)
+            middle = (sample.clean > 100) & (sample.clean < 156)
+            if middle.sum() > 1500:
+                found.append((sample.degraded.astype(float) - sample.clean)[middle].std())
+        return np.array(found)
+
+    listed, ranged = levels("10,40"), levels("10..40")
+    near = np.minimum(abs(listed - 10), abs(listed - 40))
+    assert near.max() < 3 and (listed < 20).any() and (listed > 30).any()
+    assert ranged.min() > 8 and ranged.max() < 43
+    assert ((ranged > 15) & (ranged < 35)).sum() >= 3
+
+
+@pytest.mark.parametrize("choice", ["", "5..", "50..5", "0,3", "5..400", "a,b", "1..2..3"])
+def test_noise_levels_that_make_no_sense_are_refused(choice: str) -> None:
+    with pytest.raises(ValueError, match=r"data\.sigma\.denoise_25 is"):
+        DataConfig(sigma={"denoise_25": choice})
+    with pytest.raises(ValueError, match="is not a noise degradation"):
+        DataConfig(sigma={"derain": "5..50"})
+
+
+def test_chains_are_trained_on_and_evaluated_as_mixed(packed: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "mixed")
+    pack.pack(
+        "clean", str(packed.parent / "photos"), out, synthesise=["derain+lowlight"], workers=1
+    )
+    stream = TrainStream(config(Path(out), repeats={"mixed": 2}), 0)
+    assert stream.plan.epoch_samples == 18
+    batch = next(stream.batches(0, 4, global_batch=4, micro_batch=4, world=1, rank=0))
+    assert {TASKS[task] for task in batch.task} == {"mixed"}
+    assert batch.degraded.mean() < 0.7 * batch.clean.mean()  # dark
+    assert [p.degradation for p in pictures(out, degradations=["mixed"])] == ["mixed"] * 9
+
+
+def test_the_samples_of_today_are_those_of_tomorrow(packed: Path) -> None:
+    """A run that goes on after an update of this program shall read what it would have read."""
+    stream = TrainStream(config(packed), 1234)
+    drawn = stream.plan.draws(np.array([0, 1, 2, 62, 63, 1000, 10**9]))
+    assert drawn.degradation.tolist() == [6, 3, 0, 0, 0, 2, 0]
+    assert drawn.sample.tolist() == [7, 2, 1, 2, 6, 2, 0]
+    rng = degrade.Keyed().at(1, 2, 3)
+    assert rng.bit_generator.random_raw(3).tolist() == [
+        4895842857741926726,
+        176895602379161741,
+        8114574854211248503,
+    ]
+
+
+def test_keys_of_generators_do_not_meet(packed: Path) -> None:
+    keyed = degrade.Keyed()
+    starts = [
+        tuple(keyed.at(seed, epoch, place).bit_generator.random_raw(2).tolist())
+        for seed in (0, 1, -1, 2**40)
+        for epoch in range(5)
+        for place in range(50)
+    ]
+    assert len(set(starts)) == 1000
+    first = keyed.at(7, 0, 0).standard_normal(20_000)
+    second = keyed.at(7, 0, 1).standard_normal(20_000)
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.03
+    assert first.mean() == pytest.approx(0, abs=0.03)
+    assert first.std() == pytest.approx(1, abs=0.03)
+    # A number half used by the sample before leaves no trace.
+    keyed.at(1, 1, 1).integers(0, 10, dtype=np.int32)
+    assert keyed.at(7, 0, 0).standard_normal() == first[0]
