@@ -12,19 +12,13 @@ LATENCY_RUNS = 7
 
 def count(config: ModelConfig) -> dict[str, float]:
     """`parameters`, and `multiply_adds` of one 256x256 picture (one multiply-add = 1)."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
+    from measnet import complexity
     from measnet.network import MEASNet
 
-    model = MEASNet(config).eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.full((1, 3, 64, 64), 0.5))
-    # All of the network is linear in the pixels, and 256x256 has 16 times as many.
-    multiply_adds = 16 * counter.get_total_flops() / 2
+    counted = complexity.count(MEASNet(config))
     return {
-        "parameters": float(sum(p.numel() for p in model.parameters())),
-        "multiply_adds": float(multiply_adds),
+        "parameters": float(counted.total_parameters),
+        "multiply_adds": float(counted.total_multiply_adds),
     }
 
 

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from tune.record import Row, is_number
 from tune.space import Changes, Space
 
@@ -90,7 +92,8 @@ def _trial(space: Space, row: Row, base: "TrainConfig", cost: str, whole: bool) 
 def _sampler(config: "SearchConfig", number: int) -> Any:
     from optuna.samplers import RandomSampler, TPESampler
 
-    seed = config.search_seed * 1_000_003 + number  # a seed per trial: no state to be kept
+    # A seed per trial: no generator's state has to be kept.
+    seed = int(np.random.SeedSequence((config.search_seed, number)).generate_state(1)[0])
     if config.algorithm == "random":
         return RandomSampler(seed=seed)
     startup = max(4, min(10, config.trials // 3))

@@ -440,7 +440,8 @@ tr.failed td { color: #b23b3b; }
 .key { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin: 0 4px 0 10px; }
 .note { color: #5f7285; font-size: 13px; margin: 8px 0 0; }
 svg { max-width: 100%; height: auto; } .pair { display: flex; flex-wrap: wrap; gap: 8px; }
-.pair svg { flex: 0 1 480px; min-width: 0; } ul { margin: 4px 0; } summary { cursor: pointer; color: #1565c0; }
+.pair svg { flex: 0 1 480px; min-width: 0; } ul { margin: 4px 0; }
+summary { cursor: pointer; color: #1565c0; }
 """
 
 _SORT = """

@@ -41,8 +41,7 @@ def fit(config: SearchConfig, nodes: Sequence[Mapping[str, float]]) -> Room:
     gpu = scaling.device == "gpu" or (scaling.device == "auto" and total["GPU"] > 0)
     cpus = scaling.cpus_per_worker
     if not cpus:
-        shares = total["GPU"] if gpu else (config.parallel or 2) * workers
-        cpus = max(1, int(total["CPU"] // max(1, shares)))
+        cpus = _share(nodes, total["CPU"] / ((config.parallel or 2) * workers), gpu)
     slots = sum(
         int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) if gpu else float("inf")))
         for node in nodes
@@ -61,3 +60,10 @@ def fit(config: SearchConfig, nodes: Sequence[Mapping[str, float]]) -> Room:
         )
     most = config.parallel or (parallel if gpu else min(parallel, 2 if len(nodes) == 1 else 64))
     return Room(most, workers, cpus, gpu)
+
+
+def _share(nodes: Sequence[Mapping[str, float]], alone: float, gpu: bool) -> int:
+    """CPUs of a worker: those that come with its GPU on the node that has least, else `alone`."""
+    if gpu:
+        alone = min((n.get("CPU", 0) / n["GPU"] for n in nodes if n.get("GPU")), default=1)
+    return max(1, int(alone))

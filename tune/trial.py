@@ -35,6 +35,7 @@ from tune.space import apply
 OWNER = "owner.pid"
 """File of a trial's folder: the process that runs it. All of them run on the head node."""
 COSTS = "costs.json"
+FAILURE = "failure.json"
 STOPPED_BY_SEARCH = "stopped by the search"
 
 
@@ -72,8 +73,17 @@ class Trial(tune.Trainable):
         """Wait for the next validation, or the end.
 
         Raises:
-            RuntimeError: the run diverged or failed; the message is the reason.
+            RuntimeError: the run diverged or failed; the message is the reason, and is left in the
+                trial's folder for the search.
         """
+        try:
+            return self._step()
+        except Exception as error:
+            fs, root = open_folder(self._config.folder)
+            write_json(fs, f"{root}/{FAILURE}", {"reason": str(error)[:1000]})
+            raise
+
+    def _step(self) -> dict[str, Any]:
         if self._thread is None and self._search_stops():
             return {"interrupted": True, "done": True}
         self._start()
@@ -211,6 +221,17 @@ def read_outcome(folder: str) -> dict[str, Any]:
         return dict(read_json(fs, f"{root}/outcome.json"))
     except (OSError, ValueError):
         return {}
+
+
+def take_failure(folder: str) -> str:
+    """Why the trial failed, in one line; empty where its process had no time to say."""
+    fs, root = open_folder(folder)
+    path = f"{root}/{FAILURE}"
+    if not fs.exists(path):
+        return ""
+    lines = str(read_json(fs, path)["reason"]).strip().splitlines()
+    fs.rm(path)
+    return lines[-1] if lines else ""
 
 
 def take_over(donor: str, name: str, config: TrainConfig) -> None:

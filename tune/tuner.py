@@ -26,7 +26,7 @@ from tune.propose import propose
 from tune.record import Record, Row
 from tune.resources import Room
 from tune.space import Changes, Space, describe
-from tune.trial import Trial
+from tune.trial import Trial, take_failure
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -191,7 +191,8 @@ class Events(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """It failed; the search goes on."""
         row = self._row(trial)
-        row.state, row.reason = "failed", _reason(trial.get_pickled_error())
+        row.state = "failed"
+        row.reason = take_failure(row.folder) or f"its process was lost; {free_resources()}"
         self._live.say(row, f"[red]failed[/red]: {row.reason}")
         self._end(row)
 
@@ -223,7 +224,7 @@ def make_tuner(live: Live) -> tune.Tuner:
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     for name in ("ray.tune", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are told in one line
     left = live.total - sum(row.ended for row in record.rows)
     return tune.Tuner(
         tune.with_resources(
@@ -305,12 +306,3 @@ def _name(trial: Any) -> str:
 
 def _db(row: Row) -> str:
     return "no figure" if row.psnr is None else f"{row.psnr:.2f} dB"
-
-
-def _reason(error: BaseException | None) -> str:
-    """The last line of what a trial raised."""
-    text = str(error or "the trial's process ended without a word")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if "ActorDied" in type(error).__name__ or "actor died" in text:
-        return f"the trial's process was lost; {free_resources()}"
-    return lines[-1].removeprefix("RuntimeError: ")[:400]

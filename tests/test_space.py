@@ -1,0 +1,335 @@
+"""What a search may change, how the command line says it, and what is proposed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distributed.config import demo
+from measnet.config import ABLATION, to_dict
+from tune.config import SearchConfig, comparable, parse
+from tune.propose import build_study, propose
+from tune.record import Record, Row, front, load
+from tune.resources import fit
+from tune.space import PAPER, apply, build, parameter
+
+
+def rows_of(config: SearchConfig, states: Sequence[str]) -> list[Row]:
+    """Trials as a search would propose them, with figures that favour few pixel experts."""
+    space = build(config.space, config.vary, config.base())
+    rows: list[Row] = []
+    for number, state in enumerate(states):
+        changes = propose(space, rows, config)
+        psnr = 30.0 - changes.get("model.pixel_experts", 0)
+        rows.append(
+            Row(
+                number=number,
+                name=f"s-{number:03d}",
+                changes=changes,
+                state=state,  # type: ignore[arg-type]
+                psnr=None if state == "failed" else psnr,
+                curve=[] if state == "failed" else [(100, psnr)],
+                costs={"multiply_adds": 1e9 * number},
+            )
+        )
+    return rows
+
+
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    algorithm=st.sampled_from(["tpe", "random"]),
+    width=st.sampled_from([(), ("width",)]),
+    cost=st.sampled_from(["none", "multiply_adds"]),
+    states=st.lists(
+        st.sampled_from(["finished", "stopped", "failed", "running", "waiting"]), max_size=7
+    ),
+)
+@settings(max_examples=25, deadline=None)
+def test_every_proposal_is_a_network_that_can_be_built(
+    seed: int, algorithm: str, width: tuple[str, ...], cost: str, states: list[str]
+) -> None:
+    config = parse(
+        [
+            *("demo", "--space", "experts", *width, "--cost", cost, "--algorithm", algorithm),
+            *("--search-seed", str(seed)),
+        ]
+    )
+    for row in rows_of(config, [*states, "waiting"]):
+        model = apply(config.base(), row.changes).model
+        assert 1 <= model.pixel_top_k <= model.pixel_experts <= 8
+        assert 1 <= model.image_top_k <= model.image_experts <= 8
+
+
+def test_trial_0_is_the_papers_point() -> None:
+    config = parse(["demo"])
+    space = build(config.space, config.vary, config.base())
+    assert propose(space, [], config) == PAPER
+    train = apply(config.base(), PAPER)
+    assert (train.model.pixel_experts, train.model.pixel_top_k) == (6, 2)
+    assert (train.model.image_experts, train.model.image_top_k) == (5, 2)
+    assert train.recipe.balance_weight == 1e-4
+
+
+def test_the_papers_point_is_told_to_the_searcher_even_outside_of_the_range() -> None:
+    config = parse(["demo", "--space", "--vary", "model.pixel_experts=2..4"])
+    rows = rows_of(config, ["finished"] * 6)
+    assert rows[0].changes == {"model.pixel_experts": 6}
+    assert all(2 <= row.changes["model.pixel_experts"] <= 4 for row in rows[1:])
+
+
+def test_what_is_proposed_follows_from_the_record_alone() -> None:
+    """A search that is killed after each trial proposes what an undisturbed one does."""
+    config = parse(["demo", "--trials", "12"])
+    undisturbed = rows_of(config, ["finished", "stopped", "failed"] * 4)
+    space = build(config.space, config.vary, config.base())
+    for number in range(len(undisturbed)):
+        assert propose(space, undisturbed[:number], config) == undisturbed[number].changes
+    other = parse(["demo", "--trials", "12", "--search-seed", "1"])
+    assert rows_of(other, ["finished"] * 3)[1].changes != undisturbed[1].changes
+
+
+def test_tpe_goes_where_trials_were_good_and_random_does_not() -> None:
+    def late(algorithm: str) -> float:
+        config = parse(["demo", "--algorithm", algorithm, "--trials", "30"])
+        rows = rows_of(config, ["finished"] * 30)
+        return sum(r.changes["model.pixel_experts"] for r in rows[15:]) / 15
+
+    assert late("tpe") < 3.5 < late("random")
+
+
+def test_optuna_is_told_the_truth_about_each_state() -> None:
+    config = parse(["demo"])
+    space = build(config.space, config.vary, config.base())
+    rows = rows_of(config, ["finished", "stopped", "failed", "running"])
+    study = build_study(space, rows, config.base(), cost="none")
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "PRUNED", "FAIL", "RUNNING"]
+    assert study.trials[1].intermediate_values == {100: rows[1].psnr}
+    study = build_study(space, rows, config.base(), cost="multiply_adds")
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE", "FAIL", "RUNNING"]
+    assert study.trials[1].values == [rows[1].psnr, 1e9]
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "expected"),
+    [
+        ("model.pixel_experts", "2..8", (2, 8, False, ())),
+        ("recipe.lr", "log 1e-4..1e-2", (1e-4, 1e-2, True, ())),
+        ("recipe.lr", "log:1e-4..1e-2", (1e-4, 1e-2, True, ())),
+        ("recipe.beta1", "0.8..0.95", (0.8, 0.95, False, ())),
+        ("model.dim", "8,16", (0, 0, False, (8, 16))),
+        ("model.dim", [8, 16], (0, 0, False, (8, 16))),
+        ("recipe.optimizer", "adam, adamw", (0, 0, False, ("adam", "adamw"))),
+        ("model.mee", "true,false", (0, 0, False, (True, False))),
+        ("recipe.lr", "1e-3,2e-3", (0, 0, False, (1e-3, 2e-3))),
+    ],
+)
+def test_ranges(field: str, text: Any, expected: tuple) -> None:
+    found = parameter(field, text, demo())
+    assert (found.low, found.high, found.log, found.choices) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--vary", "recipe.learning=1..2"], "no such field"),
+        (["--vary", "recipe.dim=8,16"], "did you mean model.dim?"),
+        (["--vary", "recipe.lr"], "FIELD=RANGE"),
+        (["--vary", "recipe.lr=5"], "cannot read the range"),
+        (["--vary", "model.pixel_experts=2.5..8"], "cannot read the range"),
+        (["--vary", "recipe.lr=log 0..1"], "begin above 0"),
+        (["--vary", "recipe.lr=2..1"], "holds nothing"),
+        (["--vary", "model.dim=15,16"], "multiple of 4"),
+        (["--vary", "model.dim=8,12"], "trial 0 needs 16"),
+        (["--vary", "model.pixel_top_k=1,2"], "needs a range"),
+        (["--vary", "recipe.global_batch=8,9"], "recipe.global_batch 9"),
+        (["--space", "--vary", "model.pixel_experts=1..8"], "search it too"),
+        (["--space", "expert"], "unknown --space"),
+        (["--space"], "nothing to search"),
+        (["--space", "missing.yaml"], "cannot read --space missing.yaml"),
+        (["--space", "ablation", "width"], "fixed list"),
+        (["--space", "tasks", "--vary", "recipe.lr=1e-3,1e-4"], "fixed list"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused_with_the_reason(
+    arguments: list[str], message: str
+) -> None:
+    config = parse(["demo", *arguments])
+    with pytest.raises(ValueError, match=r"(?s).*") as error:
+        build(config.space, config.vary, config.base())
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trials", "0"], "--trials is 0"),
+        (["--samples", "16"], "2 steps of 8, fewer than --validations 9"),
+        (["--recipe.lr", "-1"], "recipe.lr"),
+        (["--scheduler", "hyper"], "hyper"),
+    ],
+)
+def test_a_wrong_command_line_is_answered(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        parse(["demo", *arguments])
+    assert error.value.code == 2
+    told = capsys.readouterr()
+    assert message in " ".join((told.err + told.out).replace("│", " ").split())  # drawn in a box
+
+
+def test_a_file_of_ranges(tmp_path: Path) -> None:
+    file = tmp_path / "ranges.yaml"
+    file.write_text("model.dim: 8,16\nrecipe.lr: log 1e-4..1e-2\nrecipe.optimizer: [adam, adamw]\n")
+    config = parse(["demo", "--space", str(file)])
+    space = build(config.space, config.vary, config.base())
+    assert [p.field for p in space.parameters] == ["model.dim", "recipe.lr", "recipe.optimizer"]
+    (tmp_path / "bad.yaml").write_text("- model.dim\n")
+    with pytest.raises(ValueError, match="must hold lines"):
+        build((str(tmp_path / "bad.yaml"),), (), config.base())
+
+
+def test_the_ablation_is_table_vi() -> None:
+    config = parse(["demo", "--space", "ablation"])
+    space = build(config.space, config.vary, config.base())
+    assert [p.label for p in space.points] == list(ABLATION)
+    for point in space.points:
+        model, row = apply(config.base(), point.changes).model, ABLATION[point.label]()
+        assert (model.tspg, model.mese, model.fd, model.mee) == (
+            row.tspg,
+            row.mese,
+            row.fd,
+            row.mee,
+        )
+        assert model.dim == config.train.model.dim
+
+
+def test_tasks_are_trained_together_and_alone() -> None:
+    config = parse(["demo", "--space", "tasks"])
+    points = build(config.space, config.vary, config.base()).points
+    assert [p.label for p in points] == [
+        *("all in one", "denoise", "derain", "dehaze", "deblur", "lowlight")
+    ]
+    alone = apply(config.base(), points[1].changes)
+    assert set(alone.data.repeats) == {"denoise_15", "denoise_25", "denoise_50"}
+    single = parse(["paper-single-derain", "--space", "tasks"])
+    with pytest.raises(ValueError, match="only derain"):
+        build(single.space, single.vary, single.base())
+
+
+@given(samples=st.integers(200, 40_000), validations=st.integers(1, 20))
+@settings(deadline=None)
+def test_a_shorter_trial_keeps_its_shape(samples: int, validations: int) -> None:
+    config = parse(["demo", "--samples", str(samples), "--validations", str(validations)])
+    base, full = config.base(), config.train
+    assert base.recipe.samples == config.budget >= samples
+    assert base.recipe.samples % base.recipe.global_batch == 0
+    share = base.recipe.warmup_samples / base.recipe.samples
+    assert share == pytest.approx(full.recipe.warmup_samples / full.recipe.samples, abs=0.01)
+    assert config.interval % base.recipe.global_batch == 0
+    assert -(-config.budget // config.interval) <= validations
+    assert config.interval <= config.least <= config.budget
+
+
+def test_only_what_keeps_trials_comparable_may_change() -> None:
+    first = comparable(parse(["demo", "--trials", "4"]))
+    more = ["--trials", "9", "--parallel", "1", "--scaling.workers", "2", "--keep", "1"]
+    assert comparable(parse(["demo", *more])) == first
+    for change in (
+        ["--samples", "800"],
+        ["--recipe.lr", "1e-3"],
+        ["--seed", "1"],
+        ["--vary", "model.dim=8,16"],
+        ["--scheduler", "none"],
+    ):
+        assert comparable(parse(["demo", *change])) != first
+
+
+def test_the_front_is_what_no_other_beats() -> None:
+    figures = [(30.0, 5.0), (31.0, 9.0), (29.0, 5.0), (30.0, 6.0), (28.0, 1.0), (31.0, 9.0)]
+    rows = [
+        Row(number=n, name=str(n), changes={}, state="finished", psnr=p, costs={"parameters": c})
+        for n, (p, c) in enumerate(figures)
+    ]
+    assert [row.number for row in front(rows, "parameters")] == [4, 0, 1, 5]
+    assert [row.number for row in front(rows, "none")] == [1, 5]
+
+
+def test_only_trials_that_ran_to_the_end_can_win() -> None:
+    record = Record(name="s", config={}, command="", budget=9, cost="none")
+    for number, (state, psnr) in enumerate([("stopped", 40.0), ("finished", 30.0)]):
+        record.rows.append(
+            Row(number=number, name=str(number), changes={}, state=state, psnr=psnr)  # type: ignore[arg-type]
+        )
+    record.rank()
+    assert (record.champion, record.front) == (1, [1])
+
+
+def test_the_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    config = parse(["demo"])
+    record = Record(
+        name="s",
+        config=to_dict(config),
+        command="c",
+        budget=config.budget,
+        cost="none",
+        folder=str(tmp_path),
+        rows=rows_of(config, ["finished", "failed", "running"]),
+    )
+    record.rows[0].curve = [(100, 20.0), (200, 21.0)]
+    record.save()
+    back = load(str(tmp_path))
+    assert back is not None
+    assert [r.changes for r in back.rows] == [r.changes for r in record.rows]
+    assert back.rows[0].curve == [(100, 20.0), (200, 21.0)]
+    assert load(str(tmp_path / "none")) is None
+    (tmp_path / "search.json").write_text('{"version": 99}')
+    with pytest.raises(ValueError, match="version is 99"):
+        load(str(tmp_path))
+    (tmp_path / "search.json").write_text('{"vers')
+    with pytest.raises(ValueError, match="cannot read"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nodes", "expected"),
+    [
+        ([], [{"CPU": 2}], (2, 1, 1, False)),
+        ([], [{"CPU": 1}], (1, 1, 1, False)),
+        (["--parallel", "1"], [{"CPU": 8}], (1, 1, 8, False)),
+        (["--scaling.workers", "2"], [{"CPU": 8}], (2, 2, 2, False)),
+        ([], [{"CPU": 16, "GPU": 4}], (4, 1, 4, True)),
+        (["--scaling.workers", "2"], [{"CPU": 8, "GPU": 3}, {"CPU": 8, "GPU": 1}], (2, 2, 2, True)),
+        (["--scaling.workers", "1..2"], [{"CPU": 8, "GPU": 4}], (2, 2, 2, True)),
+        (["--scaling.cpus-per-worker", "3"], [{"CPU": 4}, {"CPU": 4}], (2, 1, 3, False)),
+    ],
+)
+def test_trials_fit_on_the_cluster(
+    arguments: list[str], nodes: list[dict[str, float]], expected: tuple
+) -> None:
+    room = fit(parse(["demo", *arguments]), nodes)
+    assert (room.parallel, room.workers, room.cpus, room.gpu) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nodes", "message"),
+    [
+        (
+            ["--scaling.workers", "2", "--scaling.device", "gpu"],
+            [{"CPU": 8, "GPU": 1}],
+            "a trial needs 2 GPUs and 16 CPUs, but the cluster has 1 GPUs and 8 CPUs",
+        ),
+        (["--scaling.cpus-per-worker", "4"], [{"CPU": 2}], "a trial needs 4 CPUs"),
+        (["--scaling.cpus-per-worker", "3"], [{"CPU": 2}, {"CPU": 2}], "a trial needs 3 CPUs"),
+        (["--parallel", "3", "--scaling.cpus-per-worker", "1"], [{"CPU": 2}], "room for 2"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_start(
+    arguments: list[str], nodes: list[dict[str, float]], message: str
+) -> None:
+    with pytest.raises(ValueError) as error:
+        fit(parse(["demo", *arguments]), nodes)
+    assert message in str(error.value)
