@@ -117,9 +117,11 @@ class ScalingConfig:
     """Training processes: a number, or a range such as 1..8 within which Ray may add and remove
     some."""
     device: Literal["auto", "gpu", "cpu"] = "auto"
-    """`auto`: one GPU per worker where the cluster has any, else the CPU."""
+    """`auto`: one GPU per worker where the cluster shows any now, else the CPU; say `gpu` where GPU
+    nodes are still to be started."""
     cpus_per_worker: int = 0
-    """CPU cores per worker; 0 divides the cores of this machine evenly among the workers."""
+    """CPU cores per worker; 0 takes an equal part of this machine's, on a cluster 1, beside a GPU
+    4."""
     max_failures: int = 3
     """Restarts after a lost worker or node before the run gives up; -1 never gives up."""
     start_timeout_s: float = 60.0

@@ -28,7 +28,6 @@ from distributed.storage import absolute, open_folder, write_json
 from shards.manifest import Manifest
 from shards.manifest import read as read_manifest
 from shards.order import Plan
-from shards.stream import TrainStream
 
 GRACE_S = 12.0
 """Seconds that a run asked to stop may take to end by itself before it is ended."""
@@ -40,6 +39,9 @@ FREE_DATA_FIELDS = ("train", "validation", "loader_workers", "prefetch", "cache_
 """Fields of `data` that may differ when a run goes on; the shards' fingerprint is compared
 instead."""
 
+
+MODEL = "model.safetensors"
+"""File of a finished run: the averaged weights, with the configuration inside."""
 
 _QUIET: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
 """What people need to see comes through the monitor; Ray keeps the workers' own logs."""
@@ -88,12 +90,15 @@ def check(config: TrainConfig) -> tuple[Manifest, Plan, Checkpoint | None]:
 
     Raises:
         ValueError: shards that are missing, damaged or without a task that is asked for; a run of
-        the
-            same name that was started with another recipe or on other data.
+            the same name that was started with another recipe or on other data.
     """
-    stream = TrainStream(config.data, config.seed)
-    manifest, plan = stream.reader.manifest, stream.plan
+    manifest = read_manifest(config.data.train)
+    plan = Plan.from_manifest(manifest, config.data.repeats, config.seed, config.data.order)
     read_manifest(config.data.validation)
+
+    from shards.stream import TrainStream  # brings torch: not before the manifests are there
+
+    TrainStream(config.data, config.seed)  # sees that every shard of the manifest is there
     found = checkpoints.newest_whole(config.folder)
     if found is not None:
         state = found.state()
@@ -159,11 +164,7 @@ def launch(
     started = time.monotonic()
     manifest, plan, found = check(config)
     if found is not None and found.state().finished:
-        console.print(
-            f"{config.folder} is finished: {found.samples:,} samples. "
-            f"Next: python -m distributed.evaluate {config.folder} {config.data.validation}"
-        )
-        return Outcome("already finished", config.folder, samples=found.samples)
+        return _already_finished(config, found, console, export=export)
     _show_plan(console, config, manifest, plan)
 
     from distributed import tracking
@@ -178,9 +179,14 @@ def launch(
     local_folder = Path(root) if "file" in fs.protocol else _scratch(run.key)
     _describe(run, config, manifest)
 
-    with ray_cluster(config, console):
-        requests = [] if stop_requests is None else stop_requests
-        ended = _fit(config, run, local_folder, console, callbacks, requests)
+    try:
+        with ray_cluster(config, console):
+            requests = [] if stop_requests is None else stop_requests
+            ended = _fit(config, run, local_folder, console, callbacks, requests)
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        tracking.finish(run, "KILLED" if stopped else "FAILED", local_folder)
+        raise
     outcome = dataclasses.replace(
         ended, seconds=time.monotonic() - started, tracking_uri=run.uri, mlflow_run_id=run.id
     )
@@ -190,6 +196,25 @@ def launch(
         _export(config, run)
     write_json(fs, f"{root}/outcome.json", dataclasses.asdict(outcome))
     return outcome
+
+
+def _already_finished(
+    config: TrainConfig, found: Checkpoint, console: Console, *, export: bool
+) -> Outcome:
+    """Say so; and do what comes after training, where the command was ended just before it."""
+    from distributed import tracking
+
+    key = tracking.run_key(config.folder)
+    fs, root = open_folder(config.folder)
+    if export and not fs.exists(f"{root}/{MODEL}"):
+        run = tracking.prepare(config.tracking, name=config.name, key=key)
+        _export(config, run)
+        tracking.finish(run, "FINISHED", Path(root) if "file" in fs.protocol else _scratch(key))
+    console.print(
+        f"{config.folder} is finished: {found.samples:,} samples. "
+        f"Next: python -m distributed.evaluate {config.folder} {config.data.validation}"
+    )
+    return Outcome("already finished", config.folder, samples=found.samples)
 
 
 def _fit(
@@ -214,7 +239,7 @@ def _fit(
     use_gpu = scaling.device == "gpu" or (
         scaling.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
     )
-    cpus = scaling.cpus_per_worker or max(1, (os.cpu_count() or 1) // high)
+    cpus = _cpus_per_worker(config, local=not os.environ.get("RAY_ADDRESS"), use_gpu=use_gpu)
     wanted = f"{scaling.workers} workers of {cpus} CPUs" + (" and 1 GPU" if use_gpu else "")
     _forget_listed_checkpoints(config)
     trainer = TorchTrainer(
@@ -339,11 +364,22 @@ def ray_cluster(config: TrainConfig, console: Console) -> Iterator[None]:
         console.print(f"connecting to the Ray cluster at {elsewhere}")
         ray.init(**_QUIET)
     else:
-        start_local_ray()
+        # More workers than cores is slow, not wrong: how else to try a cluster's run at home?
+        wanted = config.scaling.bounds[1] * _cpus_per_worker(config, local=True, use_gpu=False)
+        start_local_ray(num_cpus=max(os.cpu_count() or 1, wanted))
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _cpus_per_worker(config: TrainConfig, *, local: bool, use_gpu: bool) -> int:
+    """As configured; else this machine's cores in equal parts, or what a cluster's node spares."""
+    if config.scaling.cpus_per_worker:
+        return config.scaling.cpus_per_worker
+    if local:
+        return max(1, (os.cpu_count() or 1) // config.scaling.bounds[1])
+    return 4 if use_gpu else 1
 
 
 def _require_token() -> None:
@@ -417,11 +453,14 @@ def _describe(run: Any, config: TrainConfig, manifest: Manifest) -> None:
 
 
 def _cost(config: TrainConfig) -> dict[str, float]:
-    return {}
     from measnet.complexity import count
+    from measnet.network import MEASNet
 
-    counted = count(config.model)
-    return {"parameters": counted.parameters, "multiply_adds_256": counted.multiply_adds}
+    counted = count(MEASNet(config.model))
+    return {
+        "parameters": counted.total_parameters,
+        "multiply_adds_256x256": counted.total_multiply_adds,
+    }
 
 
 def _export(config: TrainConfig, run: Any) -> None:
@@ -434,11 +473,11 @@ def _export(config: TrainConfig, run: Any) -> None:
     fs, root = open_folder(config.folder)
     with (
         newest.fs.open(f"{newest.path}/ema.safetensors", "rb") as source,
-        fs.open(f"{root}/model.safetensors", "wb") as target,
+        fs.open(f"{root}/{MODEL}", "wb") as target,
     ):
         shutil.copyfileobj(source, target)
     if "file" in fs.protocol:
-        tracking.log_model(run, Path(root) / "model.safetensors")
+        tracking.log_model(run, Path(root) / MODEL)
 
 
 def _scratch(key: str) -> Path:
