@@ -47,7 +47,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
-    """One small Ray for the whole test run."""
+    """One small Ray for the whole test run; its four CPUs are a promise that two cores keep."""
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"
@@ -56,6 +56,6 @@ def ray_local() -> Iterator[None]:
 
     from distributed.launch import start_local_ray
 
-    start_local_ray(num_cpus=2, object_store_memory=100 * 2**20)
+    start_local_ray(num_cpus=4, object_store_memory=100 * 2**20)
     yield
     ray.shutdown()

@@ -2,16 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from distributed import checkpoint as checkpoints
+from distributed.run import CONSUMED
 from distributed.train import main
 from measnet.network import MEASNet
 
@@ -154,6 +157,59 @@ def test_a_wrong_command_is_answered_before_ray_starts(
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_one_then_two_then_four_then_three_workers_make_one_run(
+    packed: Path, ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped by Ctrl-C after a few steps each time, and continued on another number of workers."""
+    monkeypatch.chdir(tmp_path)
+    twelve = ("--recipe.global-batch", "12", "--recipe.micro-batch", "1", "--recipe.samples", "288")
+    assert main(command(packed, *twelve, "--name", "one")) == 0
+    for turn, workers in enumerate((1, 2, 4, 3)):
+        finished = threading.Event()
+
+        def stop_after(samples: int, over: threading.Event = finished) -> None:
+            log = tmp_path / "runs" / "many" / CONSUMED
+            while not over.wait(0.05):
+                lines = log.read_text().splitlines() if log.exists() else []
+                if lines and json.loads(lines[-1])["samples"] >= samples:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    return
+
+        watcher = threading.Thread(target=stop_after, args=(72 * (turn + 1),))
+        if workers != 3:
+            watcher.start()
+        code = main(command(packed, *twelve, "--name", "many", "--scaling.workers", str(workers)))
+        finished.set()
+        assert code == (0 if workers == 3 else 130)
+    one, many = (losses(tmp_path / "runs" / name) for name in ("one", "many"))
+    assert many == pytest.approx(one, rel=1e-5)
+    ends = [checkpoints.newest_whole(str(tmp_path / "runs" / name)) for name in ("one", "many")]
+    consumed = [end.state().consumed for end in ends if end is not None]
+    assert len(consumed) == 2 and consumed[0] == consumed[1]
+
+
+@pytest.mark.slow
+def test_a_damaged_sample_ends_the_run_by_name_and_marks_it_failed(
+    packed: Path,
+    ray_local: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(packed, tmp_path / "packed")
+    (tar,) = (tmp_path / "packed" / "train").glob("derain-*.tar")
+    data = bytearray(tar.read_bytes())
+    for at in range(2048, len(data) - 10240, 4096):  # in every picture, in no tar header
+        data[at] ^= 255
+    tar.write_bytes(data)
+    monkeypatch.chdir(tmp_path)
+    assert main(command(tmp_path / "packed", "--scaling.max-failures", "0")) == 1
+    said = capsys.readouterr().out
+    assert "failed" in said and "derain-000000" in said and "Traceback" not in said
+    assert runs_in_mlflow(tmp_path) == [("demo", "FAILED")]
 
 
 @pytest.mark.slow
