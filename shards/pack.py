@@ -11,6 +11,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -398,19 +399,11 @@ def _begin(counter: Any) -> None:
 
 def _run_ray(jobs: list[Job], show: Callable[[int], None]) -> dict[str, Shard]:
     """One Ray task per shard; each needs the source folder and the destination on its node."""
-    # Read by Ray at its import; a token that an earlier local cluster left behind would lock us
-    # out.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-
-    started = not ray.is_initialized()
-    if started:
-        ray.init(log_to_driver=False, include_dashboard=False, logging_level="error")
-    try:
+    with _ray_cluster() as ray:
         remote = ray.remote(num_cpus=1, max_retries=2)(write_shard)
         names = {remote.remote(job): job for job in jobs}
-        rows, count, waiting = {}, 0, list(names)
+        rows: dict[str, Shard] = {}
+        count, waiting = 0, list(names)
         while waiting:
             ready, waiting = ray.wait(waiting, timeout=1)
             for reference in ready:
@@ -422,9 +415,42 @@ def _run_ray(jobs: list[Job], show: Callable[[int], None]) -> dict[str, Shard]:
                 count += len(job.groups)
             show(count)
         return rows
+
+
+@contextlib.contextmanager
+def _ray_cluster() -> Iterator[Any]:
+    """Ray, connected to the cluster of RAY_ADDRESS, or to one of this machine for the time inside.
+
+    The local one listens on 127.0.0.1 only and answers nobody without its token.
+    """
+    elsewhere = os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not elsewhere and "ray" not in sys.modules:  # read once, at its import
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    if elsewhere:
+        ray.init(log_to_driver=False, logging_level="error")
+    else:
+        from ray._private import services
+
+        # Ray would put the machine's outward address in the place of 127.0.0.1, and listen there.
+        services.resolve_ip_for_localhost = lambda host: host
+        ray.init(
+            address="local",
+            _node_ip_address="127.0.0.1",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+        )
+    try:
+        yield ray
     finally:
-        if started:
-            ray.shutdown()
+        ray.shutdown()
 
 
 @contextlib.contextmanager
