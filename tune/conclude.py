@@ -27,6 +27,7 @@ def refresh(row: Row) -> None:
     """Take in what the trial's run said at its end."""
     outcome = read_outcome(row.folder)
     validation = outcome.get("validation") or {}
+    row.samples = max(row.samples, int(outcome.get("samples", 0)))
     row.mlflow_run_id = outcome.get("mlflow_run_id") or row.mlflow_run_id
     if validation.get("at") == row.samples or row.state == "finished":
         report = validation.get("report") or {}
@@ -153,7 +154,8 @@ def _to_mlflow(config: SearchConfig, record: Record) -> None:
     if not summary.id:
         return
     for row in record.rows:
-        if row.ended and row.samples:
+        fs, root = open_folder(row.folder)
+        if row.ended and fs.exists(f"{root}/{tracking.KEY_FILE}"):
             _finish_trial(settings, record, row)
     if record.champion is not None:
         best = record.rows[record.champion]

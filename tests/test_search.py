@@ -1,0 +1,404 @@
+"""A search as a user starts it, on a real Ray with real training, at a tiny size."""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distributed import checkpoint as checkpoints
+from distributed.config import demo
+from measnet.config import replace_dotted, to_dict
+from measnet.network import MEASNet
+from tune.conclude import prune_losers
+from tune.config import parse
+from tune.record import Record, Row
+from tune.search import main
+from tune.space import Parameter
+from tune.trial import reason, take_over
+from tune.tuner import explore, make_scheduler, trial_resources
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def command(packed: Path, *more: str) -> list[str]:
+    """Trials of 12 steps of 4 samples on the smallest network."""
+    return [
+        "demo",
+        *("--data.train", str(packed / "train"), "--data.validation", str(packed / "test")),
+        *("--data.crop", "32", "--model.dim", "8", "--name", "s", "--validations", "3"),
+        *("--recipe.samples", "96", "--recipe.global-batch", "4", "--recipe.micro-batch", "2"),
+        *("--recipe.warmup-samples", "16", "--every.validation-pictures", "1"),
+        *("--samples", "48", *more),
+    ]
+
+
+def read(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "runs" / "s" / "search.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def finished(packed: Path, ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which a search of two trials ran to its end."""
+    folder = tmp_path_factory.mktemp("search")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        more = ("--trials", "2", "--keep", "1", "--cost", "parameters", "--register", "net")
+        assert main(command(packed, *more)) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def test_a_search_leaves_what_is_needed(finished: Path) -> None:
+    search = read(finished)
+    assert search["state"] == "finished"
+    first, second = search["trials"]
+    assert first["changes"] == {
+        "model.pixel_experts": 6,
+        "model.pixel_top_k": 2,
+        "model.image_experts": 5,
+        "model.image_top_k": 2,
+        "recipe.balance_weight": 1e-4,
+    }
+    for trial in (first, second):
+        assert (trial["state"], trial["samples"]) == ("finished", 48)
+        assert [samples for samples, _ in trial["curve"]] == [16, 32, 48]
+        assert trial["psnr"] == trial["curve"][-1][1]
+        assert sum(trial["tasks"].values()) / 5 == pytest.approx(trial["psnr"])
+        model = MEASNet(replace_dotted(demo(), trial["changes"] | {"model.dim": 8}).model)
+        assert trial["costs"]["parameters"] == sum(p.numel() for p in model.parameters())
+    best = max((first, second), key=lambda t: t["psnr"])
+    assert search["champion"] == best["number"] and best["number"] in search["front"]
+    folder = finished / "runs" / "s"
+    config = MEASNet.from_pretrained(folder / "champion.safetensors").config
+    assert config.pixel_experts == best["changes"]["model.pixel_experts"]
+    assert (folder / "report.html").read_text().startswith("<!doctype html>")
+    assert not (folder / "tune").exists()
+
+
+def test_losers_are_pruned_and_the_best_is_kept(finished: Path) -> None:
+    search = read(finished)
+    kept = set(search["front"])
+    for trial in search["trials"]:
+        there = checkpoints.listed(trial["folder"])
+        assert bool(there) == (trial["number"] in kept)
+        assert (Path(trial["folder"]) / "metrics.jsonl").exists()
+
+
+def test_mlflow_has_flat_trials_a_summary_and_the_champion(finished: Path) -> None:
+    from mlflow import MlflowClient
+
+    search = read(finished)
+    client = MlflowClient(f"sqlite:///{finished}/mlflow.db")
+    (experiment,) = (e for e in client.search_experiments() if e.name == "measnet")
+    runs = {r.info.run_name: r for r in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"s", "s-000", "s-001"}
+    assert {r.info.status for r in runs.values()} == {"FINISHED"}
+    assert not any("mlflow.parentRunId" in r.data.tags for r in runs.values())
+    for trial in search["trials"]:
+        run = runs[trial["name"]]
+        assert run.info.run_id == trial["mlflow_run_id"]
+        assert run.data.tags["measnet.search"] == "s"
+        history = client.get_metric_history(run.info.run_id, "val_psnr/mean")
+        assert [(m.step, m.value) for m in history] == [(s, p) for s, p in trial["curve"]]
+        assert run.data.params["model.pixel_experts"] == str(
+            trial["changes"]["model.pixel_experts"]
+        )
+    files = {f.path for f in client.list_artifacts(runs["s"].info.run_id)}
+    assert {"report.html", "search.json", "best.yaml"} <= files
+    champion = client.get_model_version_by_alias("net", "champion")
+    assert champion.run_id == search["trials"][search["champion"]]["mlflow_run_id"]
+    assert "validation PSNR" in champion.description
+
+
+def test_the_best_trains_at_full_length_by_the_command_that_is_shown(finished: Path) -> None:
+    from distributed.config import from_yaml
+    from distributed.launch import check, resolve
+
+    search = read(finished)
+    assert search["best_command"].endswith("best.yaml")
+    config = from_yaml((finished / "runs" / "s" / "best.yaml").read_text())
+    assert (config.name, config.recipe.samples, config.recipe.warmup_samples) == ("s-best", 96, 16)
+    changes = search["trials"][search["champion"]]["changes"]
+    assert replace_dotted(config, changes) == config
+    check(resolve(config))
+
+
+def test_a_finished_search_says_so_and_another_one_of_its_name_is_refused(
+    finished: Path,
+    packed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(finished)
+    more = ("--trials", "2", "--keep", "1", "--cost", "parameters", "--register", "net")
+    before = read(finished)["trials"]
+    assert main(command(packed, *more)) == 0
+    assert "is finished: 2 trials" in capsys.readouterr().out
+    assert read(finished)["trials"] == before
+    assert main(command(packed, *more, "--recipe.lr", "1e-5")) == 2
+    message = capsys.readouterr().err
+    assert "train.recipe.lr 0.002 (now 1e-05)" in message and "--name" in message
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--data.train", "nowhere"), "nowhere"),
+        (("--vary", "model.dim=8,15"), "multiple of 4"),
+        (("--scaling.workers", "2", "--scaling.cpus-per-worker", "2"), "a trial needs 4 CPUs"),
+        (("--parallel", "9", "--scaling.cpus-per-worker", "1"), "room for 2"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_a_trial_starts(
+    more: tuple[str, ...],
+    message: str,
+    packed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ray_local: None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(command(packed, *more)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "s" / "trials").exists()
+
+
+# ---- parts, without a run ------------------------------------------------------------------------
+
+
+def saved(folder: Path, config: Any, *, samples: int, value: float) -> checkpoints.Checkpoint:
+    """A checkpoint of a network with one weight."""
+    state = checkpoints.RunState(
+        samples=samples,
+        updates=samples // 4,
+        config=to_dict(config),
+        data="d",
+        plan={},
+        best=value,
+        score=value,
+        mlflow_run_id=folder.name,
+    )
+    tensors = [{"w": torch.full((2,), value + n)} for n in range(3)]
+    return checkpoints.Snapshot(state, *tensors).write(str(folder))
+
+
+def test_taking_over_hands_weights_on_and_keeps_the_own_recipe(tmp_path: Path) -> None:
+    own = dataclasses.replace(demo(), name="own", storage=str(tmp_path))
+    own = replace_dotted(own, {"recipe.lr": 5e-4})
+    saved(tmp_path / "own", own, samples=900, value=1.0)
+    donor = saved(tmp_path / "donor", demo(), samples=800, value=7.0)
+    take_over(str(tmp_path / "donor"), donor.name, own)
+    (found,) = checkpoints.listed(str(tmp_path / "own"))
+    assert found.problem() is None and found.samples == 800
+    for kind, value in (("weights", 7.0), ("ema", 8.0), ("optimizer", 9.0)):
+        assert found.tensors(kind)["w"].tolist() == [value, value]
+    state = found.state()
+    assert state.config["recipe"]["lr"] == 5e-4 and state.config["name"] == "own"
+    assert state.mlflow_run_id == "own" and state.updates == 200
+    assert len(checkpoints.listed(str(tmp_path / "donor"))) == 1
+
+
+def test_taking_over_falls_back_to_the_donors_newest(tmp_path: Path) -> None:
+    own = dataclasses.replace(demo(), name="own", storage=str(tmp_path))
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        take_over(str(tmp_path / "donor"), "pruned", own)
+    saved(tmp_path / "donor", demo(), samples=1_000, value=7.0)
+    take_over(str(tmp_path / "donor"), "pruned", own)
+    assert checkpoints.newest_whole(str(tmp_path / "own")).samples == 1_000  # type: ignore[union-attr]
+
+
+def test_pbt_varies_the_recipe_inside_its_range_and_keeps_the_network() -> None:
+    random.seed(0)
+    ranges = {
+        "recipe.lr": Parameter(field="recipe.lr", low=1e-4, high=1e-2, log=True),
+        "recipe.optimizer": Parameter(field="recipe.optimizer", choices=("adam", "adamw")),
+    }
+    changes = {"model.pixel_experts": 6, "recipe.lr": 9e-3, "recipe.optimizer": "adam"}
+    seen = [explore({"changes": changes, "name": "x"}, ranges) for _ in range(40)]
+    assert {s["changes"]["recipe.lr"] for s in seen} == {1e-2, 9e-3 * 0.8}
+    assert {s["changes"]["recipe.optimizer"] for s in seen} == {"adam", "adamw"}
+    assert all(s["changes"]["model.pixel_experts"] == 6 and s["name"] == "x" for s in seen)
+    assert changes["recipe.lr"] == 9e-3
+
+
+def test_asha_remembers_the_trials_of_an_earlier_launch() -> None:
+    from types import SimpleNamespace
+
+    config = parse(["demo", "--samples", "720", "--reduction", "3"])
+    assert config.least == 80
+    record = Record(name="s", config={}, command="", budget=720, cost="none")
+    for number in range(3):
+        row = Row(number=number, name=str(number), changes={}, state="finished")
+        row.curve = [(s, 30.0 + number) for s in range(80, 721, 80)]
+        record.rows.append(row)
+    newcomer: Any = SimpleNamespace(trial_id="new")
+    for psnr, decision in ((29.0, "STOP"), (33.0, "CONTINUE")):
+        for rows, expected in ((record.rows, decision), ([], "CONTINUE")):
+            asha = make_scheduler(config, dataclasses.replace(record, rows=rows))
+            asha.on_trial_add(None, newcomer)
+            assert asha.on_trial_result(None, newcomer, {"samples": 80, "psnr": psnr}) == expected
+
+
+def test_losers_on_disk_go_while_the_search_runs(tmp_path: Path) -> None:
+    record = Record(name="s", config={}, command="", budget=100, cost="none", folder=str(tmp_path))
+    states = ["finished", "finished", "stopped", "failed", "failed", "running"]
+    reasons = ["", "", "ASHA", "diverged: nan", "out of memory", ""]
+    for number, (state, why) in enumerate(zip(states, reasons, strict=True)):
+        folder = tmp_path / "trials" / str(number)
+        saved(folder, demo(), samples=100, value=float(number))
+        record.rows.append(
+            Row(
+                number=number,
+                name=str(number),
+                changes={},
+                state=state,  # type: ignore[arg-type]
+                reason=why,
+                psnr=30.0 - number,
+                folder=str(folder),
+            )
+        )
+    (tmp_path / "trials" / "2" / "owner.pid").write_text("{}")  # still writing
+    prune_losers(record, 1)
+    left = [bool(checkpoints.listed(row.folder)) for row in record.rows]
+    assert left == [True, False, True, False, True, True]
+    (tmp_path / "trials" / "2" / "owner.pid").unlink()
+    prune_losers(record, 1)
+    assert not checkpoints.listed(record.rows[2].folder)
+
+
+@pytest.mark.parametrize("parallel", [1, 2, 3, 7, 16])
+def test_as_many_trials_as_there_is_room_for_and_rays_helpers_besides(parallel: int) -> None:
+    (share,) = trial_resources(parallel).values()
+    assert parallel * share + 0.001 * parallel <= 1
+    assert (parallel + 1) * share + 0.001 * parallel > 1
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("GoBackError: 10 updates in a row were skipped up to 40 samples", "diverged"),
+        ("torch.OutOfMemoryError: CUDA out of memory", "out of memory"),
+        ("ValueError: x", "ValueError"),
+    ],
+)
+def test_reasons_are_sorted(text: str, kind: str) -> None:
+    assert reason(text).startswith(kind)
+
+
+# ---- whole searches, slow ------------------------------------------------------------------------
+
+
+def start(packed: Path, folder: Path, *more: str) -> subprocess.Popen[bytes]:
+    log = (folder / "log.txt").open("ab")
+    return subprocess.Popen(
+        [sys.executable, "-m", "tune.search", *command(packed, *more)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+    )
+
+
+def wait_for(folder: Path, run: subprocess.Popen[bytes], condition: Any) -> None:
+    deadline = time.monotonic() + 400
+    while True:
+        with_file = (folder / "runs" / "s" / "search.json").exists()
+        if with_file and condition(read(folder)["trials"]):
+            return
+        assert run.poll() is None and time.monotonic() < deadline, (folder / "log.txt").read_text()
+        time.sleep(0.3)
+
+
+@pytest.mark.slow
+def test_a_killed_search_goes_on_and_loses_nothing(packed: Path, tmp_path: Path) -> None:
+    more = ("--trials", "3", "--scheduler", "none", "--parallel", "1", "--samples", "240")
+    more = (*more, "--recipe.samples", "480")
+    run = start(packed, tmp_path, *more)
+    wait_for(
+        tmp_path,
+        run,
+        lambda t: len(t) > 1 and t[0]["state"] == "finished" and len(t[1]["curve"]) == 1,
+    )
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    before = read(tmp_path)["trials"]
+    time.sleep(5)  # Ray's processes notice that their driver has gone
+    assert start(packed, tmp_path, *more).wait(500) == 0, (tmp_path / "log.txt").read_text()
+    after = read(tmp_path)["trials"]
+    assert after[0] == before[0]  # finished, and not touched again
+    assert [t["state"] for t in after] == ["finished"] * 3
+    assert after[1]["changes"] == before[1]["changes"]
+    assert after[1]["curve"][:1] == before[1]["curve"]
+    assert [s for s, _ in after[1]["curve"]] == [80, 160, 240]
+    events = Path(after[1]["folder"], "events.log").read_text()
+    assert "going on from checkpoint" in events
+    assert all(t["samples"] == 240 for t in after)
+
+
+@pytest.mark.slow
+def test_asha_stops_what_lags_and_what_diverges_fails_with_its_reason(
+    packed: Path, tmp_path: Path
+) -> None:
+    ranges = tmp_path / "ranges.yaml"
+    ranges.write_text("recipe.lr: [0.002, 1.0e-7, 1.0e+25]\n")
+    more = ("--trials", "3", "--space", str(ranges), "--parallel", "1", "--reduction", "2")
+    more = (*more, "--samples", "480", "--recipe.samples", "480", "--grace", "160")
+    more = (*more, "--scaling.max-failures", "0")
+    run = start(packed, tmp_path, *more)
+    assert run.wait(600) == 0, (tmp_path / "log.txt").read_text()
+    trials = {t["changes"]["recipe.lr"]: t for t in read(tmp_path)["trials"]}
+    assert trials[0.002]["state"] == "finished"
+    assert trials[1e-7]["state"] == "stopped" and trials[1e-7]["samples"] < 480
+    assert "ASHA" in trials[1e-7]["reason"]
+    assert trials[1e25]["state"] == "failed" and trials[1e25]["reason"].startswith("diverged")
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    stopped = client.get_run(trials[1e-7]["mlflow_run_id"])
+    assert stopped.info.status == "KILLED"
+    history = client.get_metric_history(stopped.info.run_id, "val_psnr/mean")
+    assert [m.step for m in history] == [s for s, _ in trials[1e-7]["curve"]]
+    assert client.get_run(trials[1e25]["mlflow_run_id"]).info.status == "FAILED"
+
+
+@pytest.mark.slow
+def test_pbt_hands_weights_over(packed: Path, tmp_path: Path) -> None:
+    ranges = tmp_path / "ranges.yaml"
+    ranges.write_text("recipe.lr: [0.002, 1.0e-9]\n")
+    more = ("--trials", "2", "--space", str(ranges), "--scheduler", "pbt", "--parallel", "2")
+    run = start(packed, tmp_path, *more, "--samples", "480", "--recipe.samples", "960")
+    assert run.wait(600) == 0, (tmp_path / "log.txt").read_text()
+    good, bad = read(tmp_path)["trials"]
+    assert bad["inherited"], "the hopeless trial took over the other's weights"
+    assert math.isclose(bad["psnr"], good["psnr"], abs_tol=3.0)
+    assert bad["state"] == good["state"] == "finished"
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_everything_and_ends_soon(packed: Path, tmp_path: Path) -> None:
+    more = ("--trials", "2", "--scheduler", "none", "--parallel", "1", "--samples", "2400")
+    run = start(packed, tmp_path, *more, "--recipe.samples", "4800")
+    wait_for(tmp_path, run, lambda t: bool(t) and t[0]["state"] == "running" and t[0]["curve"])
+    asked = time.monotonic()
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.wait(120) == 130, (tmp_path / "log.txt").read_text()
+    assert time.monotonic() - asked < 60
+    (trial,) = (t for t in read(tmp_path)["trials"] if t["curve"])
+    assert trial["state"] == "waiting"
+    newest = checkpoints.newest_whole(trial["folder"])
+    assert newest is not None and newest.samples >= trial["samples"]
+    assert "go on" in (tmp_path / "log.txt").read_text()
