@@ -23,7 +23,7 @@ from tune.conclude import prune_losers
 from tune.config import parse
 from tune.record import Record, Row
 from tune.search import main
-from tune.space import Parameter
+from tune.space import Parameter, Space
 from tune.trial import reason, take_over
 from tune.tuner import explore, make_scheduler, trial_resources
 
@@ -37,6 +37,7 @@ def command(packed: Path, *more: str) -> list[str]:
         *("--data.train", str(packed / "train"), "--data.validation", str(packed / "test")),
         *("--data.crop", "32", "--model.dim", "8", "--name", "s", "--validations", "3"),
         *("--recipe.samples", "96", "--recipe.global-batch", "4", "--recipe.micro-batch", "2"),
+        *("--recipe.lr", "0.002"),
         *("--recipe.warmup-samples", "16", "--every.validation-pictures", "1"),
         *("--samples", "48", *more),
     ]
@@ -247,7 +248,7 @@ def test_asha_remembers_the_trials_of_an_earlier_launch() -> None:
     newcomer: Any = SimpleNamespace(trial_id="new")
     for psnr, decision in ((29.0, "STOP"), (33.0, "CONTINUE")):
         for rows, expected in ((record.rows, decision), ([], "CONTINUE")):
-            asha = make_scheduler(config, dataclasses.replace(record, rows=rows))
+            asha = make_scheduler(config, Space(), dataclasses.replace(record, rows=rows))
             asha.on_trial_add(None, newcomer)
             assert asha.on_trial_result(None, newcomer, {"samples": 80, "psnr": psnr}) == expected
 

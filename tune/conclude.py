@@ -155,8 +155,9 @@ def _to_mlflow(config: SearchConfig, record: Record) -> None:
         return
     for row in record.rows:
         fs, root = open_folder(row.folder)
-        if row.ended and fs.exists(f"{root}/{tracking.KEY_FILE}"):
-            _finish_trial(settings, record, row)
+        known = row.ended and fs.exists(f"{root}/{tracking.KEY_FILE}")
+        if known and not _finish_trial(settings, record, row):
+            return  # gone meanwhile: no waiting for it once per trial
     if record.champion is not None:
         best = record.rows[record.champion]
         tracking.annotate(
@@ -174,15 +175,16 @@ def _to_mlflow(config: SearchConfig, record: Record) -> None:
             _register(settings, config, record, best)
 
 
-def _finish_trial(settings: TrackingConfig, record: Record, row: Row) -> None:
+def _finish_trial(settings: TrackingConfig, record: Record, row: Row) -> bool:
+    """One trial's end and reason; False where MLflow does not answer."""
     run = tracking.prepare(settings, name=row.name, key=tracking.run_key(row.folder))
     if not run.id:
-        return
+        return False
     row.mlflow_run_id = run.id
     status: Any = {"finished": "FINISHED", "stopped": "KILLED"}.get(row.state, "FAILED")
     _, root = open_folder(row.folder)
     tracking.finish(run, status, Path(root) if Path(root).is_absolute() else None)
-    tracking.annotate(
+    return tracking.annotate(
         run,
         {
             "measnet.state": row.state,

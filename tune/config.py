@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from distributed.config import TrainConfig, as_metrics, starting_point
+from distributed.config import PRESETS, TrainConfig, as_metrics, starting_point
 
 Cost = Literal["none", "multiply_adds", "parameters", "latency"]
 
@@ -31,6 +31,8 @@ FREE_TO_CHANGE = (
     "train.data.cache_gib",
     "train.every.log",
     "train.every.keep_checkpoints",
+    "train.every.checkpoint",
+    "train.every.validate",
 )
 """Fields that may differ when a search goes on: its trials stay comparable."""
 
@@ -56,7 +58,8 @@ class SearchConfig:
     """How new trials are chosen: Optuna's TPE learns from those before, `random` does not."""
     scheduler: Literal["asha", "pbt", "none"] = "asha"
     """`asha` stops trials that lag behind; `pbt` has them take over the weights of better ones and
-    vary the recipe.* fields that are searched; `none` trains all to the end."""
+    vary the recipe.* fields that are searched; `none` trains all to the end, as fixed lists always
+    are."""
     cost: Cost = "none"
     """A second objective, to be low, beside PSNR: `multiply_adds` (of 256x256 pixels),
     `parameters` or measured `latency`. K alone moves multiply-adds by about 2 %: search the width
@@ -109,6 +112,11 @@ class SearchConfig:
         """Samples of a trial that runs to its end, whole steps."""
         batch = self.train.recipe.global_batch
         return -(-(self.samples or self.train.recipe.samples) // batch) * batch
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the space is a fixed list, all of which is trained to the end."""
+        return bool({"ablation", "tasks"} & set(self.space))
 
     @property
     def folder(self) -> str:
@@ -174,7 +182,9 @@ _DESCRIPTION = """python -m tune.search [PRESET | --config FILE.yaml] [--option 
 Search the number of experts N, the number chosen K, the balance weight lambda, or any other field
 of a training run. Trial 0 is always the paper's point. The same command goes on where a search was
 stopped or lost. Note that K alone moves the multiply-adds by about 2 %: where the cost matters,
-search the width too (--space experts width --cost multiply_adds)."""
+search the width too (--space experts width --cost multiply_adds).
+
+Presets: """ + ", ".join(PRESETS)
 
 
 def comparable(config: SearchConfig) -> dict[str, Any]:

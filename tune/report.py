@@ -185,13 +185,13 @@ def _table(record: Record, config: SearchConfig) -> str:
         fields = [f for f in fields if not f.startswith("data.")]
     head = [
         "trial",
+        "state",
         *(["row"] if labelled else []),
         *map(symbol, fields),
         "PSNR",
         *tasks,
         *(units[c] for c in costs),
         "samples",
-        "state",
     ]
     order = {"finished": 0, "stopped": 1, "running": 2, "waiting": 2, "failed": 3}
     rows = sorted(
@@ -210,9 +210,10 @@ def _table(record: Record, config: SearchConfig) -> str:
         label = [f'<td class="left">{_text(row.label)}</td>'] if labelled else []
         lines.append(
             f'<tr class="{_marks(record, row)}"><td>{row.number}{_badges(record, row)}</td>'
+            + f'<td class="left" title="{_text(row.reason)}">{row.state}</td>'
             + "".join(label)
             + "".join(f"<td>{c if c.startswith('<b>') else _text(c)}</td>" for c in cells)
-            + f'<td class="left" title="{_text(row.reason)}">{row.state}</td></tr>'
+            + "</tr>"
         )
     top = "".join(f"<th>{_text(h)}</th>" for h in head)
     return (
@@ -367,11 +368,11 @@ def _usage(record: Record) -> str:
 def _spent(record: Record, config: SearchConfig) -> str:
     full = len(record.rows) * record.budget
     seconds = sum(row.seconds for row in record.rows)
-    saved = 1 - record.samples / full if full else 0.0
+    unused = sum(record.budget - row.samples for row in record.rows if row.state == "stopped")
     facts = [
         ("samples trained on", f"{record.samples:,}"),
         ("the same trials at full length", f"{full:,}"),
-        ("saved by stopping early", f"{saved:.0%}"),
+        ("saved by stopping early", f"{unused / max(1, full):.0%}"),
         ("hours of trials", f"{seconds / 3600:.2f}"),
         ("hours of the search", f"{record.seconds / 3600:.2f}"),
     ]
@@ -430,7 +431,7 @@ pre { background: #f4f6f8; padding: 10px 12px; border-radius: 6px; overflow-x: a
 th, td { text-align: right; padding: 4px 8px; border-bottom: 1px solid #edf0f3;
   white-space: nowrap; }
 td.left { text-align: left; }
-th:last-child { text-align: left; }
+th:nth-child(2) { text-align: left; }
 th { color: #5f7285; font-weight: 600; } table.sort th { cursor: pointer; }
 tr.best td { background: #e8f1fb; } tr.stopped td, tr.waiting td { color: #7c8a97; }
 tr.failed td { color: #b23b3b; }

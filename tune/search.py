@@ -126,9 +126,8 @@ def _summary(config: SearchConfig, space: Space, left: int) -> str:
         else ", ".join(symbol(p.field) for p in space.parameters)
     )
     cost = "" if config.cost == "none" else f", {config.cost} down"
-    return (
-        f"{left} trials to go, {config.budget:,} samples each, over {what}; PSNR up{cost}; "
-        f"{config.algorithm}, {config.scheduler}"
+    return f"{left} trials to go, {config.budget:,} samples each, over {what}; PSNR up{cost}; " + (
+        "all to the end" if config.fixed else f"{config.algorithm}, {config.scheduler}"
     )
 
 

@@ -232,7 +232,7 @@ def make_tuner(live: Live) -> tune.Tuner:
         ),
         tune_config=tune.TuneConfig(
             search_alg=Proposals(live),
-            scheduler=make_scheduler(config, record),
+            scheduler=make_scheduler(config, live.space, record),
             num_samples=left,
             max_concurrent_trials=None if config.scheduler == "pbt" else live.room.parallel,
             trial_name_creator=_name,
@@ -248,8 +248,10 @@ def make_tuner(live: Live) -> tune.Tuner:
     )
 
 
-def make_scheduler(config: SearchConfig, record: Record) -> Any:
+def make_scheduler(config: SearchConfig, space: Space, record: Record) -> Any:
     """The scheduler, told of the trials that ended in earlier launches."""
+    if config.fixed:
+        return FIFOScheduler()
     if config.scheduler == "asha":
         asha = ASHAScheduler(
             time_attr="samples",
@@ -267,7 +269,7 @@ def make_scheduler(config: SearchConfig, record: Record) -> Any:
                     asha.on_trial_result(None, trial, {"samples": samples, "psnr": psnr})
         return asha
     if config.scheduler == "pbt":
-        ranges = {p.field: p for p in build_parameters(config) if p.field.startswith("recipe.")}
+        ranges = {p.field: p for p in space.parameters if p.field.startswith("recipe.")}
         return PopulationBasedTraining(
             time_attr="samples",
             metric="psnr",
@@ -276,13 +278,6 @@ def make_scheduler(config: SearchConfig, record: Record) -> Any:
             custom_explore_fn=lambda trial_config: explore(trial_config, ranges),
         )
     return FIFOScheduler()
-
-
-def build_parameters(config: SearchConfig) -> tuple[Any, ...]:
-    """The parameters that are searched."""
-    from tune.space import build
-
-    return build(config.space, config.vary, config.base()).parameters
 
 
 def explore(trial_config: dict[str, Any], ranges: dict[str, Any]) -> dict[str, Any]:
