@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -396,13 +397,24 @@ def start_local_ray(**options: Any) -> None:
 
     # Ray would put the machine's outward address in the place of 127.0.0.1, and listen there.
     services.resolve_ip_for_localhost = lambda host: host
-    ray.init(
-        address="local",
-        _node_ip_address="127.0.0.1",
-        include_dashboard=False,
-        **_QUIET,
-        **options,
-    )
+    # Ray Train's helpers ask the cluster that RAY_ADDRESS names, else any that they find on this
+    # machine; another one does not know this run, and they would take its workers for orphans.
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pinned = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    os.environ.update(pinned)
+    try:
+        ray.init(
+            address="local",
+            _node_ip_address="127.0.0.1",
+            include_dashboard=False,
+            **_QUIET,
+            **options,
+        )
+    finally:
+        for name in pinned:  # for Ray's own processes only
+            del os.environ[name]
 
 
 def ray_storage(storage: str) -> dict[str, Any]:
