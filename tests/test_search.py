@@ -37,7 +37,7 @@ def command(packed: Path, *more: str) -> list[str]:
         *("--data.train", str(packed / "train"), "--data.validation", str(packed / "test")),
         *("--data.crop", "32", "--model.dim", "8", "--name", "s", "--validations", "3"),
         *("--recipe.samples", "96", "--recipe.global-batch", "4", "--recipe.micro-batch", "2"),
-        *("--recipe.lr", "0.002"),
+        *("--recipe.lr", "0.002", "--scaling.workers", "1"),
         *("--recipe.warmup-samples", "16", "--every.validation-pictures", "1"),
         *("--samples", "48", *more),
     ]
@@ -158,7 +158,7 @@ def test_a_finished_search_says_so_and_another_one_of_its_name_is_refused(
     [
         (("--data.train", "nowhere"), "nowhere"),
         (("--vary", "model.dim=8,15"), "multiple of 4"),
-        (("--scaling.workers", "2", "--scaling.cpus-per-worker", "2"), "a trial needs 4 CPUs"),
+        (("--scaling.cpus-per-worker", "4"), "a trial needs 4 CPUs"),
         (("--parallel", "9", "--scaling.cpus-per-worker", "1"), "room for 2"),
     ],
 )

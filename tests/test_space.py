@@ -310,7 +310,7 @@ def test_the_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
 def test_trials_fit_on_the_cluster(
     arguments: list[str], nodes: list[dict[str, float]], expected: tuple
 ) -> None:
-    room = fit(parse(["demo", *arguments]), nodes)
+    room = fit(parse(arguments), nodes)
     assert (room.parallel, room.workers, room.cpus, room.gpu) == expected
 
 
@@ -331,5 +331,5 @@ def test_what_does_not_fit_is_refused_before_the_start(
     arguments: list[str], nodes: list[dict[str, float]], message: str
 ) -> None:
     with pytest.raises(ValueError) as error:
-        fit(parse(["demo", *arguments]), nodes)
+        fit(parse(arguments), nodes)
     assert message in str(error.value)
