@@ -18,10 +18,12 @@ from PIL import Image
 
 _crop_png: Callable[[bytes, int, int, int, int, int], bytes] | None
 _crop_jpeg: Callable[[bytes, int, int, int, int], bytes | None] | None
+_planes: Callable[[np.ndarray, int, int, int, np.ndarray], None] | None
 try:
-    from shards._png import crop as _crop_png  # type: ignore[no-redef]
+    from shards._pixels import crop_png as _crop_png  # type: ignore[no-redef]
+    from shards._pixels import planes as _planes  # type: ignore[no-redef]
 except ImportError:
-    _crop_png = None
+    _crop_png = _planes = None
 try:
     from shards._jpeg import crop as _crop_jpeg  # type: ignore[no-redef]
 except ImportError:
@@ -65,6 +67,45 @@ def encode_tile(pixels: np.ndarray) -> bytes:
     """QOI bytes of (H, W, 3) uint8: lossless, about as large as PNG, ten times faster to read."""
     data: bytes = qoi.encode(np.ascontiguousarray(pixels))
     return data
+
+
+class Turn(NamedTuple):
+    """How a crop is turned: first transposed, then flipped."""
+
+    down: bool
+    """Flipped upside down."""
+    right: bool
+    """Flipped left to right."""
+    over: bool
+    """Transposed."""
+
+
+UPRIGHT = Turn(False, False, False)
+
+
+def turned(pixels: np.ndarray, turn: Turn) -> np.ndarray:
+    """(H, W, 3) turned: a view."""
+    if turn.over:
+        pixels = pixels.transpose(1, 0, 2)
+    return pixels[:: -1 if turn.down else 1, :: -1 if turn.right else 1]
+
+
+def as_floats(pictures: list[np.ndarray], turns: list[Turn]) -> np.ndarray:
+    """(H, W, 3) uint8 each -> (m, 3, H, W) float32 in [0, 1], turned; all of one size after it."""
+    height, width = turned(pictures[0], turns[0]).shape[:2]
+    planes = np.empty((len(pictures), 3, height, width), np.float32)
+    for out, pixels, turn in zip(planes, pictures, turns, strict=True):
+        if _planes is None:
+            np.divide(turned(pixels, turn).transpose(2, 0, 1), np.float32(255), out=out)
+        else:
+            bits = turn.down + 2 * turn.right + 4 * turn.over
+            _planes(np.ascontiguousarray(pixels), pixels.shape[0], pixels.shape[1], bits, out)
+    return planes
+
+
+def as_bytes(pictures: list[np.ndarray], turns: list[Turn]) -> np.ndarray:
+    """As `as_floats`, but (m, 3, H, W) uint8."""
+    return np.stack([turned(p, t).transpose(2, 0, 1) for p, t in zip(pictures, turns, strict=True)])
 
 
 def _cut(pixels: np.ndarray, box: Box | None) -> np.ndarray:

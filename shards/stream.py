@@ -6,6 +6,7 @@ but who computes it.
 """
 
 import contextlib
+import ctypes
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,7 @@ from shards import degrade, manifest, storage
 from shards import order as ordering
 from shards.cache import Cache
 from shards.config import DataConfig, parse_levels
-from shards.decode import Box
+from shards.decode import UPRIGHT, Box, Turn, as_bytes, as_floats, turned
 from shards.order import Plan
 from shards.reader import DamagedError, Place, Reader
 from shards.tasks import DEGRADATIONS, TASKS
@@ -28,6 +29,7 @@ from shards.tasks import DEGRADATIONS, TASKS
 _NAMES = tuple(DEGRADATIONS)
 _DRAWS = 1024
 """Positions whose draws are computed at a time."""
+_LayOut = Callable[[list[np.ndarray], list[Turn]], np.ndarray]
 _SUBSTITUTES = 32
 """How many other samples are tried in the place of a damaged one."""
 
@@ -46,17 +48,6 @@ class Sample(NamedTuple):
     """`denoise_15/denoise_00000012`."""
     damage: str = ""
     """What was wrong with the sample whose place this one takes; empty where nothing was."""
-
-
-class Turn(NamedTuple):
-    """How a crop is turned: first transposed, then flipped."""
-
-    down: bool
-    """Flipped upside down."""
-    right: bool
-    """Flipped left to right."""
-    over: bool
-    """Transposed."""
 
 
 class _Raw(NamedTuple):
@@ -130,7 +121,7 @@ class TrainStream:
         """The sample at a position of the run's sequence; `DamagedError` with its name where it is
         damaged."""
         raw = self._samples(np.array([position]))[0]
-        degraded, clean = (_turned(pixels, raw.turn) for pixels in (raw.degraded, raw.clean))
+        degraded, clean = (turned(pixels, raw.turn) for pixels in (raw.degraded, raw.clean))
         return Sample(degraded, clean, raw.degradation, raw.position, raw.key, raw.damage)
 
     def batches(
@@ -154,31 +145,39 @@ class TrainStream:
             if isinstance(result, DamagedError):
                 raise result
             self._count(result.damage)
-            yield _floats(result)
+            if result.degraded.dtype == torch.uint8:
+                result = result._replace(
+                    degraded=result.degraded.div(255), clean=result.clean.div(255)
+                )
+            yield result
 
     def batch(self, positions: np.ndarray) -> Batch:
-        """The samples at (m,) positions as one batch, with pictures still in uint8: that is what
-        loader processes send."""
+        """The samples at (m,) positions as one batch."""
+        return self._batch(positions, as_floats)
+
+    def _batch(self, positions: np.ndarray, lay_out: _LayOut) -> Batch:
         samples = self._samples(positions)
         degradations = [sample.degradation for sample in samples]
         turns = [sample.turn for sample in samples]
         return Batch(
-            degraded=_bytes([sample.degraded for sample in samples], turns),
-            clean=_bytes([sample.clean for sample in samples], turns),
+            degraded=torch.from_numpy(lay_out([sample.degraded for sample in samples], turns)),
+            clean=torch.from_numpy(lay_out([sample.clean for sample in samples], turns)),
             task=torch.tensor([TASKS.index(DEGRADATIONS[_NAMES[d]].task) for d in degradations]),
             degradation=torch.tensor(degradations),
-            position=torch.from_numpy(np.asarray(positions, np.int64).copy()),
+            position=torch.from_numpy(np.array(positions, np.int64)),
             keys=[sample.key for sample in samples],
             damage=tuple(sample.damage for sample in samples if sample.damage),
         )
 
     def _load(self, wanted: "_Positions") -> Iterator["Batch | DamagedError"]:
-        loads = _Loads(self)
+        _keep_freed_memory()
         if self.data.loader_workers == 0:
+            loads = _Loads(self, as_floats)
             batches = (loads[positions] for positions in wanted)
         else:
+            # Bytes between processes: a quarter of what floats would be.
             loader = DataLoader(
-                loads,
+                _Loads(self, as_bytes),
                 batch_size=None,
                 sampler=wanted,
                 num_workers=self.data.loader_workers,
@@ -324,34 +323,29 @@ class _Loads(Dataset["Batch | DamagedError"]):
     """Positions -> batch, in a loader process. Damage is handed over as a value: it keeps its plain
     message."""
 
-    def __init__(self, stream: TrainStream) -> None:
-        self.stream = stream
+    def __init__(self, stream: TrainStream, lay_out: _LayOut) -> None:
+        self.stream, self.lay_out = stream, lay_out
 
     def __getitem__(self, positions: np.ndarray) -> "Batch | DamagedError":
         try:
-            return self.stream.batch(positions)
+            return self.stream._batch(positions, self.lay_out)
         except DamagedError as error:
             return error
         except OSError as error:
             return DamagedError(str(error), "see that the store can be read")
 
 
+def _keep_freed_memory() -> None:
+    """Asks glibc to keep up to 256 MiB that are freed: else each batch's memory is asked from the
+    kernel anew, page by page, which costs as much as decoding a sample does."""
+    with contextlib.suppress(OSError, AttributeError):
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt(-3, 64 << 20)  # M_MMAP_THRESHOLD
+        library.mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
+
+
 def _unchanged(batch: Any) -> Any:
     return batch
-
-
-def _bytes(pictures: list[np.ndarray], turns: list[Turn]) -> Tensor:
-    """(H, W, 3) uint8 each -> (m, 3, H, W) uint8, turned; one copy that does it all."""
-    height, width = pictures[0].shape[:2]
-    laid_out = np.empty((len(pictures), 3, height, width), np.uint8)
-    for place, pixels, turn in zip(laid_out, pictures, turns, strict=True):
-        place[:] = _turned(pixels, turn).transpose(2, 0, 1)
-    return torch.from_numpy(laid_out)
-
-
-def _floats(batch: Batch) -> Batch:
-    """The batch's pictures as float32 in [0, 1]."""
-    return batch._replace(degraded=batch.degraded.div(255), clean=batch.clean.div(255))
 
 
 def _crop(place: Place, side: int, words: list[int]) -> Box:
@@ -374,13 +368,6 @@ def _turn(augment: str, word: int) -> Turn:
     if augment == "none":
         return Turn(False, False, False)
     return Turn(bool(word & 1), bool(word & 2), bool(word & 4) and augment == "dihedral")
-
-
-def _turned(pixels: np.ndarray, turn: Turn) -> np.ndarray:
-    """(H, W, 3) turned, as `_tensor` does it."""
-    if turn.over:
-        pixels = pixels.transpose(1, 0, 2)
-    return pixels[:: -1 if turn.down else 1, :: -1 if turn.right else 1]
 
 
 def pictures(
@@ -428,6 +415,5 @@ def _picture(reader: Reader, name: str, number: int) -> Picture:
         rng = degrade.generator("evaluation", reader.checksum(place))
         degraded = degrade.noise(clean, sigma, rng)
         source = about["target"]
-    still = Turn(False, False, False)
-    tensors = [_bytes([pixels], [still])[0].div(255) for pixels in (degraded, clean)]
+    tensors = [torch.from_numpy(as_floats([pixels], [UPRIGHT])[0]) for pixels in (degraded, clean)]
     return Picture(name, task, source, *tensors)

@@ -6,10 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from shards import decode as decoding
-from shards.decode import Box, DecodeError, decode, encode_tile
+from shards.decode import (
+    UPRIGHT,
+    Box,
+    DecodeError,
+    Turn,
+    as_bytes,
+    as_floats,
+    decode,
+    encode_tile,
+)
 
 
 def photograph(width: int, height: int) -> Image.Image:
@@ -131,12 +141,36 @@ def test_tiles_lose_nothing() -> None:
     assert np.array_equal(by_pillow(data), picture)  # as any other reader of QOI sees it
 
 
+@pytest.mark.parametrize("number", range(8))
+def test_turns(number: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
+    turn = Turn(bool(number & 1), bool(number & 2), bool(number & 4))
+    expected = np.swapaxes(pixels, 0, 1) if turn.over else pixels
+    expected = np.flipud(expected) if turn.down else expected
+    expected = np.fliplr(expected) if turn.right else expected
+    expected = np.moveaxis(expected, -1, 0)
+    assert np.array_equal(as_bytes([pixels], [turn])[0], expected)
+    floats = as_floats([pixels], [turn])[0]
+    assert floats.dtype == np.float32
+    assert np.array_equal(floats, torch.from_numpy(expected.copy()).div(255).numpy())
+    # A view that is not contiguous, as a crop of a whole picture is.
+    view = np.random.default_rng(0).integers(0, 256, (9, 9, 3)).astype(np.uint8)[2:7, 1:8]
+    assert np.array_equal(
+        as_floats([view], [UPRIGHT])[0], np.float32(view.transpose(2, 0, 1)) / 255
+    )
+
+
 def test_without_the_compiled_part_pixels_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = [encoded(photograph(90, 70), kind) for kind in ("PNG", "JPEG")]
     box = Box(11, 13, 40, 50)
     fast = [decode(data, box) for data in pictures]
+    turns = [Turn(bool(n & 1), bool(n & 2), bool(n & 4)) for n in range(8)]
+    square = [np.ascontiguousarray(fast[0][:40, :40])] * 8
+    laid_out = as_floats(square, turns)
     monkeypatch.setattr(decoding, "_crop_png", None)
     monkeypatch.setattr(decoding, "_crop_jpeg", None)
+    monkeypatch.setattr(decoding, "_planes", None)
+    assert np.array_equal(as_floats(square, turns), laid_out)
     for data, pixels in zip(pictures, fast, strict=True):
         assert np.array_equal(decode(data, box), pixels)
 
