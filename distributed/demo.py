@@ -226,7 +226,7 @@ def _pack(console: Console, names: Split) -> None:
         folder, out = str(DATA / "pictures" / side), str(DATA / "shards" / side)
         manifest = pack("clean", folder, out, synthesise=SYNTHESISED, seed=number)
         counts = ", ".join(f"{task} {count}" for task, count in manifest.counts.items())
-        console.print(f"packed {out}: {counts}", highlight=False)
+        console.print(f"packed {out}: {counts}", highlight=False, soft_wrap=True)
     console.print(
         f"trained on: {', '.join(names.train)}\nheld out:   {', '.join(names.held_out)}",
         highlight=False,
@@ -286,7 +286,7 @@ def _where_to_look(
 ) -> None:
     worked = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if value)
     lines = (
-        f"before/after   {RUN / 'evaluation' / 'grids'}/*.png",
+        f"before/after   {RUN / 'evaluation' / 'grids' / 'overview.png'}, and others there",
         f"experts        {RUN / 'evaluation' / 'experts.png'}",
         f"curves         {RUN / 'evaluation' / 'curves.png'}",
         f"figures        {RUN / 'summary.json'}",

@@ -34,6 +34,9 @@ from shards.tasks import DEGRADATIONS, TASKS
 WHOLE_UP_TO = 2_000_000
 """Pixels up to which a picture is restored in one piece; larger ones in tiles."""
 
+_OVERVIEW = 240
+"""Pixels of the longer side in the grid that shows one picture per task."""
+
 
 class Tiling(NamedTuple):
     """How large pictures are cut up."""
@@ -170,8 +173,8 @@ def evaluate(
     Args:
         model: `MEASNet` on `device`; its mode is left as it was.
         data_uri: packed shards.
-        out: folder for pictures.csv, summary.json, experts.png and grids/DEGRADATION.png; None
-            writes nothing.
+        out: folder for pictures.csv, summary.json, experts.png, grids/DEGRADATION.png and
+            grids/overview.png (a picture per task); None writes nothing.
         limit: pictures per degradation; 0 takes all.
         device: where the pictures are restored.
         protocol: how pictures are compared.
@@ -182,17 +185,22 @@ def evaluate(
         ValueError, OSError: no readable shards, or no picture in them.
     """
     panels: dict[str, list[Image.Image]] = {}
+    overview: dict[str, Image.Image] = {}
 
     def keep(score: Score, picture: Picture, restored: Tensor) -> None:
         own = panels.setdefault(score.degradation, [])
-        if out is not None and len(own) < grid_rows:
-            own.append(_panel(score, picture, restored))
+        if out is None or len(own) >= grid_rows:
+            return
+        row = _row(score, picture, restored)
+        if not own:  # of a task's degradations the last, which is the strongest, stays
+            overview[score.task] = figures.panel(row, widest=_OVERVIEW)
+        own.append(figures.panel(row))
 
     source = enumerate(pictures(data_uri, limit=limit))
     scores = score(model, source, device=device, protocol=protocol, tiling=tiling, seen=keep)
     report = EvaluationReport(str(data_uri), protocol, list(scores))
     if out is not None:
-        write(report, panels, Path(out))
+        write(report, {**panels, "overview": list(overview.values())}, Path(out))
     return report
 
 
@@ -407,16 +415,14 @@ def _hwc(picture: Tensor) -> np.ndarray:
     return picture.permute(1, 2, 0).numpy()
 
 
-def _panel(score: Score, picture: Picture, restored: Tensor) -> Image.Image:
-    return figures.panel(
-        figures.GridRow(
-            label=f"{score.degradation}   {score.name}",
-            degraded=_hwc(picture.degraded),
-            restored=_hwc(restored),
-            clean=_hwc(picture.clean),
-            input_psnr=score.input_psnr,
-            restored_psnr=score.restored_psnr,
-        )
+def _row(score: Score, picture: Picture, restored: Tensor) -> figures.GridRow:
+    return figures.GridRow(
+        label=f"{score.degradation}   {score.name}",
+        degraded=_hwc(picture.degraded),
+        restored=_hwc(restored),
+        clean=_hwc(picture.clean),
+        input_psnr=score.input_psnr,
+        restored_psnr=score.restored_psnr,
     )
 
 
