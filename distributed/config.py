@@ -284,7 +284,7 @@ def demo() -> TrainConfig:
     Command: `make demo`, or `python -m distributed.train demo` on shards that are already there.
     """
     # Blur is weighted most: of the five it is the hardest to tell from a picture without damage.
-    repeats = {"derain": 3, "dehaze": 2, "deblur": 6, "lowlight": 2}
+    repeats = {"derain": 3, "dehaze": 2, "deblur": 6, "lowlight": 3}
     return TrainConfig(
         name="demo",
         model=tiny(),
