@@ -105,7 +105,11 @@ def as_floats(pictures: list[np.ndarray], turns: list[Turn]) -> np.ndarray:
 
 def as_bytes(pictures: list[np.ndarray], turns: list[Turn]) -> np.ndarray:
     """As `as_floats`, but (m, 3, H, W) uint8."""
-    return np.stack([turned(p, t).transpose(2, 0, 1) for p, t in zip(pictures, turns, strict=True)])
+    height, width = turned(pictures[0], turns[0]).shape[:2]
+    planes = np.empty((len(pictures), 3, height, width), np.uint8)
+    for out, pixels, turn in zip(planes, pictures, turns, strict=True):
+        out[:] = turned(pixels, turn).transpose(2, 0, 1)
+    return planes
 
 
 def _cut(pixels: np.ndarray, box: Box | None) -> np.ndarray:

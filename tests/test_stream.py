@@ -61,7 +61,8 @@ def test_worlds_loader_processes_and_restarts_give_the_same_batches(packed: Path
     assert len(alone) == 24
     assert torch.cat([batch.position for batch in alone]).tolist() == list(range(96))
     assert equal(alone, run(data, 3))
-    assert equal(alone, run(dataclasses.replace(data, loader_workers=2), 2))
+    for workers in (1, 2, 4):
+        assert equal(alone, run(dataclasses.replace(data, loader_workers=workers), 2)), workers
     assert equal(alone, run(data, 2, 0, 48) + run(data, 6, 48, 96))
 
 
@@ -77,11 +78,12 @@ def test_an_epoch_holds_each_sample_as_often_as_said(packed: Path, order: str) -
     assert all(count == wanted[key.split("/")[0]] for key, count in counts.items())
 
 
-def test_what_a_batch_holds(packed: Path) -> None:
-    for batch in run(config(packed), 1, 0, 48):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_batch_holds(packed: Path, workers: int) -> None:
+    for batch in run(config(packed, loader_workers=workers), 1, 0, 48):
         assert batch.degraded.shape == batch.clean.shape == (4, 3, 48, 48)
         assert batch.degraded.dtype == batch.clean.dtype == torch.float32
-        assert batch.degraded.is_contiguous()
+        assert batch.degraded.is_contiguous() and batch.clean.is_contiguous()
         assert batch.degraded.min() >= 0 and batch.degraded.max() <= 1
         names = [list(DEGRADATIONS)[d] for d in batch.degradation]
         assert [key.split("/")[0] for key in batch.keys] == names
