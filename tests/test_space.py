@@ -234,6 +234,13 @@ def test_a_shorter_trial_keeps_its_shape(samples: int, validations: int) -> None
     assert config.interval <= config.least <= config.budget
 
 
+def test_a_trial_takes_one_worker_unless_told_otherwise(tmp_path: Path) -> None:
+    assert parse(["demo"]).train.scaling.workers == "1"
+    assert parse(["demo", "--scaling.workers", "3..4"]).train.scaling.workers == "3..4"
+    (tmp_path / "own.yaml").write_text("scaling: {workers: '2'}\n")
+    assert parse(["--config", str(tmp_path / "own.yaml")]).train.scaling.workers == "2"
+
+
 def test_only_what_keeps_trials_comparable_may_change() -> None:
     first = comparable(parse(["demo", "--trials", "4"]))
     more = ["--trials", "9", "--parallel", "1", "--scaling.workers", "2", "--keep", "1"]

@@ -163,8 +163,11 @@ def parse(argv: Sequence[str] | None = None) -> SearchConfig:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        own_file = "--config" in arguments
         train = starting_point(arguments)
-        named = dataclasses.replace(train, name=f"{train.name}-search")
+        # Trials side by side use a machine better than workers side by side; the curves are equal.
+        scaling = train.scaling if own_file else dataclasses.replace(train.scaling, workers="1")
+        named = dataclasses.replace(train, name=f"{train.name}-search", scaling=scaling)
         return tyro.cli(
             SearchConfig,
             default=SearchConfig(train=named),
