@@ -276,7 +276,7 @@ def write(report: EvaluationReport, panels: Mapping[str, Sequence[Image.Image]],
 def table(report: EvaluationReport) -> Table:
     """The report as a table for the terminal: a row per degradation, then the mean over tasks."""
     view = Table(title=report.data, caption=report.protocol.describe())
-    view.add_column("task")
+    view.add_column("task", no_wrap=True, min_width=13)
     for name in ("pictures", "PSNR before", "PSNR after", "gain", "SSIM before", "SSIM after"):
         view.add_column(name, justify="right")
     for name, row in report.degradations.items():

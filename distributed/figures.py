@@ -125,7 +125,7 @@ def curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
             group, _, leaf = name.rpartition("/")
             if group == "system":
                 continue
-            panel = group if group != "train" else name
+            panel = group if group.startswith("val_") else name  # tasks share an axis
             series.setdefault(panel, {}).setdefault(leaf, []).append((record["step"], value))
     if not series:
         raise ValueError("no metrics to draw")

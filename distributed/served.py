@@ -20,7 +20,7 @@ class Restorer(PythonModel):
         """Read the weights that the model was saved with."""
         self.network = MEASNet.from_pretrained(context.artifacts["weights"]).eval()
 
-    # MLflow would take hints of types for a schema; the model's signature says it better.
+    # MLflow would take hints of types for a schema; the signature beside the model says it better.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Restore a batch of pictures."""
         pictures = torch.from_numpy(np.asarray(model_input, dtype=np.float32))

@@ -204,8 +204,7 @@ def save_model(weights: Path, folder: Path) -> None:
 
     here = Path(__file__).resolve().parent
     picture = TensorSpec(np.dtype(np.float32), (-1, -1, -1, 3))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # wants an example beside the signature
+    with warnings.catch_warnings(record=True):  # MLflow wants an example beside the signature
         pyfunc.save_model(
             path=str(folder),
             python_model=str(here / "served.py"),
