@@ -12,7 +12,6 @@ one step in a process of its own. fp32, 2 threads.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -162,10 +161,15 @@ def peak_memory(case: str, which: str) -> float:
 def print_peak(case: str, which: str) -> None:
     """What the fresh process does."""
     steps = network_steps(*cases()[case])
-    page = resource.getpagesize()
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * page
+    before = _resident("VmRSS")
     steps[which == "plain"]()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20)
+    print((_resident("VmHWM") - before) / 1024)
+
+
+def _resident(field: str) -> int:
+    """KiB; unlike getrusage's figure, the high-water mark is of this process alone."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 EPSILON = 1e-12  # the least norm that a query or key is divided by
+CONVOLUTION_PAYS = 48 * 128  # elements of a matrix from which oneDNN trains faster than MKL
 
 
 def weight(*shape: int, fan_in: int) -> nn.Parameter:
@@ -31,10 +32,12 @@ def pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear` over the last dimension: a 1×1 convolution.
 
     On a CPU it is computed as one, for torch hands convolutions to oneDNN and matrix products to
-    MKL, which uses half of what an AMD processor can do (bench/model.py has the figures).
+    MKL, which uses half of what an AMD processor can do. Not where a small matrix is trained: there
+    oneDNN's gradient costs more than the rest gains.
     """
     on_cpu = x.device.type == "cpu" and x.dtype != torch.float64
-    if not on_cpu or x.numel() == 0 or torch.compiler.is_compiling():
+    small = torch.is_grad_enabled() and matrix.numel() < CONVOLUTION_PAYS
+    if not on_cpu or small or x.numel() == 0 or torch.compiler.is_compiling():
         return F.linear(x, matrix, bias)
     row_bchw = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
     out_bchw = F.conv2d(row_bchw, matrix[:, :, None, None], bias)

@@ -94,7 +94,7 @@ def test_sizes_are_read() -> None:
 
 
 MEASURE = """
-import resource, sys, torch
+import sys, torch
 from measnet import config
 from measnet.losses import restoration_loss
 from measnet.network import MEASNet
@@ -109,9 +109,11 @@ def step(image):
         restoration = model(image)
     restoration_loss(restoration, image, 1e-4).total.backward()
 step(torch.rand(1, 3, 32, 32))  # libraries are loaded
-before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+def resident(field):
+    return next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith(field))
+before = resident("VmRSS")
 step(torch.rand(int(batch), 3, int(crop), int(crop)))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+print((resident("VmHWM") - before) * 1024)
 """
 
 
