@@ -111,7 +111,7 @@ class TrainStream:
         self.reader = open_reader(data.train, data)
         self.plan = Plan.from_manifest(self.reader.manifest, data.repeats, seed, data.order)
         self._keyed = degrade.Keyed()
-        self._drawn: dict[int, list[tuple[int, int, int]]] = {}
+        self._drawn: dict[int, tuple[list[int], list[int], list[int]]] = {}
         self.damaged: dict[str, int] = {}
         """With `on_corrupt: substitute`: damage met so far -> how often."""
         if data.on_corrupt == "stop":
@@ -253,8 +253,9 @@ class TrainStream:
                 del self._drawn[next(iter(self._drawn))]
             draws = self.plan.draws(np.arange(block * _DRAWS, (block + 1) * _DRAWS))
             columns = (draws.degradation.tolist(), draws.sample.tolist(), draws.epoch.tolist())
-            self._drawn[block] = list(zip(*columns, strict=True))
-        return self._drawn[block][within]
+            self._drawn[block] = columns
+        degradations, samples, epochs = self._drawn[block]
+        return degradations[within], samples[within], epochs[within]
 
     def _sample(self, position: int, degradation: int, number: int, epoch: int) -> _Raw:
         try:
