@@ -228,7 +228,8 @@ def test_pbt_varies_the_recipe_inside_its_range_and_keeps_the_network() -> None:
         "recipe.optimizer": Parameter(field="recipe.optimizer", choices=("adam", "adamw")),
     }
     changes = {"model.pixel_experts": 6, "recipe.lr": 9e-3, "recipe.optimizer": "adam"}
-    seen = [explore({"changes": changes, "name": "x"}, ranges) for _ in range(40)]
+    config = {"spec": {"changes": changes, "name": "x"}}
+    seen = [explore(config, ranges)["spec"] for _ in range(40)]
     assert {s["changes"]["recipe.lr"] for s in seen} == {1e-2, 9e-3 * 0.8}
     assert {s["changes"]["recipe.optimizer"] for s in seen} == {"adam", "adamw"}
     assert all(s["changes"]["model.pixel_experts"] == 6 and s["name"] == "x" for s in seen)

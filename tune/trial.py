@@ -32,6 +32,8 @@ from measnet.config import from_dict, to_dict
 from tune import costs
 from tune.space import apply
 
+SPEC = "spec"
+"""Key of a trial's configuration in Tune, below which all of it lies."""
 OWNER = "owner.pid"
 """File of a trial's folder: the process that runs it. All of them run on the head node."""
 COSTS = "costs.json"
@@ -59,6 +61,7 @@ class Trial(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         """Only note what to run; `step` starts it."""
+        config = config[SPEC]
         base = from_dict(TrainConfig, {**config["base"], "name": self.trial_name})
         self._config = apply(base, config["changes"])
         self._options = config["options"]

@@ -26,7 +26,7 @@ from tune.propose import propose
 from tune.record import Record, Row
 from tune.resources import Room
 from tune.space import Changes, Space, describe
-from tune.trial import Trial, take_failure
+from tune.trial import SPEC, Trial, take_failure
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,6 +63,26 @@ class Live:
         self.console.print(f"{row.number:3d}  {label}  {text}", soft_wrap=True)
 
 
+def trial_spec(live: Live, row: Row) -> dict[str, Any]:
+    """All that a trial's actor needs to know, as plain data."""
+    base, room = live.config.base(), live.room
+    scaling = dataclasses.replace(
+        base.scaling, cpus_per_worker=room.cpus, device="gpu" if room.gpu else "cpu"
+    )
+    return {
+        "name": row.name,
+        "base": to_dict(dataclasses.replace(base, scaling=scaling)),
+        "changes": row.changes,
+        "options": {
+            "cost": live.config.cost,
+            "cpus": room.cpus,
+            "gpu": room.gpu,
+            "stop_file": str(live.stop_file),
+            "tags": {"measnet.kind": "trial", "measnet.search": live.record.name},
+        },
+    }
+
+
 class Proposals(Searcher):
     """Waiting trials first, then new ones, in the order of their numbers."""
 
@@ -84,33 +104,14 @@ class Proposals(Searcher):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial, or that there is none."""
-        live, record = self._live, self._live.record
-        if live.signals:
-            return Searcher.FINISHED
+        row = None if self._live.signals else self.next_row()
+        return Searcher.FINISHED if row is None else {SPEC: trial_spec(self._live, row)}
+
+    def next_row(self) -> Row | None:
+        """The next trial; a new one is entered into the record."""
         if self._waiting:
-            row = self._waiting.pop(0)
-        elif len(record.rows) < live.total:
-            row = self._new_row()
-        else:
-            return Searcher.FINISHED
-        base = live.config.base()
-        scaling = dataclasses.replace(
-            base.scaling,
-            cpus_per_worker=live.room.cpus,
-            device="gpu" if live.room.gpu else "cpu",
-        )
-        return {
-            "name": row.name,
-            "base": to_dict(dataclasses.replace(base, scaling=scaling)),
-            "changes": row.changes,
-            "options": {
-                "cost": live.config.cost,
-                "cpus": live.room.cpus,
-                "gpu": live.room.gpu,
-                "stop_file": str(live.stop_file),
-                "tags": {"measnet.kind": "trial", "measnet.search": record.name},
-            },
-        }
+            return self._waiting.pop(0)
+        return self._new_row() if len(self._live.record.rows) < self._live.total else None
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -153,7 +154,7 @@ class Events(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Its actor lives; after PBT took over another's weights, with other values."""
         row = self._row(trial)
-        changes = trial.config["changes"]
+        changes = trial.config[SPEC]["changes"]
         if changes != row.changes:
             row.inherited.append({"samples": row.samples, "changes": dict(changes)})
             row.changes = dict(changes)
@@ -225,16 +226,27 @@ def make_tuner(live: Live) -> tune.Tuner:
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     for name in ("ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are told in one line
-    left = live.total - sum(row.ended for row in record.rows)
+    proposals = Proposals(live)
+    if config.scheduler == "pbt" and not config.fixed:  # PBT wants to know its whole population
+        specs = [trial_spec(live, row) for row in iter(proposals.next_row, None)]
+        trials: dict[str, Any] = {"num_samples": 1}
+        space: dict[str, Any] = {SPEC: tune.grid_search(specs)}
+    else:
+        left = live.total - sum(row.ended for row in record.rows)
+        trials = {
+            "search_alg": proposals,
+            "num_samples": left,
+            "max_concurrent_trials": live.room.parallel,
+        }
+        space = {}
     return tune.Tuner(
         tune.with_resources(
             Trial, tune.PlacementGroupFactory([trial_resources(live.room.parallel)])
         ),
+        param_space=space,
         tune_config=tune.TuneConfig(
-            search_alg=Proposals(live),
             scheduler=make_scheduler(config, live.space, record),
-            num_samples=left,
-            max_concurrent_trials=None if config.scheduler == "pbt" else live.room.parallel,
+            **trials,
             trial_name_creator=_name,
             trial_dirname_creator=_name,
         ),
@@ -285,18 +297,19 @@ def explore(trial_config: dict[str, Any], ranges: dict[str, Any]) -> dict[str, A
 
     What shapes the network comes with the weights and stays.
     """
-    changes: Changes = dict(trial_config["changes"])
+    spec = trial_config[SPEC]
+    changes: Changes = dict(spec["changes"])
     for field, parameter in ranges.items():
         if parameter.choices:
             changes[field] = random.choice(parameter.choices)
         else:
             value = parameter.clip(changes[field] * random.choice((0.8, 1.25)))
             changes[field] = type(changes[field])(value)
-    return {**trial_config, "changes": changes}
+    return {SPEC: {**spec, "changes": changes}}
 
 
 def _name(trial: Any) -> str:
-    return str(trial.config["name"])
+    return str(trial.config[SPEC]["name"])
 
 
 def _db(row: Row) -> str:
