@@ -86,9 +86,10 @@ def test_commands_in_the_documentation_exist(path: Path) -> None:
         assert spec is not None and spec.origin, f"{path.name} names {module}"
         source = Path(spec.origin).read_text()
         assert 'if __name__ == "__main__":' in source, f"{module} is no command"
-    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    for target in set(re.findall(r"^\s*make ([\w-]+)|`make ([\w-]+)", text, re.MULTILINE)):
-        assert "".join(target) in targets, f"{path.name} names make {''.join(target)}"
+    rules = re.findall(r"^([\w./-][\w./ -]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = {target for rule in rules for target in rule.split()}
+    for target in set(re.findall(r"(?:^|`)make ([\w./-]+)", text, re.MULTILINE)):
+        assert target in targets, f"{path.name} names make {target}"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
