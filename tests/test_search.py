@@ -236,22 +236,61 @@ def test_pbt_varies_the_recipe_inside_its_range_and_keeps_the_network() -> None:
     assert changes["recipe.lr"] == 9e-3
 
 
-def test_asha_remembers_the_trials_of_an_earlier_launch() -> None:
-    from types import SimpleNamespace
+class Stand:
+    """What a scheduler needs to know of a trial."""
 
+    def __init__(self, name: str) -> None:
+        self.trial_id = self.name = name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def curve(psnr: float, upto: int = 720) -> list[tuple[int, float]]:
+    return [(samples, psnr) for samples in range(80, upto + 1, 80)]
+
+
+def asha_with(*rows: Row) -> Any:
     config = parse(["demo", "--samples", "720", "--reduction", "3"])
     assert config.least == 80
-    record = Record(name="s", config={}, command="", budget=720, cost="none")
-    for number in range(3):
-        row = Row(number=number, name=str(number), changes={}, state="finished")
-        row.curve = [(s, 30.0 + number) for s in range(80, 721, 80)]
-        record.rows.append(row)
-    newcomer: Any = SimpleNamespace(trial_id="new")
+    record = Record(name="s", config={}, command="", budget=720, cost="none", rows=list(rows))
+    return make_scheduler(config, Space(), record)
+
+
+def test_asha_remembers_the_trials_of_an_earlier_launch() -> None:
+    rows = [
+        Row(number=n, name=f"s-00{n}", changes={}, state="finished", curve=curve(30.0 + n))
+        for n in range(3)
+    ]
     for psnr, decision in ((29.0, "STOP"), (33.0, "CONTINUE")):
-        for rows, expected in ((record.rows, decision), ([], "CONTINUE")):
-            asha = make_scheduler(config, Space(), dataclasses.replace(record, rows=rows))
+        for known, expected in ((rows, decision), ([], "CONTINUE")):
+            asha, newcomer = asha_with(*known), Stand("s-003")
             asha.on_trial_add(None, newcomer)
             assert asha.on_trial_result(None, newcomer, {"samples": 80, "psnr": psnr}) == expected
+
+
+def test_asha_gives_a_trial_that_goes_on_its_place_in_the_rungs_it_has_passed() -> None:
+    """Its next figure, lower and at more samples, is not held against its rivals' early ones."""
+    rows = [Row(number=0, name="s-000", changes={})]
+    rows += [
+        Row(number=n, name=f"s-00{n}", changes={}, state="stopped", curve=curve(30.0 + n / 10, 240))
+        for n in (1, 2)
+    ]
+    rows.append(Row(number=3, name="s-003", changes={}, curve=curve(31.0, 240)))
+    asha, resumed = asha_with(*rows), Stand("s-003")
+    asha.on_trial_add(None, resumed)
+    assert asha.on_trial_result(None, resumed, {"samples": 320, "psnr": 29.0}) == "CONTINUE"
+
+
+def test_asha_spares_the_papers_point() -> None:
+    rows = [
+        Row(number=n, name=f"s-00{n}", changes={}, state="finished", curve=curve(30.0))
+        for n in range(1, 4)
+    ]
+    asha = asha_with(Row(number=0, name="s-000", changes={}), *rows)
+    for name, decision in (("s-000", "CONTINUE"), ("s-004", "STOP")):
+        asha.on_trial_add(None, Stand(name))
+        assert asha.on_trial_result(None, Stand(name), {"samples": 80, "psnr": 9.0}) == decision
 
 
 def test_losers_on_disk_go_while_the_search_runs(tmp_path: Path) -> None:

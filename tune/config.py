@@ -57,9 +57,9 @@ class SearchConfig:
     algorithm: Literal["tpe", "random"] = "tpe"
     """How new trials are chosen: Optuna's TPE learns from those before, `random` does not."""
     scheduler: Literal["asha", "pbt", "none"] = "asha"
-    """`asha` stops trials that lag behind; `pbt` has them take over the weights of better ones and
-    vary the recipe.* fields that are searched; `none` trains all to the end, as fixed lists always
-    are."""
+    """`asha` stops trials that lag behind, except trial 0; `pbt` has them take over the weights of
+    better ones and vary the recipe.* fields that are searched; `none` trains all to the end, as
+    fixed lists always are."""
     cost: Cost = "none"
     """A second objective, to be low, beside PSNR: `multiply_adds` (of 256x256 pixels),
     `parameters` or measured `latency`. K alone moves multiply-adds by about 2 %: search the width

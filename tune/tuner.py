@@ -10,11 +10,15 @@ import os
 import random
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining
+from ray.tune.schedulers import (
+    ASHAScheduler,
+    FIFOScheduler,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
 from ray.tune.search import Searcher
 
 from distributed.launch import ray_storage
@@ -260,12 +264,15 @@ def make_tuner(live: Live) -> tune.Tuner:
     )
 
 
-def make_scheduler(config: SearchConfig, space: Space, record: Record) -> Any:
-    """The scheduler, told of the trials that ended in earlier launches."""
-    if config.fixed:
-        return FIFOScheduler()
-    if config.scheduler == "asha":
-        asha = ASHAScheduler(
+class Asha(ASHAScheduler):
+    """Ray's ASHA by samples, with the memory of the record, that spares trial 0.
+
+    Trial 0 runs to the end, for without the paper's point there is nothing to compare with.
+    """
+
+    def __init__(self, config: SearchConfig, record: Record) -> None:
+        """Take in what trials of earlier launches did."""
+        super().__init__(
             time_attr="samples",
             metric="psnr",
             mode="max",
@@ -273,13 +280,41 @@ def make_scheduler(config: SearchConfig, space: Space, record: Record) -> Any:
             grace_period=config.least,
             reduction_factor=config.reduction,
         )
+        self._spared = record.rows[0].name if record.rows else f"{record.name}-000"
+        self._known = {row.name: list(row.curve) for row in record.rows if row.state != "failed"}
         for row in record.rows:
             if row.ended and row.state != "failed":
-                trial: Any = SimpleNamespace(trial_id=f"before-{row.number}")
-                asha.on_trial_add(None, trial)
-                for samples, psnr in row.curve:
-                    asha.on_trial_result(None, trial, {"samples": samples, "psnr": psnr})
-        return asha
+                self.on_trial_add(None, _Ended(row.name))
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Give a trial that goes on its place in the rungs that it has passed."""
+        super().on_trial_add(tune_controller, trial)
+        for samples, psnr in self._known.get(str(trial), []):
+            result = {"samples": samples, "psnr": psnr}
+            super().on_trial_result(tune_controller, trial, result)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Stop what lags, but not trial 0."""
+        decision = str(super().on_trial_result(tune_controller, trial, result))
+        return TrialScheduler.CONTINUE if str(trial) == self._spared else decision
+
+
+class _Ended:
+    """Stands for a trial of an earlier launch."""
+
+    def __init__(self, name: str) -> None:
+        self.trial_id = self.name = name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def make_scheduler(config: SearchConfig, space: Space, record: Record) -> Any:
+    """The scheduler, told of the trials that ended in earlier launches."""
+    if config.fixed:
+        return FIFOScheduler()
+    if config.scheduler == "asha":
+        return Asha(config, record)
     if config.scheduler == "pbt":
         ranges = {p.field: p for p in space.parameters if p.field.startswith("recipe.")}
         return PopulationBasedTraining(
