@@ -7,6 +7,7 @@ but who computes it.
 
 import contextlib
 import ctypes
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -336,6 +337,7 @@ class _Loads(Dataset["Batch | DamagedError"]):
             return DamagedError(str(error), "see that the store can be read")
 
 
+@functools.cache
 def _keep_freed_memory() -> None:
     """Asks glibc to keep up to 256 MiB that are freed: else each batch's memory is asked from the
     kernel anew, page by page, which costs as much as decoding a sample does."""
