@@ -21,6 +21,7 @@ from measnet.config import replace_dotted, to_dict
 from measnet.network import MEASNet
 from tune.conclude import prune_losers
 from tune.config import parse
+from tune.owner import ownership
 from tune.record import Record, Row
 from tune.search import main
 from tune.space import Parameter, Space
@@ -291,6 +292,27 @@ def test_asha_spares_the_papers_point() -> None:
     for name, decision in (("s-000", "CONTINUE"), ("s-004", "STOP")):
         asha.on_trial_add(None, Stand(name))
         assert asha.on_trial_result(None, Stand(name), {"samples": 80, "psnr": 9.0}) == decision
+
+
+def test_two_launches_of_one_search_do_not_meet(tmp_path: Path) -> None:
+    hold = (
+        "import sys, time; from tune.owner import ownership\n"
+        "with ownership(sys.argv[1]): print('in', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
+    )
+    assert other.stdout is not None and other.stdout.readline() == b"in\n"
+    with (
+        pytest.raises(ValueError, match=f"process {other.pid} is at work"),
+        ownership(str(tmp_path)),
+    ):
+        pass
+    other.kill()  # leaves its file behind
+    other.wait()
+    with ownership(str(tmp_path)):
+        assert (tmp_path / "owner.pid").exists()
+    assert not (tmp_path / "owner.pid").exists()
 
 
 def test_losers_on_disk_go_while_the_search_runs(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from distributed import tracking
 from distributed.config import TrackingConfig, TrainConfig, to_yaml
 from distributed.storage import open_folder
 from tune.config import SearchConfig
+from tune.owner import OWNER
 from tune.record import Record, Row, is_number
 from tune.space import Space, apply, describe
-from tune.trial import OWNER, read_outcome
+from tune.trial import read_outcome
 
 if TYPE_CHECKING:
     from rich.console import Console

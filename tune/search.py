@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tune.config import SearchConfig, comparable, parse
+from tune.owner import ownership
 from tune.record import Record, load
 from tune.space import Space, build
 
@@ -47,11 +48,16 @@ def search(config: SearchConfig, command: str = "", *, console: "Console") -> Re
         ValueError: a search that cannot be: ranges, shards, resources, or one of the same name
             that was started otherwise.
     """
+    config = _resolve(config)
+    space = build(config.space, config.vary, config.base())
+    with ownership(config.folder):
+        return _search(config, space, command, console)
+
+
+def _search(config: SearchConfig, space: Space, command: str, console: "Console") -> Record:
     from distributed.launch import ray_cluster
     from tune.conclude import conclude, open_summary
 
-    config = _resolve(config)
-    space = build(config.space, config.vary, config.base())
     record = _open(config, space, command)
     started = time.monotonic()
     total = len(space.points) or config.trials

@@ -6,18 +6,14 @@ leaves a checkpoint and an MLflow run that is complete. So nothing has to be kil
 lost.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import threading
-import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 from ray import tune
 from ray.train import UserCallback
@@ -30,12 +26,13 @@ from distributed.launch import GRACE_S, Outcome, launch
 from distributed.storage import open_folder, read_json, write_json
 from measnet.config import from_dict, to_dict
 from tune import costs
+from tune.owner import ownership
 from tune.space import apply
 
 SPEC = "spec"
 """Key of a trial's configuration in Tune, below which all of it lies."""
-OWNER = "owner.pid"
-"""File of a trial's folder: the process that runs it. All of them run on the head node."""
+OWNER_WAIT_S = 2 * GRACE_S + 30
+"""Tune starts a trial again while its last actor is still writing a checkpoint."""
 COSTS = "costs.json"
 FAILURE = "failure.json"
 STOPPED_BY_SEARCH = "stopped by the search"
@@ -123,7 +120,7 @@ class Trial(tune.Trainable):
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Go on from the own checkpoint, or take over the weights of another trial (PBT)."""
         if checkpoint and checkpoint["folder"] != self._config.folder:
-            with _ownership(self._config.folder):
+            with ownership(self._config.folder, wait_s=OWNER_WAIT_S):
                 take_over(checkpoint["folder"], checkpoint["name"], self._config)
 
     # ---- parts -----------------------------------------------------------------------------------
@@ -152,7 +149,7 @@ class Trial(tune.Trainable):
         local.mkdir(parents=True, exist_ok=True)
         try:
             with (
-                _ownership(self._config.folder),
+                ownership(self._config.folder, wait_s=OWNER_WAIT_S),
                 (local / "console.log").open("a") as log,
             ):
                 self._outcome = launch(
@@ -261,41 +258,3 @@ def take_over(donor: str, name: str, config: TrainConfig) -> None:
     snapshot.write(config.folder)
     for checkpoint in own:
         checkpoint.remove()
-
-
-@contextlib.contextmanager
-def _ownership(folder: str) -> Any:
-    """Wait until no other living process runs this trial, and say that this one does.
-
-    Tune starts a trial again while its last actor is still writing a checkpoint.
-    """
-    fs, root = open_folder(folder)
-    path = f"{root}/{OWNER}"
-    fs.makedirs(root, exist_ok=True)
-    deadline = time.monotonic() + 2 * GRACE_S + 30
-    while time.monotonic() < deadline:
-        try:
-            with fs.open(path, "r") as file:
-                owner = json.loads(file.read())
-        except (OSError, ValueError):
-            break
-        if not _lives(owner):
-            break
-        time.sleep(0.5)
-    me = psutil.Process()
-    with fs.open(path, "w") as file:
-        file.write(json.dumps({"pid": me.pid, "started": me.create_time()}))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            fs.rm(path)
-
-
-def _lives(owner: Mapping[str, Any]) -> bool:
-    if owner["pid"] == os.getpid():
-        return False
-    try:
-        return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) < 1
-    except psutil.Error:
-        return False
