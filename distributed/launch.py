@@ -349,6 +349,8 @@ def ray_cluster(config: TrainConfig, console: Console) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing phones home
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it prints each line twice
+    # Threads that wait for work asleep leave the cores to the loader and to other workers.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # How often Ray Train looks at its workers: the lower, the sooner a lost one is replaced.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.scaling.start_timeout_s)
