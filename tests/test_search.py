@@ -19,7 +19,7 @@ from distributed import checkpoint as checkpoints
 from distributed.config import demo
 from measnet.config import replace_dotted, to_dict
 from measnet.network import MEASNet
-from tune.conclude import prune_losers
+from tune.conclude import complete_curve, prune_losers
 from tune.config import parse
 from tune.owner import ownership
 from tune.record import Record, Row
@@ -292,6 +292,22 @@ def test_asha_spares_the_papers_point() -> None:
     for name, decision in (("s-000", "CONTINUE"), ("s-004", "STOP")):
         asha.on_trial_add(None, Stand(name))
         assert asha.on_trial_result(None, Stand(name), {"samples": 80, "psnr": 9.0}) == decision
+
+
+def test_a_validation_that_was_not_reported_is_found_in_the_runs_folder(tmp_path: Path) -> None:
+    lines = [(80, 20.0), (160, 21.0), (240, 22.0), (320, math.nan)]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps({"time": 0, "step": s, "metrics": {"val_psnr/mean": p}}) + "\n"
+            for s, p in lines
+        )
+        + '{"time": 0, "st'
+    )
+    row = Row(number=0, name="0", changes={}, folder=str(tmp_path))
+    row.validated(160, 21.0)
+    complete_curve(row)
+    assert row.curve == lines[:3]
+    assert (row.samples, row.psnr) == (240, 22.0)
 
 
 def test_two_launches_of_one_search_do_not_meet(tmp_path: Path) -> None:

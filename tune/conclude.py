@@ -26,6 +26,7 @@ CHAMPION = "champion.safetensors"
 
 def refresh(row: Row) -> None:
     """Take in what the trial's run said at its end."""
+    complete_curve(row)
     outcome = read_outcome(row.folder)
     validation = outcome.get("validation") or {}
     row.samples = max(row.samples, int(outcome.get("samples", 0)))
@@ -36,6 +37,24 @@ def refresh(row: Row) -> None:
         row.routing = report.get("routing", {})
         if is_number(validation.get("psnr")):
             row.validated(int(validation["at"]), float(validation["psnr"]))
+
+
+def complete_curve(row: Row) -> None:
+    """Take in validations whose report was lost because the search was killed just then.
+
+    Rank 0 writes them into the run's folder before anybody else hears of them.
+    """
+    _, root = open_folder(row.folder)
+    if not Path(root).is_absolute():
+        return  # not a folder but a URI: the file lies with the worker
+    found = {
+        int(record["step"]): float(record["metrics"]["val_psnr/mean"])
+        for record in tracking.read_metrics(Path(root))
+        if is_number(record["metrics"].get("val_psnr/mean"))
+    }
+    row.curve = sorted({**found, **dict(row.curve)}.items())
+    if row.curve and row.curve[-1][0] > row.samples:
+        row.samples, row.psnr = row.curve[-1]
 
 
 def open_summary(config: SearchConfig, record: Record) -> tracking.Run:

@@ -97,6 +97,7 @@ def _check_run(config: SearchConfig) -> None:
 def _open(config: SearchConfig, space: Space, command: str) -> Record:
     """The record that is there, or a new one; refuses to mix different searches."""
     from measnet.config import from_dict, to_dict
+    from tune.conclude import complete_curve
 
     record = load(config.folder)
     if record is None:
@@ -119,6 +120,8 @@ def _open(config: SearchConfig, space: Space, command: str) -> Record:
     for row in record.rows:
         if row.state == "running" or (row.state == "failed" and config.retry_failed):
             row.state, row.reason = "waiting", ""
+        if row.state == "waiting":
+            complete_curve(row)
     record.config, record.command = to_dict(config), command or record.command
     return record
 
