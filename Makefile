@@ -4,6 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Threads that wait asleep: spinning ones starve each other where several processes share the cores.
+export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 0
+
 .PHONY: demo test test-slow lint bench clean
 .DELETE_ON_ERROR:
 
@@ -24,6 +28,7 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python bench/model.py
 	$(BIN)/python bench/stream.py
+	$(BIN)/python bench/overhead.py
 
 # What the nodes of a cluster install, and the token without which nobody talks to it.
 deploy/node/requirements.txt: pyproject.toml constraints.txt $(STAMP)
