@@ -184,24 +184,35 @@ def evaluate(
     Raises:
         ValueError, OSError: no readable shards, or no picture in them.
     """
-    panels: dict[str, list[Image.Image]] = {}
-    overview: dict[str, Image.Image] = {}
+    panels = Panels(grid_rows if out is not None else 0)
+    source = enumerate(pictures(data_uri, limit=limit))
+    scores = score(model, source, device=device, protocol=protocol, tiling=tiling, seen=panels.keep)
+    report = EvaluationReport(str(data_uri), protocol, list(scores))
+    if out is not None:
+        write(report, panels.grids, Path(out))
+    return report
 
-    def keep(score: Score, picture: Picture, restored: Tensor) -> None:
-        own = panels.setdefault(score.degradation, [])
-        if out is None or len(own) >= grid_rows:
+
+class Panels:
+    """Rows of the before/after grids, collected while pictures are scored."""
+
+    def __init__(self, rows: int) -> None:
+        """Keep the first `rows` pictures of each degradation."""
+        self._rows = rows
+        self.grids: dict[str, list[Image.Image]] = {}
+        """Degradation -> its rows; `overview` -> a row per task."""
+        self._overview: dict[str, Image.Image] = {}
+
+    def keep(self, score: Score, picture: Picture, restored: Tensor) -> None:
+        """Take a picture that was scored, if its degradation has room."""
+        own = self.grids.setdefault(score.degradation, [])
+        if len(own) >= self._rows:
             return
         row = _row(score, picture, restored)
         if not own:  # of a task's degradations the last, which is the strongest, stays
-            overview[score.task] = figures.panel(row, widest=_OVERVIEW)
+            self._overview[score.task] = figures.panel(row, widest=_OVERVIEW)
+            self.grids["overview"] = list(self._overview.values())
         own.append(figures.panel(row))
-
-    source = enumerate(pictures(data_uri, limit=limit))
-    scores = score(model, source, device=device, protocol=protocol, tiling=tiling, seen=keep)
-    report = EvaluationReport(str(data_uri), protocol, list(scores))
-    if out is not None:
-        write(report, {**panels, "overview": list(overview.values())}, Path(out))
-    return report
 
 
 def share(

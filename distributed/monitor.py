@@ -79,9 +79,9 @@ class Reporter:
         """Note where the run stands; the thread sends it."""
         self._progress = progress
 
-    def say(self, line: str) -> None:
+    def say(self, line: str, *, from_any_rank: bool = False) -> None:
         """Show a line to the person who watches."""
-        if self._speaks:
+        if self._speaks or from_any_rank:
             self._monitor.say.remote(line)
 
     def close(self) -> None:

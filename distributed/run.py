@@ -13,6 +13,7 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from PIL.Image import Image
 from ray.train import CheckpointUploadMode
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from distributed.engine import (
     sharing_workers,
     weights,
 )
-from distributed.evaluate import EvaluationReport, Score, score, share
+from distributed.evaluate import EvaluationReport, Panels, Score, score, share, write
 from distributed.guard import (
     GoBackError,
     SkipCounter,
@@ -67,6 +68,8 @@ class Meter:
         self._usage: dict[str, Tensor] = {}
         self.step_keys: list[str] = []
         self.step_digests: list[int] = []
+        self.damage: list[str] = []
+        """Samples of this step for which others stand, and what is wrong with them."""
         self.reset()
 
     def reset(self) -> None:
@@ -89,6 +92,7 @@ class Meter:
         self._losses += of_one.double()
         self.micro_batches += 1
         self.step_keys += batch.keys
+        self.damage += batch.damage
         self.step_digests.append(zlib.crc32(batch.degraded.numpy().tobytes()))
         for library, share_bn in restoration.routing.items():
             chosen = share_bn.detach().double().sum(0)
@@ -104,7 +108,7 @@ class Meter:
     def end_step(self) -> tuple[list[str], list[int]]:
         """Names and crc32 of the micro-batches of the step that ends."""
         ended = self.step_keys, self.step_digests
-        self.step_keys, self.step_digests = [], []
+        self.step_keys, self.step_digests, self.damage = [], [], []
         return ended
 
     def take_usage(self) -> dict[str, list[float]]:
@@ -177,6 +181,7 @@ class TrainRun:
 
         self.meter = Meter(self.device, counts=not self._stands_by)
         self._sums_before = [0.0] * 5
+        self._damaged = 0
         self.stop_reason = ""
         self._validation: dict[str, Any] = {}
         self._local = Path(settings["tracking_folder"])
@@ -285,6 +290,13 @@ class TrainRun:
             wants to stop; crc32 of all micro-batches of the step, in their order; names of this
             rank's samples.
         """
+        for damage in self.meter.damage:
+            self._damaged += 1
+            self._note(
+                f"rank {self.rank}: another sample stands for a damaged one ({self._damaged} so "
+                f"far): {damage}",
+                from_any_rank=True,
+            )
         keys, own = self.meter.end_step()
         digests = torch.zeros(self.config.recipe.micro_batches, dtype=torch.float64)
         digests[self.first_micro_batch : self.first_micro_batch + len(own)] = torch.tensor(
@@ -342,10 +354,10 @@ class TrainRun:
         dist.barrier()
         raise GoBackError(f"{told} up to {self.samples:,} samples (guard.skips_in_a_row)")
 
-    def _note(self, line: str) -> None:
+    def _note(self, line: str, *, from_any_rank: bool = False) -> None:
         """Show a line, and keep it among the events that MLflow gets."""
-        self._reporter.say(line)
-        if self.rank == 0:
+        self._reporter.say(line, from_any_rank=from_any_rank)
+        if self.rank == 0 or from_any_rank:
             with (self._local / EVENTS).open("a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
@@ -383,8 +395,9 @@ class TrainRun:
         model.to(self.device).eval()
         data, limit = self.config.data.validation, self.config.every.validation_pictures
         own: list[Score] = []
+        panels = Panels(1)
         numbered = share(enumerate(pictures(data, limit=limit)), self.rank, self.world)
-        for result in score(model, numbered, device=self.device):
+        for result in score(model, numbered, device=self.device, seen=panels.keep):
             own.append(result)
             if self._reporter.stop_reason:
                 break
@@ -395,13 +408,20 @@ class TrainRun:
             return  # half a validation is none
         gathered: list[list[Score]] = [[] for _ in range(self.world)]
         dist.all_gather_object(gathered, own)
+        shown: list[dict[str, list[Image]]] = [{} for _ in range(self.world)]
+        panels.grids.pop("overview", None)  # of one rank's pictures only
+        dist.all_gather_object(shown, panels.grids)
         report = EvaluationReport(data, FIELD, sorted(s for part in gathered for s in part))
         mean = report.mean.restored_psnr
         self._best = mean if self._best is None else max(self._best, mean)
         self._validation = {"at": self.samples, "psnr": mean, "report": report.as_dict()}
         self._warn_of_idle_experts()
+        grids = {name: rows for rows_of in shown for name, rows in rows_of.items()}
         if self._tracker:
             self._tracker.metrics(report.metrics(), self.samples)
+            folder = self._local / "validation" / f"{self.samples:012d}"
+            write(report, grids, folder)
+            self._tracker.artifact(folder, f"validation/{self.samples:012d}")
         by_task = "  ".join(
             f"{t} {s.input_psnr:.2f} -> {s.restored_psnr:.2f}" for t, s in report.tasks.items()
         )
