@@ -23,7 +23,7 @@ def test_learning_rate_warms_up_from_above_zero_and_falls_to_zero() -> None:
     assert rates[-1] == pytest.approx(0, abs=1e-12)
     half = engines.learning_rate(RECIPE, 80 + 720 // 2)
     assert half == pytest.approx(RECIPE.lr * 0.5 * (1 + math.cos(math.pi / 2)))
-    assert all(later <= earlier for earlier, later in itertools.pairwise(rates))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
 
 
 def test_decisions_name_their_reason() -> None:

@@ -62,6 +62,7 @@ def finished(packed: Path, ray_local: None, tmp_path_factory: pytest.TempPathFac
     return folder
 
 
+@pytest.mark.slow
 def test_a_search_leaves_what_is_needed(finished: Path) -> None:
     search = read(finished)
     assert search["state"] == "finished"
@@ -89,6 +90,7 @@ def test_a_search_leaves_what_is_needed(finished: Path) -> None:
     assert not (folder / "tune").exists()
 
 
+@pytest.mark.slow
 def test_losers_are_pruned_and_the_best_is_kept(finished: Path) -> None:
     search = read(finished)
     kept = set(search["front"])
@@ -98,6 +100,7 @@ def test_losers_are_pruned_and_the_best_is_kept(finished: Path) -> None:
         assert (Path(trial["folder"]) / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_mlflow_has_flat_trials_a_summary_and_the_champion(finished: Path) -> None:
     from mlflow import MlflowClient
 
@@ -124,6 +127,7 @@ def test_mlflow_has_flat_trials_a_summary_and_the_champion(finished: Path) -> No
     assert "validation PSNR" in champion.description
 
 
+@pytest.mark.slow
 def test_the_best_trains_at_full_length_by_the_command_that_is_shown(finished: Path) -> None:
     from distributed.config import from_yaml
     from distributed.launch import check, resolve
@@ -137,6 +141,7 @@ def test_the_best_trains_at_full_length_by_the_command_that_is_shown(finished: P
     check(resolve(config))
 
 
+@pytest.mark.slow
 def test_a_finished_search_says_so_and_another_one_of_its_name_is_refused(
     finished: Path,
     packed: Path,
