@@ -135,6 +135,7 @@ def pack(
         for name, chain in chains.items():
             shards = [row for row in rows if row.task == name]
             result = result.with_task(name, _entry(layout, chain, found, options, shards), shards)
+        storage.remove_unfinished(out)
         manifest.write(result, out)
         _clean_up(out, result)
     return result

@@ -138,6 +138,13 @@ def replacing(path: str) -> Iterator[str]:
             os.unlink(temporary)
 
 
+def remove_unfinished(folder: str) -> None:
+    """Removes what killed processes have half written; for whoever alone may write to a folder."""
+    if not is_remote(folder):
+        for left in Path(folder).glob(".*.part"):
+            left.unlink(missing_ok=True)
+
+
 def put(local: str, uri: str) -> None:
     """Moves a whole local file to its place."""
     if is_remote(uri):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from distributed import checkpoint as checkpoints
+from distributed.config import PRESETS
 from distributed.run import CONSUMED
 from distributed.train import main
 from measnet.network import MEASNet
@@ -99,7 +100,7 @@ def test_another_recipe_under_the_same_name_is_refused(
     monkeypatch.chdir(finished)
     assert main(command(packed, "--recipe.lr", "1e-5")) == 2
     message = capsys.readouterr().err
-    assert "recipe.lr 0.002 (now 1e-05)" in message and "--name" in message
+    assert f"recipe.lr {PRESETS['demo']().recipe.lr} (now 1e-05)" in message and "--name" in message
 
 
 def test_two_workers_learn_what_one_learns(
