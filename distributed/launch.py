@@ -305,13 +305,11 @@ def _fit(
 
 
 def _outcome(config: TrainConfig, ended: dict[str, Any], signals: list[str]) -> Outcome:
-    if "error" in ended:
+    if "error" in ended or "result" not in ended:  # failed, or ended before any answer
         newest = checkpoints.newest_whole(config.folder)
         samples = newest.samples if newest else 0
-        return Outcome("failed", config.folder, _one_line(ended["error"]), samples)
-    if "result" not in ended:  # ended before the workers could answer
-        newest = checkpoints.newest_whole(config.folder)
-        samples = newest.samples if newest else 0
+        if "error" in ended:
+            return Outcome("failed", config.folder, _one_line(ended["error"]), samples)
         return Outcome("stopped", config.folder, signals[0] if signals else "", samples)
     told = ended["result"].return_value
     status = "finished" if told["finished"] else "stopped"
