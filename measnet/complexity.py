@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from measnet import config as configs
 from measnet.config import ModelConfig, replace_dotted
+from measnet.convolution import torch_only
 from measnet.losses import restoration_loss
 from measnet.network import MEASNet
 
@@ -296,7 +297,8 @@ def memory_table(config: ModelConfig, budget: float, crop: int, precision: Preci
     ]
     dense = replace_dotted(config, {"expert_path": "dense"})  # what a GPU takes
     for checkpointing in (False, True):
-        memory = predict(dense, precision=precision, checkpointing=checkpointing)
+        with torch_only():  # as a GPU
+            memory = predict(dense, precision=precision, checkpointing=checkpointing)
         sample = memory.per_pixel * crop * crop / 2**30
         batch = largest_micro_batch(memory, budget, crop)
         name = "on" if checkpointing else "off"

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from measnet.transformer import pointwise, weight
+from measnet.convolution import pointwise
+from measnet.transformer import weight
 
 ExpertPath = Literal["auto", "dense", "sorted"]
 BALANCE_EPSILON = 1e-10

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from measnet.convolution import convolve, pointwise
 from measnet.experts import ExpertPath, resolve_path, scatter_gates
-from measnet.transformer import Merge, convolve, pointwise, weight
+from measnet.transformer import Merge, weight
 
 GROUPS = 8
 """Channel groups that share one low-pass kernel (Eq. 7)."""

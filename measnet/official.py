@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from measnet.config import ModelConfig
+from measnet.convolution import convolve, pointwise
 from measnet.experts import (
     BALANCE_EPSILON,
     ExpertBank,
@@ -29,7 +30,7 @@ from measnet.experts import (
 )
 from measnet.frequency import FrequencySplit
 from measnet.network import MEASNet
-from measnet.transformer import Merge, attend_channels, convolve, pointwise, weight
+from measnet.transformer import Merge, attend_channels, weight
 
 LEAST_SIZE = 64
 """Pixels a side: level 3 is shrunk twice by 4 in `RankExperts`."""

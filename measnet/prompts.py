@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from measnet.transformer import pointwise, weight
+from measnet.convolution import pointwise
+from measnet.transformer import weight
 
 LEAST_SIZE = 9
 """Pixels a side that two convolutions of stride 3 need."""

@@ -11,37 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from measnet.convolution import convolve, gated_convolve, pointwise
+
 EPSILON = 1e-12  # the least norm that a query or key is divided by
-CONVOLUTION_PAYS = 48 * 128  # elements of a matrix from which oneDNN trains faster than MKL
 
 
 def weight(*shape: int, fan_in: int) -> nn.Parameter:
     """A parameter drawn uniformly within ±1/√fan_in, as torch draws those of convolutions."""
     bound = 1 / math.sqrt(fan_in)
     return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
-
-
-def convolve(x_bhwc: Tensor, kernel: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
-    """`F.conv2d` with zero padding to the same size (odd kernels) on BHWC features."""
-    padding = (kernel.shape[-2] // 2, kernel.shape[-1] // 2)
-    x_bchw = F.conv2d(x_bhwc.permute(0, 3, 1, 2), kernel, bias, padding=padding, groups=groups)
-    return x_bchw.permute(0, 2, 3, 1)
-
-
-def pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` over the last dimension: a 1×1 convolution.
-
-    On a CPU it is computed as one, for torch hands convolutions to oneDNN and matrix products to
-    MKL, which uses half of what an AMD processor can do. Not where a small matrix is trained: there
-    oneDNN's gradient costs more than the rest gains.
-    """
-    on_cpu = x.device.type == "cpu" and x.dtype != torch.float64
-    small = torch.is_grad_enabled() and matrix.numel() < CONVOLUTION_PAYS
-    if not on_cpu or small or x.numel() == 0 or torch.compiler.is_compiling():
-        return F.linear(x, matrix, bias)
-    row_bchw = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)
-    out_bchw = F.conv2d(row_bchw, matrix[:, :, None, None], bias)
-    return out_bchw.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(matrix))
 
 
 class Conv3x3(nn.Module):
@@ -131,11 +109,9 @@ class FeedForward(nn.Module):
         """(B, H, W, C) -> (B, H, W, C)."""
         project_in = F.pad(self.project_in, (0, 0, 0, self.padding))
         depthwise = F.pad(self.depthwise, (0, 0, 0, 0, 0, 0, 0, self.padding))
-        a, b = (
-            convolve(pointwise(x_bhwc, p), d, groups=len(d))
-            for p, d in zip(project_in, depthwise, strict=True)
-        )
-        return pointwise(F.gelu(a) * b, F.pad(self.project_out, (0, self.padding)))
+        a, b = (pointwise(x_bhwc, matrix) for matrix in project_in)
+        gated = gated_convolve(a, b, *depthwise)
+        return pointwise(gated, F.pad(self.project_out, (0, self.padding)))
 
 
 class TransformerBlock(nn.Module):
