@@ -44,6 +44,7 @@ from measnet.config import from_dict, to_dict
 from measnet.losses import Losses
 from measnet.metrics import FIELD
 from measnet.network import MEASNet, Restoration
+from shards.reader import DamagedError
 from shards.stream import Batch, TrainStream, pictures
 
 CONSUMED = "consumed.jsonl"
@@ -290,11 +291,10 @@ class TrainRun:
             wants to stop; crc32 of all micro-batches of the step, in their order; names of this
             rank's samples.
         """
-        for damage in self.meter.damage:
-            self._damaged += 1
+        damage = self.meter.damage
+        for what in damage:
             self._note(
-                f"rank {self.rank}: another sample stands for a damaged one ({self._damaged} so "
-                f"far): {damage}",
+                f"rank {self.rank}: another sample stands for a damaged one: {what}",
                 from_any_rank=True,
             )
         keys, own = self.meter.end_step()
@@ -303,11 +303,24 @@ class TrainRun:
             own,
             dtype=torch.float64,  # holds 32 bits exactly
         )
-        wants_stop = torch.tensor([float(bool(self._reporter.stop_reason))], dtype=torch.float64)
-        told = torch.cat([self.meter.sums(), torch.cat([wants_stop, digests]).to(self.device)])
+        wants_stop = float(bool(self._reporter.stop_reason))
+        counts = torch.tensor([wants_stop, len(damage)], dtype=torch.float64)
+        told = torch.cat([self.meter.sums(), torch.cat([counts, digests]).to(self.device)])
         dist.all_reduce(told)
-        sums, (stops, *crcs) = told[:5].tolist(), told[5:].tolist()
+        sums, (stops, damaged, *crcs) = told[:5].tolist(), told[5:].tolist()
+        self._count_damage(int(damaged))
         return sums, bool(stops), [int(crc) for crc in crcs], keys
+
+    def _count_damage(self, damaged: int) -> None:
+        """Of all ranks, so that the budget does not depend on their number."""
+        self._damaged += damaged
+        budget = self.config.data.corrupt_budget
+        if self._damaged > budget:
+            raise DamagedError(
+                f"{self._damaged} samples were damaged since the start, more than "
+                f"data.corrupt_budget = {budget}",
+                f"see all damage by `python -m shards.inspect {self.config.data.train}`",
+            )
 
     def _log_consumed(self, digests: list[int]) -> None:
         """Add the step to the chained digest, and to the log of consumed samples."""
