@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -292,7 +292,7 @@ def _fit(
         return not thread.is_alive() or bool(late) or len(signals) > 1
 
     total = config.recipe.steps * config.recipe.global_batch
-    with _signals(signals):
+    with on_signal(signals.append):
         thread.start()
         display = Display(monitor, console, total, scaling, wanted)
         display.run_until(over)
@@ -319,15 +319,14 @@ def _outcome(config: TrainConfig, ended: dict[str, Any], signals: list[str]) -> 
 
 
 @contextmanager
-def _signals(received: list[str]) -> Iterator[None]:
-    """Note Ctrl-C and termination in `received` instead of raising, where this is the main
-    thread."""
+def on_signal(tell: Callable[[str], object]) -> Iterator[None]:
+    """Within it Ctrl-C and termination are told by name instead of raised; in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def note(number: int, _frame: Any) -> None:
-        received.append("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
+        tell("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
 
     before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -2,10 +2,10 @@
 
     python -m tests.chaos --trials 20 --seed 0 [--json]
 
-Every trial trains the same small run on two workers, kills what the trial's point names with
-SIGKILL at a moment drawn from the seed, once or twice, gives the same command again where the
-command itself was killed, and compares the end with an undisturbed run: weights, their average,
-Adam's moments and the digest of all pixels trained on must be identical to the bit.
+Every trial trains the same small run on two workers and kills what the trial's point names, once or
+twice, with SIGKILL (a hung worker: with SIGSTOP) at a moment drawn from the seed. Where the command
+itself was killed it is given again. The end is compared with an undisturbed run: weights, their
+average, Adam's moments and the digest of all pixels trained on must be identical to the bit.
 """
 
 import contextlib
@@ -59,17 +59,19 @@ class Trial:
 class Run:
     """A training command, started in a folder."""
 
-    def __init__(self, folder: Path, data: Path, environment: dict[str, str]) -> None:
-        """Start it."""
+    def __init__(self, folder: Path, data: Path, environment: dict[str, str], *more: str) -> None:
+        """Start it; `more` arguments of the command."""
         arguments = [
             *(sys.executable, "-m", "distributed.train", "demo"),
             *("--data.train", str(data / "train"), "--data.validation", str(data / "test")),
             *("--data.crop", "32", "--model.dim", "8", "--scaling.workers", "2"),
             *("--scaling.cpus-per-worker", "1", "--scaling.max-failures", "-1"),
+            *("--scaling.health-timeout-s", "10"),  # here nobody is so busy for so long
             *("--recipe.samples", str(STEPS * BATCH), "--recipe.global-batch", str(BATCH)),
             *("--recipe.micro-batch", "2", "--recipe.warmup-samples", "8"),
             *("--every.log", str(BATCH), "--every.checkpoint", str(5 * BATCH)),
             *("--every.validate", "0", "--every.validation-pictures", "1"),
+            *more,
         ]
         self.folder = folder / "runs" / "demo"
         self.log = (folder / "log.txt").open("a")
@@ -154,6 +156,11 @@ class Cluster:
         """A node in the place of a lost one."""
         self._cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
 
+    def lose_nodes(self) -> None:
+        """All nodes but the head die."""
+        for node in list(self._cluster.worker_nodes):
+            self._cluster.remove_node(node, allow_graceful=False)
+
     def close(self) -> None:
         """End all of it."""
         _kill(self.processes())
@@ -192,6 +199,11 @@ def _kill(processes: Sequence[psutil.Process]) -> None:
 def worker(run: Run, cluster: Cluster | None, draw: random.Random) -> None:
     """One worker dies."""
     _kill([draw.choice(_workers([run.process]))])
+
+
+def hung_worker(run: Run, cluster: Cluster | None, draw: random.Random) -> None:
+    """One worker stops working, and does not die."""
+    draw.choice(_workers([run.process])).suspend()
 
 
 def all_workers(run: Run, cluster: Cluster | None, draw: random.Random) -> None:
@@ -234,6 +246,7 @@ def head(run: Run, cluster: Cluster | None, draw: random.Random) -> None:
 
 POINTS: dict[str, Callable[[Run, Cluster | None, random.Random], None]] = {
     "worker": worker,
+    "hung worker": hung_worker,
     "all workers": all_workers,
     "driver": driver,
     "checkpoint write": checkpoint_write,

@@ -7,15 +7,13 @@ lies in STORAGE/NAME/search.json; the same command goes on from there.
 import dataclasses
 import os
 import shlex
-import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tune.config import SearchConfig, comparable, parse
 from tune.owner import ownership
@@ -146,6 +144,7 @@ def _run(
     """Have Ray Tune run what is left, until the end or a signal."""
     import ray
 
+    from distributed.launch import on_signal
     from tune.resources import fit
     from tune.tuner import Live, make_tuner
 
@@ -163,36 +162,22 @@ def _run(
                 failed.append(error)
 
         thread = threading.Thread(target=run, name="tune", daemon=True)
-        with _signals(live, console):
+
+        def stop(name: str) -> None:
+            """The first has the trials write a checkpoint and end; a second one does not wait."""
+            live.signals += 1
+            live.stop_file.touch()
+            # Not by the console, which may be locked by what was interrupted.
+            line = f"{name}: trials write a last checkpoint; once more ends at once\n"
+            os.write(1, line.encode())
+
+        with on_signal(stop):
             thread.start()
             while thread.is_alive() and live.signals < 2:
                 thread.join(0.3)
         record.save()
         if failed:
             raise failed[0]
-
-
-@contextmanager
-def _signals(live: Any, console: "Console") -> Iterator[None]:
-    """The first Ctrl-C or termination has the trials write a checkpoint and end; a second one
-    does not wait."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def note(number: int, _frame: Any) -> None:
-        live.signals += 1
-        live.stop_file.touch()
-        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        # Not by the console, which may be locked by what was interrupted.
-        os.write(1, f"{name}: trials write a last checkpoint; once more ends at once\n".encode())
-
-    before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

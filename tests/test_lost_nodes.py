@@ -1,0 +1,33 @@
+"""A cluster that loses all of its nodes and gets no others."""
+
+from pathlib import Path
+
+import pytest
+
+from distributed import checkpoint as checkpoints
+from tests.chaos import Cluster, Run
+from tests.photographs import pack_photographs
+
+pytestmark = pytest.mark.slow
+
+
+def test_without_other_nodes_the_run_says_what_it_waits_for_and_gives_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    data = pack_photographs(tmp_path / "data")
+    limits = ("--scaling.start-timeout-s", "5", "--scaling.give-up-s", "20")
+    cluster = Cluster()
+    try:
+        run = Run(tmp_path, data, cluster.environment, *limits)
+        assert run.wait_for_step(6)
+        cluster.lose_nodes()
+        assert run.end() != 0
+    finally:
+        cluster.close()
+    told = (tmp_path / "log.txt").read_text()
+    assert "no worker was heard for" in told
+    assert "giving up in" in told
+    assert "python -m distributed.train" in told.splitlines()[-1] + told.splitlines()[-2], told
+    kept = checkpoints.newest_whole(str(run.folder))
+    assert kept is not None and kept.samples >= 20
