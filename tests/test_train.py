@@ -213,7 +213,7 @@ def test_every_zero_stage_and_number_of_workers_learns_the_same(
     for name, (other_curve, other_weights) in ends.items():
         assert other_curve == pytest.approx(curve, rel=1e-5), name
         for key, weight in weights.items():
-            # Adam divides by the root of a mean square: where that is near zero, so is what is known.
+            # Adam divides by the root of a mean square; where that is near zero, little is known.
             torch.testing.assert_close(
                 other_weights[key], weight, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
             )
