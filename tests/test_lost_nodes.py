@@ -16,7 +16,7 @@ def test_without_other_nodes_the_run_says_what_it_waits_for_and_gives_up(
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     data = pack_photographs(tmp_path / "data")
-    limits = ("--scaling.start-timeout-s", "5", "--scaling.give-up-s", "20")
+    limits = ("--scaling.start-timeout-s", "5", "--scaling.give-up-s", "60")
     cluster = Cluster()
     try:
         run = Run(tmp_path, data, cluster.environment, *limits)
@@ -28,6 +28,6 @@ def test_without_other_nodes_the_run_says_what_it_waits_for_and_gives_up(
     told = (tmp_path / "log.txt").read_text()
     assert "no worker was heard for" in told
     assert "giving up in" in told
-    assert "python -m distributed.train" in told.splitlines()[-1] + told.splitlines()[-2], told
+    assert "the same command goes on" in told.splitlines()[-1], told
     kept = checkpoints.newest_whole(str(run.folder))
     assert kept is not None and kept.samples >= 20
