@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from measnet import config as configs
 from measnet.config import ModelConfig, replace_dotted
-from measnet.convolution import torch_only
+from measnet.kernels import torch_only
 from measnet.losses import restoration_loss
 from measnet.network import MEASNet
 

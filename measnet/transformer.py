@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from measnet.convolution import convolve, gated_convolve, pointwise
+from measnet import kernels
+from measnet.convolution import convolve, pointwise
 
 EPSILON = 1e-12  # the least norm that a query or key is divided by
 
@@ -73,14 +74,32 @@ def attend_channels(
     q_bhcp = q_bpc.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)
     k_bhpc = k_bpc.unflatten(-1, (heads, -1)).transpose(1, 2)
     gram = (q_bhcp @ k_bhpc).float()
-    q_norm, k_norm = _norm(q_bpc), _norm(k_bpc)
+    matrix_boc = channel_matrix(gram, _norm(q_bpc), _norm(k_bpc), temperature, project_out)
+    if len(matrix_boc) == 1:
+        return pointwise(v_bpc, matrix_boc[0].to(v_bpc.dtype))
+    return v_bpc @ matrix_boc.transpose(1, 2).to(v_bpc.dtype)
+
+
+def channel_matrix(
+    gram: Tensor, q_norm: Tensor, k_norm: Tensor, temperature: Tensor, project_out: Tensor
+) -> Tensor:
+    """What attention and its 1×1 convolution do to v, one matrix a picture.
+
+    Args:
+        gram: qᵀk over the pixels, (B, heads, C/heads, C/heads) fp32.
+        q_norm: (B, C) fp32; `k_norm` the same of k.
+        k_norm: see `q_norm`.
+        temperature: (heads, 1, 1).
+        project_out: (C, C).
+
+    Returns:
+        (B, C out, C of v).
+    """
+    heads = len(temperature)
     cosine = gram / q_norm.view(*gram.shape[:3], 1) / k_norm.view(len(gram), heads, 1, -1)
-    attention_bhcc = torch.softmax(cosine * temperature.float(), dim=-1).to(v_bpc.dtype)
+    attention_bhcc = torch.softmax(cosine * temperature.float(), dim=-1).to(project_out.dtype)
     project_hcc = project_out.unflatten(1, (heads, -1)).transpose(0, 1)
-    mixed = (project_hcc @ attention_bhcc).transpose(1, 2).flatten(2)  # (B, C out, C of v)
-    if len(mixed) == 1:
-        return pointwise(v_bpc, mixed[0].to(v_bpc.dtype))
-    return v_bpc @ mixed.transpose(1, 2).to(v_bpc.dtype)
+    return (project_hcc @ attention_bhcc).transpose(1, 2).flatten(2)
 
 
 def _norm(x_bpc: Tensor) -> Tensor:
@@ -110,8 +129,11 @@ class FeedForward(nn.Module):
         project_in = F.pad(self.project_in, (0, 0, 0, self.padding))
         depthwise = F.pad(self.depthwise, (0, 0, 0, 0, 0, 0, 0, self.padding))
         a, b = (pointwise(x_bhwc, matrix) for matrix in project_in)
-        gated = gated_convolve(a, b, *depthwise)
-        return pointwise(gated, F.pad(self.project_out, (0, self.padding)))
+        a, b = (
+            convolve(half, kernel, groups=len(kernel))
+            for half, kernel in zip((a, b), depthwise, strict=True)
+        )
+        return pointwise(F.gelu(a) * b, F.pad(self.project_out, (0, self.padding)))
 
 
 class TransformerBlock(nn.Module):
@@ -127,8 +149,20 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        x_bhwc = x_bhwc + self.attention(self.norm1(x_bhwc))
-        return x_bhwc + self.feed_forward(self.norm2(x_bhwc))
+        attention, ffn = self.attention, self.feed_forward
+        heads = len(attention.temperature)
+        if not kernels.fit(x_bhwc, self.norm1.weight, attention.qkv, heads=heads):
+            x_bhwc = x_bhwc + attention(self.norm1(x_bhwc))
+            return x_bhwc + ffn(self.norm2(x_bhwc))
+        v_bhwc, gram, squares_b2c = kernels.correlate(
+            x_bhwc, self.norm1, attention.qkv, attention.qkv_depthwise, heads
+        )
+        q_norm, k_norm = squares_b2c.clamp_min(EPSILON**2).sqrt().unbind(1)
+        matrix = channel_matrix(gram, q_norm, k_norm, attention.temperature, attention.project_out)
+        x_bhwc = kernels.mix(x_bhwc, v_bhwc, matrix)
+        return kernels.feed_forward(
+            x_bhwc, self.norm2, ffn.project_in, ffn.depthwise, ffn.project_out
+        )
 
 
 class Downsample(nn.Module):

@@ -1,0 +1,836 @@
+/* The transformer block's passes over fp32 BHWC features on a CPU. Included once for each vector width.
+ *
+ *   convolve, convolve_back   a depth-wise 3×3 convolution with zero padding; its gradients
+ *   expand                    layer norm, then one to three 1×1 convolutions
+ *   gate                      x + W (gelu(dw a) · dw b), from expanded a and b
+ *   gate_straight             the same from x alone: what is expanded lives for three rows (inference)
+ *   gate_back                 gradients of both: layer norm, expansion, convolutions, gate, W
+ *   correlate                 from expanded q, k, v: dw v, and per head qᵀk and the squares of q and k
+ *   correlate_back            its gradients and those of the layer norm and the expansion before it
+ *   mix, mix_back             x + M v with a matrix per picture; its gradients
+ *
+ * What a 1×1 convolution gives is used a few rows later, while it is in the cache: that is what is gained
+ * over a library call per operation. Numbers of channels are multiples of LANES; hidden ones are padded.
+ *
+ * Work is cut into parts of rows of a picture, in the same way for any number of threads; sums over pixels
+ * (gradients of weights, qᵀk) are given per part and added by the caller: results do not depend on threads.
+ * Those shares must be zeros at the start. Threads are those of the OpenMP runtime that torch has loaded; a
+ * second runtime would compete for the same cores.
+ *
+ * Legend: `count` pixels, `depth` channels that are summed over, `ld…` numbers from a pixel to the next. */
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+enum {
+    TILE = LANES == 16 ? 8 : 4, /* pixels × PANEL vectors of channels are summed up in registers */
+    PANEL = 3,
+    BLOCK = 128, /* pixels that are expanded at once */
+    BAND = 64,   /* least number of pixels that are worked on at once, where rows are short */
+    PART = 32,   /* rows of a part */
+    TAPS = 9,
+    STREAMS = 3,
+    LARGE_PAGE = 2 << 20,
+};
+
+typedef float Lanes __attribute__((vector_size(4 * LANES)));
+typedef int32_t Whole __attribute__((vector_size(4 * LANES)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE Lanes load(const float *from) {
+    Lanes lanes;
+    memcpy(&lanes, from, sizeof lanes);
+    return lanes;
+}
+
+INLINE void store(float *to, Lanes lanes) { memcpy(to, &lanes, sizeof lanes); }
+
+INLINE float total(Lanes lanes) {
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += lanes[i];
+    return sum;
+}
+
+INLINE Lanes choose(Whole mask, Lanes yes, Lanes no) { return (Lanes)((mask & (Whole)yes) | (~mask & (Whole)no)); }
+
+/* --- Memory that a thread keeps for its next call --- */
+
+typedef struct {
+    float *at;
+    size_t size, used;
+} Arena;
+
+static _Thread_local Arena scratch, packed_matrices;
+
+/* 0 where there is no memory. */
+static int reserve(Arena *arena, size_t size) {
+    arena->used = 0;
+    if (arena->size >= size) return 1;
+    free(arena->at);
+    arena->at = malloc(size * sizeof *arena->at);
+    arena->size = arena->at ? size : 0;
+    return arena->at != NULL;
+}
+
+static float *take(Arena *arena, size_t size) {
+    float *at = arena->at + arena->used;
+    arena->used += size;
+    return at;
+}
+
+/* Ask for large pages where a result is about to be written: fetching 4 KiB at a time takes longer than computing it. */
+static void expect(float *at, size_t size) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 4096, from = ((uintptr_t)at + page - 1) / page * page;
+    const uintptr_t to = ((uintptr_t)at + size * sizeof *at) / page * page;
+    if (at && to > from + LARGE_PAGE) madvise((void *)from, to - from, MADV_HUGEPAGE); /* in vain is no error */
+#else
+    (void)at, (void)size;
+#endif
+}
+
+/* --- Matrix products --- */
+
+/* A depth × columns matrix, cut into panels of up to PANEL vectors of columns, each row by row. */
+typedef struct {
+    float *at;
+    long depth, columns;
+} Packed;
+
+typedef struct {
+    long first, width; /* in vectors */
+} Panel;
+
+static long panels_of(long columns) { return (columns / LANES + PANEL - 1) / PANEL; }
+
+static Panel panel_of(long columns, long index) {
+    const long vectors = columns / LANES, panels = panels_of(columns);
+    const long least = vectors / panels, wider = vectors % panels;
+    return (Panel){index * least + (index < wider ? index : wider), least + (index < wider)};
+}
+
+/* Where a matrix comes from: rows × columns, or turned; what is beyond `rows` and `columns` is 0. */
+typedef struct {
+    const float *from;
+    long rows, columns, ld;
+    int turned;
+    Packed to;
+} Pack;
+
+static void pack_panel(const Pack *pack, long index) {
+    const Panel panel = panel_of(pack->to.columns, index);
+    const long width = panel.width * LANES, start = panel.first * LANES, depth = pack->to.depth;
+    const long rows = pack->turned ? pack->columns : pack->rows, columns = pack->turned ? pack->rows : pack->columns;
+    float *to = pack->to.at + start * depth;
+    for (long top = 0; top < depth; top += LANES) {
+        const long bottom = top + LANES < depth ? top + LANES : depth;
+        for (long j = 0; j < width; j++)
+            for (long k = top; k < bottom; k++) {
+                const long row = pack->turned ? start + j : k, column = pack->turned ? k : start + j;
+                const int inside = k < rows && start + j < columns;
+                to[k * width + j] = inside ? pack->from[row * pack->ld + column] : 0;
+            }
+    }
+}
+
+INLINE void tile(int pixels, int width, const float *a, long lda, const float *b, long depth, float *out, long ldo,
+                 int add) {
+    Lanes sums[TILE][PANEL];
+#pragma GCC unroll 8
+    for (int i = 0; i < pixels; i++)
+#pragma GCC unroll 3
+        for (int j = 0; j < width; j++) sums[i][j] = (Lanes){0};
+    for (long k = 0; k < depth; k++, b += width * LANES) {
+        Lanes row[PANEL];
+#pragma GCC unroll 3
+        for (int j = 0; j < width; j++) row[j] = load(b + j * LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < pixels; i++) {
+            const float value = a[i * lda + k];
+#pragma GCC unroll 3
+            for (int j = 0; j < width; j++) sums[i][j] += value * row[j];
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < pixels; i++)
+#pragma GCC unroll 3
+        for (int j = 0; j < width; j++) { /* added last: small terms are not lost on a large one */
+            float *to = out + i * ldo + j * LANES;
+            store(to, add ? load(to) + sums[i][j] : sums[i][j]);
+        }
+}
+
+INLINE void tiles(int width, const float *a, long lda, long count, const float *b, long depth, float *out, long ldo,
+                  int add) {
+    long i = 0;
+    for (; i + TILE <= count; i += TILE) tile(TILE, width, a + i * lda, lda, b, depth, out + i * ldo, ldo, add);
+    for (; i < count; i++) tile(1, width, a + i * lda, lda, b, depth, out + i * ldo, ldo, add);
+}
+
+/* out (count × columns) = a (count × depth) · b, or added to it. */
+static void multiply(const float *a, long lda, long count, Packed b, float *out, long ldo, int add) {
+    for (long index = 0; index < panels_of(b.columns); index++) {
+        const Panel panel = panel_of(b.columns, index);
+        const float *at = b.at + panel.first * LANES * b.depth;
+        float *to = out + panel.first * LANES;
+        if (panel.width == 3)
+            tiles(3, a, lda, count, at, b.depth, to, ldo, add);
+        else if (panel.width == 2)
+            tiles(2, a, lda, count, at, b.depth, to, ldo, add);
+        else
+            tiles(1, a, lda, count, at, b.depth, to, ldo, add);
+    }
+}
+
+INLINE void outer_tile(int width, const float *a, long lda, const float *b, long count, float *out, long ldo) {
+    Lanes sums[TILE][PANEL];
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE; i++)
+#pragma GCC unroll 3
+        for (int j = 0; j < width; j++) sums[i][j] = (Lanes){0};
+    for (long p = 0; p < count; p++, a += lda, b += width * LANES) {
+        Lanes row[PANEL];
+#pragma GCC unroll 3
+        for (int j = 0; j < width; j++) row[j] = load(b + j * LANES);
+#pragma GCC unroll 8
+        for (int i = 0; i < TILE; i++)
+#pragma GCC unroll 3
+            for (int j = 0; j < width; j++) sums[i][j] += a[i] * row[j];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE; i++)
+#pragma GCC unroll 3
+        for (int j = 0; j < width; j++) {
+            float *to = out + i * ldo + j * LANES;
+            store(to, load(to) + sums[i][j]);
+        }
+}
+
+/* out (rows × columns) += aᵀ b over `count` pixels. */
+static void outer(const float *a, long lda, long rows, const float *b, long ldb, long columns, long count, float *out) {
+    float panel_of_b[BAND * PANEL * LANES];
+    for (; count > 0; count -= BAND, a += BAND * lda, b += BAND * ldb) {
+        const long pixels = count < BAND ? count : BAND;
+        for (long index = 0; index < panels_of(columns); index++) {
+            const Panel panel = panel_of(columns, index);
+            const long start = panel.first * LANES, width = panel.width * LANES;
+            for (long p = 0; p < pixels; p++)
+                memcpy(panel_of_b + p * width, b + p * ldb + start, (size_t)width * sizeof *b);
+            for (long row = 0; row < rows; row += TILE) {
+                float *to = out + row * columns + start;
+                if (panel.width == 3)
+                    outer_tile(3, a + row, lda, panel_of_b, pixels, to, columns);
+                else if (panel.width == 2)
+                    outer_tile(2, a + row, lda, panel_of_b, pixels, to, columns);
+                else
+                    outer_tile(1, a + row, lda, panel_of_b, pixels, to, columns);
+            }
+        }
+    }
+}
+
+/* --- Layer norm --- */
+
+typedef struct {
+    const float *weight, *bias;
+    float epsilon;
+    long channels;
+} Norm;
+
+/* Mean and 1/√(variance + ε) of a pixel. */
+INLINE void moments(const float *x, const Norm *norm, float *mean, float *scale) {
+    Lanes sum = {0}, squares = {0};
+    for (long c = 0; c < norm->channels; c += LANES) sum += load(x + c);
+    *mean = total(sum) / (float)norm->channels;
+    for (long c = 0; c < norm->channels; c += LANES) {
+        const Lanes apart = load(x + c) - *mean;
+        squares += apart * apart;
+    }
+    *scale = 1 / sqrtf(total(squares) / (float)norm->channels + norm->epsilon);
+}
+
+static void normalise(const float *x, long count, const Norm *norm, float *out) {
+    for (const float *end = x + count * norm->channels; x < end; x += norm->channels, out += norm->channels) {
+        float mean, scale;
+        moments(x, norm, &mean, &scale);
+        for (long c = 0; c < norm->channels; c += LANES)
+            store(out + c, (load(x + c) - mean) * scale * load(norm->weight + c) + load(norm->bias + c));
+    }
+}
+
+/* `gradient` of the normalised pixels -> `out` of x, plus `besides`; adds to the shares of weight and bias. */
+static void normalise_back(const float *x, const float *gradient, const float *besides, long count, const Norm *norm,
+                           float *out, float *of_weight, float *of_bias) {
+    const long channels = norm->channels;
+    for (long p = 0; p < count; p++, x += channels, gradient += channels, out += channels) {
+        float mean, scale;
+        moments(x, norm, &mean, &scale);
+        Lanes sum = {0}, product = {0};
+        for (long c = 0; c < channels; c += LANES) {
+            const Lanes g = load(gradient + c), unit = (load(x + c) - mean) * scale;
+            store(of_weight + c, load(of_weight + c) + g * unit);
+            store(of_bias + c, load(of_bias + c) + g);
+            const Lanes weighted = g * load(norm->weight + c);
+            sum += weighted;
+            product += weighted * unit;
+        }
+        const float common = total(sum) / (float)channels, along = total(product) / (float)channels;
+        for (long c = 0; c < channels; c += LANES) {
+            const Lanes unit = (load(x + c) - mean) * scale;
+            Lanes value = (load(gradient + c) * load(norm->weight + c) - common - unit * along) * scale;
+            if (besides) value += load(besides + p * channels + c);
+            store(out + c, value);
+        }
+    }
+}
+
+/* --- Depth-wise convolutions, a row at a time --- */
+
+/* Three rows of pixels around one; a row outside the picture is one of zeros. */
+typedef struct {
+    const float *at[3];
+} Rows;
+
+/* Each number is read once: a pixel's share of the pixel before it, of itself and of the next is added up in
+ * registers. Turned by half a turn, the kernel (9, channels) gives the gradient of the input. */
+static void convolve_row(Rows rows, const float *kernel, int turned, long width, long channels, float *out) {
+    for (long c = 0; c < channels; c += LANES) {
+        Lanes taps[TAPS];
+#pragma GCC unroll 9
+        for (int i = 0; i < TAPS; i++) taps[i] = load(kernel + (turned ? TAPS - 1 - i : i) * channels + c);
+        Lanes before = {0}, here = {0};
+        for (long x = 0; x < width; x++) {
+            Lanes next = {0};
+#pragma GCC unroll 3
+            for (int i = 0; i < 3; i++) {
+                const Lanes value = load(rows.at[i] + x * channels + c);
+                before += taps[3 * i + 2] * value;
+                here += taps[3 * i + 1] * value;
+                next += taps[3 * i] * value;
+            }
+            if (x > 0) store(out + (x - 1) * channels + c, before);
+            before = here, here = next;
+        }
+        store(out + (width - 1) * channels + c, before);
+    }
+}
+
+/* Adds what a row gives to the kernel's gradient, (9, channels). */
+static void kernel_row(Rows rows, const float *gradient, long width, long channels, float *of_kernel) {
+    for (long c = 0; c < channels; c += LANES) {
+        Lanes sums[TAPS];
+#pragma GCC unroll 9
+        for (int i = 0; i < TAPS; i++) sums[i] = (Lanes){0};
+        Lanes before = {0}, here = load(gradient + c);
+        for (long x = 0; x < width; x++) {
+            const Lanes next = x + 1 < width ? load(gradient + (x + 1) * channels + c) : (Lanes){0};
+#pragma GCC unroll 3
+            for (int i = 0; i < 3; i++) {
+                const Lanes value = load(rows.at[i] + x * channels + c);
+                sums[3 * i] += value * next;
+                sums[3 * i + 1] += value * here;
+                sums[3 * i + 2] += value * before;
+            }
+            before = here, here = next;
+        }
+#pragma GCC unroll 9
+        for (int i = 0; i < TAPS; i++) {
+            float *to = of_kernel + i * channels + c;
+            store(to, load(to) + sums[i]);
+        }
+    }
+}
+
+/* --- The gate --- */
+
+/* e^x for x <= 0: 2^n times the series of e^f to the seventh degree, |f| <= ln(2)/2. */
+INLINE Lanes exponential(Lanes x) {
+    x = choose(x < -87.0f, x - x - 87.0f, x);
+    const Whole n = __builtin_convertvector(x * 1.44269504f - 0.5f, Whole);
+    const Lanes whole = __builtin_convertvector(n, Lanes);
+    const Lanes f = x - whole * 0.693359375f + whole * 2.12194440e-4f; /* ln 2 in two parts */
+    Lanes sum = f * (1.0f / 5040) + 1.0f / 720;
+    sum = sum * f + 1.0f / 120;
+    sum = sum * f + 1.0f / 24;
+    sum = sum * f + 1.0f / 6;
+    sum = sum * f + 0.5f;
+    sum = sum * f + 1.0f;
+    sum = sum * f + 1.0f;
+    return sum * (Lanes)((n + 127) << 23);
+}
+
+/* Normal distribution at x and its density times x. Below 0 the distribution is e^(-x²/2) / 2 · erfcx(-x/√2), and erfcx(z) a
+ * polynomial in t = 1 / (1 + 0.38 z) without a constant term, fitted for the least relative error: 2e-8 for z from 0 to 13. */
+INLINE void normal(Lanes x, Lanes *distribution, Lanes *weighted_density) {
+    static const float erfcx[] = {0.214412034f, 0.213902011f,  0.204024614f, 0.138207414f, 0.231026620f,
+                                  -0.162862101f, 0.365052026f, -0.262842077f, 0.0590794781f};
+    const Whole negative = x < 0.0f;
+    const Lanes size = choose(negative, -x, x);
+    const Lanes bell = exponential(size * size * -0.5f);
+    const Lanes t = 1.0f / (1.0f + 0.268700577f * size);
+    Lanes tail = t * erfcx[8] + erfcx[7];
+#pragma GCC unroll 8
+    for (int i = 6; i >= 0; i--) tail = tail * t + erfcx[i];
+    tail = tail * t * bell * 0.5f;
+    *distribution = choose(negative, tail, 1.0f - tail);
+    *weighted_density = x * bell * 0.398942280f;
+}
+
+/* gelu(a) · b, in place of a. */
+static void gate_row(float *a, const float *b, long numbers) {
+    for (long i = 0; i < numbers; i += LANES) {
+        Lanes distribution, density;
+        const Lanes value = load(a + i);
+        normal(value, &distribution, &density);
+        store(a + i, value * distribution * load(b + i));
+    }
+}
+
+/* From a, b and the gradient of gelu(a) · b: gradients in place of a and b, the product in place of the gradient. */
+static void gate_row_back(float *a, float *b, float *gradient, long numbers) {
+    for (long i = 0; i < numbers; i += LANES) {
+        Lanes distribution, density;
+        const Lanes value = load(a + i), other = load(b + i), g = load(gradient + i);
+        normal(value, &distribution, &density);
+        store(a + i, g * other * (distribution + density));
+        store(b + i, g * value * distribution);
+        store(gradient + i, value * distribution * other);
+    }
+}
+
+/* --- What is computed --- */
+
+/* Addresses and sizes in the order in which the caller gives them. */
+enum { X, WEIGHT, BIAS, MATRIX0, MATRIX1, MATRIX2, PLANE0, PLANE1, PLANE2, KERNEL0, KERNEL1, KERNEL2, LAST, GRADIENT,
+       OF_GRAM, OF_SQUARES, OUT, OF_NORM, OF_MATRIX, OF_KERNEL, OF_LAST, GRAM, SQUARES, ADDRESSES };
+enum { BATCH, HEIGHT, WIDTH, CHANNELS, HIDDEN, PADDED, HEADS, COUNT_OF_STREAMS, SIZES };
+
+/* One of the convolved planes: a and b of the gate, or q, k and v. */
+typedef struct {
+    const float *plane, *kernel;
+    float *ring; /* the last rows of the gradient of what it is convolved to */
+    long rows;   /* of the ring */
+    Packed matrix;
+} Stream;
+
+typedef struct {
+    float *at[ADDRESSES];
+    long size[SIZES];
+    float epsilon;
+    Norm norm;
+    long parts, planes, width; /* parts of a picture; streams; channels of a plane */
+    int packs;
+    Pack pack[2 * STREAMS + 1];
+    Packed *head; /* correlate_back: two for each head of each picture; mix: one for each picture */
+    long heads;
+} Job;
+
+typedef struct {
+    long picture, top, bottom, index;
+} Task;
+
+INLINE long row_size(const Job *job, long channels) { return job->size[WIDTH] * channels; }
+
+INLINE float *pixel(const Job *job, int address, long channels, long picture, long y) {
+    return job->at[address] + (picture * job->size[HEIGHT] + y) * row_size(job, channels);
+}
+
+/* Rows that are worked on at once. */
+static long band_of(const Job *job) {
+    const long rows = (BAND + job->size[WIDTH] - 1) / job->size[WIDTH];
+    return rows < PART ? rows : PART;
+}
+
+/* Three rows around y of a picture's plane, or of a ring of its last rows. */
+INLINE Rows rows_around(const Job *job, const float *plane, long rows, long y, long channels, const float *zeros) {
+    Rows found;
+    for (int i = 0; i < 3; i++) {
+        const long there = y + i - 1;
+        const int inside = there >= 0 && there < job->size[HEIGHT];
+        found.at[i] = inside ? plane + there % rows * row_size(job, channels) : zeros;
+    }
+    return found;
+}
+
+INLINE const float *plane_of(const Job *job, int address, long picture) {
+    return pixel(job, address, job->width, picture, 0);
+}
+
+static float *zeros_of(const Job *job) {
+    float *zeros = take(&scratch, row_size(job, job->width));
+    memset(zeros, 0, (size_t)row_size(job, job->width) * sizeof *zeros);
+    return zeros;
+}
+
+/* What a plane's part of the backward pass shares: rows y0 … y1-1 of the gradients of the planes, and all before. */
+static void expand_back(const Job *job, const Task *task, const Stream *streams, long y0, long y1, const float *besides,
+                        const float *zeros, float *of_plane, float *normalised, float *of_normalised) {
+    const long channels = job->size[CHANNELS], width = job->size[WIDTH], hidden = job->width, height = job->size[HEIGHT];
+    const long count = (y1 - y0) * width, first = task->picture * height + y0;
+    const float *x = job->at[X] + first * width * channels;
+    normalise(x, count, &job->norm, normalised);
+    for (long s = 0; s < job->planes; s++) {
+        const Stream *stream = &streams[s];
+        for (long y = y0; y < y1; y++) {
+            const Rows ring = rows_around(job, stream->ring, stream->rows, y, hidden, zeros);
+            convolve_row(ring, stream->kernel, 1, width, hidden, of_plane + (y - y0) * width * hidden);
+            kernel_row(rows_around(job, stream->plane, height, y, hidden, zeros), ring.at[1], width, hidden,
+                       job->at[OF_KERNEL] + (task->index * job->planes + s) * TAPS * hidden);
+        }
+        outer(of_plane, hidden, hidden, normalised, channels, channels, count,
+              job->at[OF_MATRIX] + (task->index * job->planes + s) * hidden * channels);
+        multiply(of_plane, hidden, count, stream->matrix, of_normalised, channels, s > 0);
+    }
+    float *of_norm = job->at[OF_NORM] + task->index * 2 * channels;
+    normalise_back(x, of_normalised, besides, count, &job->norm, job->at[OUT] + first * width * channels, of_norm,
+                   of_norm + channels);
+}
+
+static void convolve(const Job *job, const Task *task) {
+    const float *zeros = zeros_of(job), *plane = plane_of(job, PLANE0, task->picture);
+    for (long y = task->top; y < task->bottom; y++)
+        convolve_row(rows_around(job, plane, job->size[HEIGHT], y, job->width, zeros), job->at[KERNEL0], 0,
+                     job->size[WIDTH], job->width, pixel(job, OUT, job->width, task->picture, y));
+}
+
+static void convolve_back(const Job *job, const Task *task) {
+    const float *zeros = zeros_of(job), *plane = plane_of(job, PLANE0, task->picture);
+    const float *gradient = plane_of(job, GRADIENT, task->picture);
+    for (long y = task->top; y < task->bottom; y++) {
+        const Rows rows = rows_around(job, gradient, job->size[HEIGHT], y, job->width, zeros);
+        convolve_row(rows, job->at[KERNEL0], 1, job->size[WIDTH], job->width,
+                     pixel(job, OUT, job->width, task->picture, y));
+        kernel_row(rows_around(job, plane, job->size[HEIGHT], y, job->width, zeros), rows.at[1], job->size[WIDTH],
+                   job->width, job->at[OF_KERNEL] + task->index * TAPS * job->width);
+    }
+}
+
+static void expand(const Job *job, const Task *task) {
+    const long channels = job->size[CHANNELS], width = job->size[WIDTH];
+    const long first = (task->picture * job->size[HEIGHT] + task->top) * width;
+    const long last = first + (task->bottom - task->top) * width;
+    float *normalised = take(&scratch, BLOCK * channels);
+    for (long p = first; p < last; p += BLOCK) {
+        const long count = p + BLOCK < last ? BLOCK : last - p;
+        normalise(job->at[X] + p * channels, count, &job->norm, normalised);
+        for (long s = 0; s < job->planes; s++)
+            multiply(normalised, channels, count, job->pack[s].to, job->at[PLANE0 + s] + p * job->width, job->width, 0);
+    }
+}
+
+/* Rows y0 … y1-1 of x + W (gated). */
+static void contract(const Job *job, const Task *task, long y0, long y1, const float *gated, Packed matrix) {
+    const long channels = job->size[CHANNELS];
+    const size_t numbers = (size_t)((y1 - y0) * row_size(job, channels));
+    float *out = pixel(job, OUT, channels, task->picture, y0);
+    memcpy(out, pixel(job, X, channels, task->picture, y0), numbers * sizeof *out);
+    multiply(gated, job->width, (y1 - y0) * job->size[WIDTH], matrix, out, channels, 1);
+}
+
+static void gate(const Job *job, const Task *task) {
+    const long band = band_of(job), row = row_size(job, job->width);
+    const float *zeros = zeros_of(job), *a = plane_of(job, PLANE0, task->picture), *b = plane_of(job, PLANE1, task->picture);
+    float *of_a = take(&scratch, band * row), *of_b = take(&scratch, row);
+    for (long y0 = task->top; y0 < task->bottom; y0 += band) {
+        const long y1 = y0 + band < task->bottom ? y0 + band : task->bottom;
+        for (long y = y0; y < y1; y++) {
+            float *here = of_a + (y - y0) * row;
+            convolve_row(rows_around(job, a, job->size[HEIGHT], y, job->width, zeros), job->at[KERNEL0], 0,
+                         job->size[WIDTH], job->width, here);
+            convolve_row(rows_around(job, b, job->size[HEIGHT], y, job->width, zeros), job->at[KERNEL1], 0,
+                         job->size[WIDTH], job->width, of_b);
+            gate_row(here, of_b, row);
+        }
+        contract(job, task, y0, y1, of_a, job->pack[0].to);
+    }
+}
+
+static void gate_straight(const Job *job, const Task *task) {
+    const long channels = job->size[CHANNELS], width = job->size[WIDTH], row = row_size(job, job->width);
+    const float *zeros = zeros_of(job);
+    float *normalised = take(&scratch, width * channels);
+    float *a = take(&scratch, 3 * row), *b = take(&scratch, 3 * row);
+    float *of_a = take(&scratch, row), *of_b = take(&scratch, row);
+    for (long y = task->top - 1; y <= task->bottom; y++) {
+        if (y >= 0 && y < job->size[HEIGHT]) {
+            normalise(pixel(job, X, channels, task->picture, y), width, &job->norm, normalised);
+            multiply(normalised, channels, width, job->pack[0].to, a + y % 3 * row, job->width, 0);
+            multiply(normalised, channels, width, job->pack[1].to, b + y % 3 * row, job->width, 0);
+        }
+        const long done = y - 1;
+        if (done < task->top) continue;
+        convolve_row(rows_around(job, a, 3, done, job->width, zeros), job->at[KERNEL0], 0, width, job->width, of_a);
+        convolve_row(rows_around(job, b, 3, done, job->width, zeros), job->at[KERNEL1], 0, width, job->width, of_b);
+        gate_row(of_a, of_b, row);
+        contract(job, task, done, done + 1, of_a, job->pack[2].to);
+    }
+}
+
+static void gate_back(const Job *job, const Task *task) {
+    const long band = band_of(job), ring = band + 2, row = row_size(job, job->width);
+    const long channels = job->size[CHANNELS], width = job->size[WIDTH], height = job->size[HEIGHT];
+    const float *zeros = zeros_of(job);
+    float *gated = take(&scratch, ring * row), *of_plane = take(&scratch, band * row);
+    float *normalised = take(&scratch, band * width * channels), *of_normalised = take(&scratch, band * width * channels);
+    Stream streams[STREAMS];
+    for (int s = 0; s < 2; s++)
+        streams[s] = (Stream){plane_of(job, PLANE0 + s, task->picture), job->at[KERNEL0 + s],
+                              take(&scratch, ring * row), ring, job->pack[s].to};
+    long next = task->top > 0 ? task->top - 1 : 0; /* a convolution's gradient needs one more row on either side */
+    for (long y0 = task->top; y0 < task->bottom; y0 += band) {
+        const long y1 = y0 + band < task->bottom ? y0 + band : task->bottom;
+        const long from = next, to = y1 + 1 < height ? y1 + 1 : height;
+        const float *gradient = pixel(job, GRADIENT, channels, task->picture, 0);
+        multiply(gradient + from * width * channels, channels, (to - from) * width, job->pack[2].to, gated, job->width, 0);
+        for (long y = from; y < to; y++) {
+            float *a = streams[0].ring + y % ring * row, *b = streams[1].ring + y % ring * row;
+            convolve_row(rows_around(job, streams[0].plane, height, y, job->width, zeros), streams[0].kernel, 0, width,
+                         job->width, a);
+            convolve_row(rows_around(job, streams[1].plane, height, y, job->width, zeros), streams[1].kernel, 0, width,
+                         job->width, b);
+            gate_row_back(a, b, gated + (y - from) * row, row);
+        }
+        next = to;
+        const long own = from > task->top ? from : task->top, end = to < task->bottom ? to : task->bottom;
+        if (end > own)
+            outer(gradient + own * width * channels, channels, channels, gated + (own - from) * row, job->width, job->width,
+                  (end - own) * width, job->at[OF_LAST] + task->index * channels * job->width);
+        expand_back(job, task, streams, y0, y1, gradient + y0 * width * channels, zeros, of_plane, normalised,
+                    of_normalised);
+    }
+}
+
+static void correlate(const Job *job, const Task *task) {
+    const long band = band_of(job), channels = job->size[CHANNELS], width = job->size[WIDTH], heads = job->size[HEADS];
+    const long row = row_size(job, channels), each = channels / heads;
+    const float *zeros = zeros_of(job);
+    float *both[2] = {take(&scratch, band * row), take(&scratch, band * row)};
+    float *gram = job->at[GRAM] + task->index * channels * each;
+    for (long y0 = task->top; y0 < task->bottom; y0 += band) {
+        const long y1 = y0 + band < task->bottom ? y0 + band : task->bottom, count = (y1 - y0) * width;
+        for (long y = y0; y < y1; y++)
+            for (int s = 0; s < 3; s++) {
+                float *to = s < 2 ? both[s] + (y - y0) * row : pixel(job, OUT, channels, task->picture, y);
+                convolve_row(rows_around(job, plane_of(job, PLANE0 + s, task->picture), job->size[HEIGHT], y, channels, zeros),
+                             job->at[KERNEL0 + s], 0, width, channels, to);
+            }
+        for (long h = 0; h < heads; h++)
+            outer(both[0] + h * each, channels, each, both[1] + h * each, channels, each, count, gram + h * each * each);
+        for (int s = 0; s < 2; s++) {
+            float *squares = job->at[SQUARES] + (task->index * 2 + s) * channels;
+            for (long c = 0; c < channels; c += LANES) {
+                Lanes sum = {0};
+                for (long p = 0; p < count; p++) {
+                    const Lanes value = load(both[s] + p * channels + c);
+                    sum += value * value;
+                }
+                store(squares + c, load(squares + c) + sum);
+            }
+        }
+    }
+}
+
+static void correlate_back(const Job *job, const Task *task) {
+    const long band = band_of(job), ring = band + 2, channels = job->size[CHANNELS], width = job->size[WIDTH];
+    const long height = job->size[HEIGHT], heads = job->size[HEADS], row = row_size(job, channels), each = channels / heads;
+    const float *zeros = zeros_of(job);
+    float *both[2] = {take(&scratch, row), take(&scratch, row)};
+    float *of_plane = take(&scratch, band * row);
+    float *normalised = take(&scratch, band * row), *of_normalised = take(&scratch, band * row);
+    Stream streams[STREAMS];
+    for (int s = 0; s < 3; s++)
+        streams[s] = (Stream){plane_of(job, PLANE0 + s, task->picture), job->at[KERNEL0 + s],
+                              s < 2 ? take(&scratch, ring * row) : pixel(job, GRADIENT, channels, task->picture, 0),
+                              s < 2 ? ring : height, job->pack[s].to};
+    long next = task->top > 0 ? task->top - 1 : 0;
+    for (long y0 = task->top; y0 < task->bottom; y0 += band) {
+        const long y1 = y0 + band < task->bottom ? y0 + band : task->bottom;
+        const long to = y1 + 1 < height ? y1 + 1 : height;
+        for (long y = next; y < to; y++) {
+            for (int s = 0; s < 2; s++)
+                convolve_row(rows_around(job, streams[s].plane, height, y, channels, zeros), streams[s].kernel, 0, width,
+                             channels, both[s]);
+            for (int s = 0; s < 2; s++) { /* 2 q d(squares of q) + k d(gram)ᵀ, and the other way round */
+                float *here = streams[s].ring + y % ring * row;
+                const float *of_squares = job->at[OF_SQUARES] + (task->picture * 2 + s) * channels;
+                for (long p = 0; p < width; p++)
+                    for (long c = 0; c < channels; c += LANES)
+                        store(here + p * channels + c, 2 * load(both[s] + p * channels + c) * load(of_squares + c));
+                for (long h = 0; h < heads; h++)
+                    multiply(both[1 - s] + h * each, channels, width, job->head[(task->picture * heads + h) * 2 + s],
+                             here + h * each, channels, 1);
+            }
+        }
+        next = to;
+        expand_back(job, task, streams, y0, y1, NULL, zeros, of_plane, normalised, of_normalised);
+    }
+}
+
+static void mix(const Job *job, const Task *task) {
+    const long channels = job->size[CHANNELS], width = job->size[WIDTH];
+    const long first = (task->picture * job->size[HEIGHT] + task->top) * width;
+    const long count = (task->bottom - task->top) * width;
+    float *out = job->at[OUT] + first * channels;
+    for (long p = 0; p < count; p += BLOCK) {
+        const long pixels = p + BLOCK < count ? BLOCK : count - p;
+        memcpy(out + p * channels, job->at[X] + (first + p) * channels, (size_t)(pixels * channels) * sizeof *out);
+        multiply(job->at[PLANE0] + (first + p) * channels, channels, pixels, job->head[task->picture], out + p * channels,
+                 channels, 1);
+    }
+}
+
+static void mix_back(const Job *job, const Task *task) {
+    const long channels = job->size[CHANNELS], width = job->size[WIDTH];
+    const long first = (task->picture * job->size[HEIGHT] + task->top) * width;
+    const long count = (task->bottom - task->top) * width;
+    for (long p = first; p < first + count; p += BLOCK) {
+        const long pixels = p + BLOCK < first + count ? BLOCK : first + count - p;
+        const float *gradient = job->at[GRADIENT] + p * channels;
+        multiply(gradient, channels, pixels, job->head[task->picture], job->at[OUT] + p * channels, channels, 0);
+        outer(gradient, channels, channels, job->at[PLANE0] + p * channels, channels, channels, pixels,
+              job->at[OF_MATRIX] + task->index * channels * channels);
+    }
+}
+
+/* --- Preparing and sharing out --- */
+
+typedef void Work(const Job *, const Task *);
+enum { CONVOLVE, CONVOLVE_BACK, EXPAND, GATE, GATE_STRAIGHT, GATE_BACK, CORRELATE, CORRELATE_BACK, MIX, MIX_BACK, KINDS };
+static Work *const work_of[KINDS] = {convolve,  convolve_back, expand,         gate, gate_straight,
+                                     gate_back, correlate,     correlate_back, mix,  mix_back};
+
+static void add_pack(Job *job, const float *from, long rows, long columns, int turned, long depth, long to_columns) {
+    job->pack[job->packs++] = (Pack){from, rows, columns, columns, turned, {NULL, depth, to_columns}};
+}
+
+/* Which matrices a kind needs, and how they lie. */
+static void plan(Job *job, int kind) {
+    const long channels = job->size[CHANNELS], hidden = job->size[HIDDEN], padded = job->width;
+    const int back = kind == GATE_BACK || kind == CORRELATE_BACK;
+    if (back || kind == EXPAND || kind == GATE_STRAIGHT)
+        for (long s = 0; s < job->planes; s++)
+            add_pack(job, job->at[MATRIX0 + s], hidden, channels, !back, back ? hidden : channels, back ? channels : padded);
+    if (kind == GATE || kind == GATE_STRAIGHT) add_pack(job, job->at[LAST], channels, hidden, 1, hidden, channels);
+    if (kind == GATE_BACK) add_pack(job, job->at[LAST], channels, hidden, 0, channels, padded);
+}
+
+/* The small matrices of each picture, packed by the thread that will share the work out. */
+static void pack_heads(Job *job, int kind) {
+    const long channels = job->size[CHANNELS], each = kind == CORRELATE_BACK ? channels / job->size[HEADS] : channels;
+    const int ways = kind == CORRELATE_BACK ? 2 : 1;
+    for (long h = 0; h < job->heads; h++)
+        for (int way = 0; way < ways; way++) {
+            Packed to = {take(&packed_matrices, each * each), each, each};
+            const int turned = kind == CORRELATE_BACK ? way == 0 : kind == MIX;
+            const float *from = job->at[kind == CORRELATE_BACK ? OF_GRAM : LAST] + h * each * each;
+            const Pack pack = {from, each, each, each, turned, to};
+            for (long panel = 0; panel < panels_of(each); panel++) pack_panel(&pack, panel);
+            job->head[h * ways + way] = to;
+        }
+}
+
+/* More than any kind takes from a thread's scratch. */
+static size_t scratch_size(const Job *job) {
+    const long band = band_of(job), row = row_size(job, job->width), channels = job->size[CHANNELS];
+    return (size_t)((5 * band + 14) * row + (2 * band * job->size[WIDTH] + BLOCK) * channels);
+}
+
+/* 0 where there is no memory. */
+static int compute(Job *job, int kind, int threads) {
+    const long each = job->size[CHANNELS] / job->size[HEADS], tasks = job->size[BATCH] * job->parts;
+    size_t packed = 0;
+    int failed = 0;
+    plan(job, kind);
+    if (kind == CORRELATE_BACK) job->heads = job->size[BATCH] * job->size[HEADS], packed = (size_t)(2 * job->heads * each * each);
+    if (kind == MIX || kind == MIX_BACK)
+        job->heads = job->size[BATCH], packed = (size_t)(job->heads * job->size[CHANNELS] * job->size[CHANNELS]);
+    for (int i = 0; i < job->packs; i++) packed += (size_t)(job->pack[i].to.depth * job->pack[i].to.columns);
+    if (!reserve(&packed_matrices, packed)) return 0;
+    if (job->heads && !(job->head = malloc((size_t)(2 * job->heads) * sizeof *job->head))) return 0;
+    for (int i = 0; i < job->packs; i++)
+        job->pack[i].to.at = take(&packed_matrices, (size_t)(job->pack[i].to.depth * job->pack[i].to.columns));
+    if (job->heads) pack_heads(job, kind);
+    const size_t pixels = (size_t)(job->size[BATCH] * job->size[HEIGHT] * job->size[WIDTH]);
+    expect(job->at[OUT], pixels * (size_t)job->size[CHANNELS]);
+    for (long s = 0; kind == EXPAND && s < job->planes; s++) expect(job->at[PLANE0 + s], pixels * (size_t)job->width);
+#pragma omp parallel num_threads(threads)
+    {
+        for (int i = 0; i < job->packs; i++) {
+            const long panels = panels_of(job->pack[i].to.columns);
+#pragma omp for schedule(static) nowait
+            for (long panel = 0; panel < panels; panel++) pack_panel(&job->pack[i], panel);
+        }
+        const int ready = reserve(&scratch, scratch_size(job));
+#pragma omp barrier
+#pragma omp for schedule(dynamic)
+        for (long index = 0; index < tasks; index++) {
+            const long top = index % job->parts * PART, height = job->size[HEIGHT];
+            const Task task = {index / job->parts, top, top + PART < height ? top + PART : height, index};
+            if (ready) {
+                scratch.used = 0;
+                work_of[kind](job, &task);
+            } else
+#pragma omp atomic write
+                failed = 1;
+        }
+    }
+    free(job->head);
+    return !failed;
+}
+
+/* run(kind, addresses, sizes, epsilon, threads): addresses of contiguous memory, 0 where a kind has none. */
+static PyObject *run(PyObject *self, PyObject *args) {
+    (void)self;
+    int kind, threads, done;
+    PyObject *addresses, *sizes;
+    Job job = {0};
+    if (!PyArg_ParseTuple(args, "iOOfi", &kind, &addresses, &sizes, &job.epsilon, &threads)) return NULL;
+    if (kind < 0 || kind >= KINDS || threads < 1 || PySequence_Size(addresses) != ADDRESSES || PySequence_Size(sizes) != SIZES) {
+        if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "unknown kind, or not the addresses and sizes it takes");
+        return NULL;
+    }
+    for (int i = 0; i < ADDRESSES + SIZES; i++) {
+        PyObject *item = i < ADDRESSES ? PySequence_GetItem(addresses, i) : PySequence_GetItem(sizes, i - ADDRESSES);
+        if (item == NULL) return NULL;
+        const unsigned long long value = PyLong_AsUnsignedLongLong(item);
+        Py_DECREF(item);
+        if (PyErr_Occurred()) return NULL;
+        if (i < ADDRESSES)
+            job.at[i] = (float *)(uintptr_t)value;
+        else
+            job.size[i - ADDRESSES] = (long)value;
+    }
+    const long *size = job.size;
+    if (size[BATCH] < 1 || size[HEIGHT] < 1 || size[WIDTH] < 1 || size[HEADS] < 1 || size[CHANNELS] % (size[HEADS] * LANES) ||
+        size[PADDED] % LANES || size[PADDED] < size[HIDDEN] || size[COUNT_OF_STREAMS] > STREAMS) {
+        PyErr_Format(PyExc_ValueError, "channels that are no multiple of %d, or no pixels", LANES);
+        return NULL;
+    }
+    job.norm = (Norm){job.at[WEIGHT], job.at[BIAS], job.epsilon, size[CHANNELS]};
+    job.parts = (size[HEIGHT] + PART - 1) / PART;
+    job.planes = size[COUNT_OF_STREAMS], job.width = size[PADDED];
+    Py_BEGIN_ALLOW_THREADS
+    done = compute(&job, kind, threads);
+    Py_END_ALLOW_THREADS
+    if (!done) return PyErr_NoMemory();
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {{"run", run, METH_VARARGS, NULL}, {NULL, NULL, 0, NULL}};
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, MODULE, NULL, -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC INIT(void) {
+    if (!PROCESSOR_FITS) {
+        PyErr_SetString(PyExc_ImportError, "this processor lacks the vectors that " MODULE " is built for");
+        return NULL;
+    }
+    return PyModule_Create(&module);
+}

@@ -1,0 +1,173 @@
+"""The compiled kernels against torch's own operations in double precision."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from measnet import kernels
+from measnet.convolution import convolve
+from measnet.transformer import TransformerBlock
+
+compiled = pytest.mark.skipif(not kernels.KERNELS, reason="no compiler at installation")
+# Batch, height, width, channels, heads: one pixel; rows shorter than a band; parts of rows with
+# remainders; more heads; hidden channels that need padding everywhere; vectors of 8 alone.
+SHAPES = [
+    (1, 1, 1, 16, 1),
+    (2, 5, 3, 48, 1),
+    (1, 33, 70, 96, 2),
+    (3, 40, 9, 32, 2),
+    (2, 5, 11, 384, 8),
+    (2, 35, 6, 24, 1),
+    (1, 3, 130, 8, 1),
+]
+
+
+def block_and_input(shape: tuple[int, ...]) -> tuple[TransformerBlock, Tensor]:
+    torch.manual_seed(0)
+    batch, height, width, channels, heads = shape
+    block = TransformerBlock(channels, heads, 2.66)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return block, torch.randn(batch, height, width, channels)
+
+
+def trained(block: nn.Module, x: Tensor) -> list[Tensor]:
+    """What comes out, and the gradients of the input and of every parameter."""
+    x = x.clone().requires_grad_()
+    out = block(x)
+    grad = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    return [out.detach(), *torch.autograd.grad(out, (x, *block.parameters()), grad)]
+
+
+def assert_close(ours: list[Tensor], exact: list[Tensor], tolerance: float) -> None:
+    for our, one in zip(ours, exact, strict=True):
+        limit = tolerance * one.abs().max().item()
+        torch.testing.assert_close(our.double(), one.double(), rtol=0, atol=limit)
+
+
+@compiled
+@pytest.mark.parametrize("lanes", sorted(kernels.KERNELS))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_block_agrees_with_torch(shape, lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "KERNELS", {lanes: kernels.KERNELS[lanes]})
+    block, x = block_and_input(shape)
+    fits = kernels.fit(x, heads=shape[-1])
+    assert fits == (shape[3] % (shape[4] * lanes) == 0)
+    ours, exact = trained(block, x), trained(copy.deepcopy(block).double(), x.double())
+    with kernels.torch_only():
+        torchs = trained(block, x)
+    worst = max(
+        ((one.double() - true).abs().max() / true.abs().max()).item()
+        for one, true in zip(torchs, exact, strict=True)
+    )
+    assert_close(
+        ours, exact, max(5e-6, 10 * worst)
+    )  # a temperature's gradient is a sum that cancels
+    with torch.no_grad():
+        assert_close([block(x)], exact[:1], 2e-6)
+
+
+@compiled
+def test_the_kernels_are_what_runs() -> None:
+    block, x = block_and_input((1, 8, 8, 48, 1))
+    assert "_FeedForward" in type(block(x).grad_fn).__name__
+    with kernels.torch_only():
+        assert "_FeedForward" not in type(block(x).grad_fn).__name__
+
+
+@compiled
+@pytest.mark.parametrize("shape", SHAPES)
+def test_depthwise_agrees_with_torch(shape) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape[:4], generator=generator, requires_grad=True)
+    kernel = torch.randn(shape[3], 1, 3, 3, generator=generator, requires_grad=True)
+    grad = torch.randn(shape[:4], generator=generator)
+
+    def compute(dtype: torch.dtype) -> list[Tensor]:
+        out = convolve(x.to(dtype), kernel.to(dtype), groups=shape[3])
+        return [out, *torch.autograd.grad(out, (x, kernel), grad.to(dtype))]
+
+    assert_close(compute(torch.float32), compute(torch.float64), 4e-6)
+
+
+@compiled
+def test_any_memory_layout_and_number_of_threads_gives_the_same() -> None:
+    block, x = block_and_input((2, 40, 36, 48, 1))
+    straight = trained(block, x)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        turned = trained(block, x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1))
+    finally:
+        torch.set_num_threads(threads)
+    for one, other in zip(straight, turned, strict=True):
+        assert torch.equal(one, other)
+
+
+@compiled
+def test_a_picture_does_not_depend_on_its_batch_mates() -> None:
+    block, x = block_and_input((3, 34, 12, 48, 1))
+    with torch.no_grad():
+        together = block(x)
+        assert all(torch.equal(together[i : i + 1], block(x[i : i + 1])) for i in range(3))
+
+
+@compiled
+def test_only_some_gradients_are_wanted() -> None:
+    """Of the input alone, and of the parameters alone."""
+    block, x = block_and_input((1, 8, 8, 48, 1))
+    everything = trained(block, x)
+    block.requires_grad_(False)
+    of_x = x.clone().requires_grad_()
+    out = block(of_x)
+    grad = torch.linspace(-1, 1, out.numel()).view(out.shape)
+    assert torch.equal(torch.autograd.grad(out, of_x, grad)[0], everything[1])
+    block.requires_grad_(True)
+    gradients = torch.autograd.grad(block(x), list(block.parameters()), grad)
+    for one, other in zip(gradients, everything[2:], strict=True):
+        assert torch.equal(one, other)
+
+
+@compiled
+def test_the_gate_far_from_zero() -> None:
+    block, x = block_and_input((1, 8, 8, 48, 1))
+    for scale in (1e2, 1e6):
+        block.feed_forward.project_in.data[0] *= scale
+        with torch.no_grad():
+            ours, exact = block(x), copy.deepcopy(block).double()(x.double())
+        assert_close([ours], [exact], 5e-6)
+
+
+@compiled
+def test_damage_is_not_hidden() -> None:
+    block, x = block_and_input((1, 8, 8, 48, 1))
+    x[0, 3, 4, 5] = float("nan")
+    assert all(one.isnan().any() for one in trained(block, x))
+
+
+@compiled
+def test_bad_arguments_are_refused() -> None:
+    for lanes, run in kernels.KERNELS.items():
+        nothing = [0] * len(kernels.ADDRESSES)
+        with pytest.raises(ValueError, match=f"multiple of {lanes}"):
+            run(0, nothing, (1, 2, 2, 7, 7, 7, 1, 1), 0.0, 1)
+        with pytest.raises(ValueError, match="addresses"):
+            run(0, nothing[1:], (1, 2, 2, 8, 8, 8, 1, 1), 0.0, 1)
+        with pytest.raises(ValueError, match="unknown kind"):
+            run(len(kernels.KINDS), nothing, (1, 2, 2, 8, 8, 8, 1, 1), 0.0, 1)
+
+
+def test_only_fp32_on_a_cpu_takes_the_kernels() -> None:
+    x, matrix = torch.randn(1, 4, 4, 16), torch.randn(16, 16)
+    assert kernels.fit(x, matrix) == bool(kernels.KERNELS)
+    assert not kernels.fit(x.bfloat16(), matrix.bfloat16())
+    assert not kernels.fit(x, matrix.double())
+    assert not kernels.fit(x.to("meta"), matrix)
+    assert not kernels.fit(x[..., :6], matrix)
+    assert not kernels.fit(x, matrix, heads=4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not kernels.fit(x, matrix)
+    with kernels.torch_only():
+        assert not kernels.fit(x, matrix)
