@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -53,8 +54,12 @@ class Monitor:
 
 
 def start_monitor() -> Any:
-    """Start the actor; it ends with the process that started it."""
-    return ray.remote(num_cpus=0)(Monitor).remote()
+    """Start the actor; it ends with the process that started it.
+
+    It lives on that process's node: on another one it could die with a node while the run goes on.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Monitor).remote()
 
 
 class Reporter:
@@ -113,6 +118,7 @@ class Display:
         self._shown = 0
         self._plain_at = time.monotonic() + PLAIN_INTERVAL_S
         self._silent_s = 0.0
+        self._heard = time.monotonic()
         self._complain_after_s = patience.start_timeout_s
         self._bar = Progress(
             TextColumn("[bold]train"),
@@ -151,14 +157,17 @@ class Display:
                 self._monitor.read.remote(self._shown), timeout=5
             )
         except (ray.exceptions.RayError, TimeoutError):
+            self._silent_s = time.monotonic() - self._heard
             return  # the run itself says what happened to it
+        self._heard = time.monotonic() - self._silent_s
         self._shown += len(lines)
         for line in lines:
             self._print(line)
         if progress:
             text = progress_line(progress, self._total)
             self._bar.update(task, completed=progress["samples"], text=text)
-            if plain and not self._console.is_terminal:
+            heard = self._silent_s < self._patience.start_timeout_s
+            if plain and heard and not self._console.is_terminal:
                 self._print(text)
         if self._silent_s > self._complain_after_s:
             self._complain_after_s += self._patience.start_timeout_s
@@ -177,11 +186,9 @@ class Display:
 def free_resources() -> str:
     """Free and all CPUs and GPUs of the cluster, in words."""
     total, free = ray.cluster_resources(), ray.available_resources()
-    return " and ".join(
-        f"{free.get(kind, 0):g} of {total[kind]:g} {kind}s free"
-        for kind in ("CPU", "GPU")
-        if total.get(kind)
-    )
+    kinds = [kind for kind in ("CPU", "GPU") if total.get(kind)]
+    there = " and ".join(f"{free.get(kind, 0):g} of {total[kind]:g} {kind}s free" for kind in kinds)
+    return there or "neither CPUs nor GPUs"
 
 
 def progress_line(progress: dict[str, Any], total: int) -> str:
