@@ -62,7 +62,7 @@ def fit(x_bhwc: Tensor, *weights: Tensor, heads: int = 1) -> bool:
         _allowed
         and x_bhwc.device.type == "cpu"
         and x_bhwc.dtype == torch.float32
-        and all(weight.dtype == torch.float32 for weight in weights)
+        and all(_is_whole(weight) for weight in weights)
         and _lanes(x_bhwc.shape[-1], heads) > 0
         and x_bhwc.numel() > 0
         and not torch.is_autocast_enabled("cpu")
@@ -70,6 +70,11 @@ def fit(x_bhwc: Tensor, *weights: Tensor, heads: int = 1) -> bool:
         and not torch.jit.is_tracing()
         and type(x_bhwc) in (Tensor, torch.nn.Parameter)  # not one without memory of its own
     )
+
+
+def _is_whole(weight: Tensor) -> bool:
+    """DeepSpeed's ZeRO-3 keeps a parameter in parts, except in the forward of its own module."""
+    return weight.dtype == torch.float32 and not hasattr(weight, "ds_id")
 
 
 def depthwise(x_bhwc: Tensor, kernel: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ class TransformerBlock(nn.Module):
         """(B, H, W, C) -> (B, H, W, C)."""
         attention, ffn = self.attention, self.feed_forward
         heads = len(attention.temperature)
-        if not kernels.fit(x_bhwc, self.norm1.weight, attention.qkv, heads=heads):
+        if not kernels.fit(x_bhwc, *self.parameters(), heads=heads):
             x_bhwc = x_bhwc + attention(self.norm1(x_bhwc))
             return x_bhwc + ffn(self.norm2(x_bhwc))
         v_bhwc, gram, squares_b2c = kernels.correlate(

@@ -165,6 +165,9 @@ def test_only_fp32_on_a_cpu_takes_the_kernels() -> None:
     assert not kernels.fit(x.bfloat16(), matrix.bfloat16())
     assert not kernels.fit(x, matrix.double())
     assert not kernels.fit(x.to("meta"), matrix)
+    matrix.ds_id = 0  # as ZeRO-3 marks a parameter that it keeps in parts
+    assert not kernels.fit(x, matrix)
+    del matrix.ds_id
     assert not kernels.fit(x[..., :6], matrix)
     assert not kernels.fit(x, matrix, heads=4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
