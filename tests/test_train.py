@@ -198,9 +198,13 @@ def test_one_then_two_then_four_then_three_workers_make_one_run(
 def test_every_zero_stage_and_number_of_workers_learns_the_same(
     packed: Path, ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twenty steps in fp32, with gate noise, batch norm and balance loss, as in every run."""
+    """Twenty steps in fp32, with gate noise, batch norm and balance loss, as in every run.
+
+    At the paper's learning rate: at the demo's, fifteen times as high, a difference of rounding
+    grows threefold with every step.
+    """
     monkeypatch.chdir(tmp_path)
-    twenty = ("--recipe.global-batch", "12", "--recipe.samples", "240")
+    twenty = ("--recipe.global-batch", "12", "--recipe.samples", "240", "--recipe.lr", "2e-4")
     ends = {}
     for stage in (0, 1, 2, 3):
         for workers in (1, 2, 3):
