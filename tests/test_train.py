@@ -205,6 +205,7 @@ def test_every_zero_stage_and_number_of_workers_learns_the_same(
     """
     monkeypatch.chdir(tmp_path)
     twenty = ("--recipe.global-batch", "12", "--recipe.samples", "240", "--recipe.lr", "2e-4")
+    twenty += ("--seed", "1")  # no choice of experts lies within rounding of a tie
     ends = {}
     for stage in (0, 1, 2, 3):
         for workers in (1, 2, 3):
