@@ -1,13 +1,14 @@
-/* The transformer block's passes over fp32 BHWC features on a CPU. Included once for each vector width.
+/* The network's passes over fp32 BHWC features on a CPU. Included once for each vector width.
  *
- *   convolve, convolve_back   a depth-wise 3×3 convolution with zero padding; its gradients
- *   expand                    layer norm, then one to three 1×1 convolutions
- *   gate                      x + W (gelu(dw a) · dw b), from expanded a and b
- *   gate_straight             the same from x alone: what is expanded lives for three rows (inference)
- *   gate_back                 gradients of both: layer norm, expansion, convolutions, gate, W
- *   correlate                 from expanded q, k, v: dw v, and per head qᵀk and the squares of q and k
- *   correlate_back            its gradients and those of the layer norm and the expansion before it
- *   mix, mix_back             x + M v with a matrix per picture; its gradients
+ *   convolve, convolve_back       a depth-wise 3×3 convolution with zero padding, its offset, gelu; their gradients
+ *   expand                        layer norm or gelu or neither, then one to three 1×1 convolutions and their offsets
+ *   project_back                  the gradients of all that but the norm
+ *   gate, gate_back               x + W (gelu(dw a) · dw b), a and b expanded; the gradients of both
+ *   correlate, correlate_back     from expanded q, k, v: dw v, per head qᵀk, and the squares of q and k; the gradients of
+ *                                 these, and of the expansion where there is one
+ *   mix, mix_back                 x + M v with a matrix per picture; its gradients
+ *
+ * Without expanded planes gate and correlate expand x themselves, and keep a few rows (inference).
  *
  * What a 1×1 convolution gives is used a few rows later, while it is in the cache: that is what is gained
  * over a library call per operation. Numbers of channels are multiples of LANES; hidden ones are padded.
@@ -34,7 +35,6 @@ enum {
     PANEL = 3,
     BLOCK = 128, /* pixels that are expanded at once */
     BAND = 64,   /* least number of pixels that are worked on at once, where rows are short */
-    PART = 32,   /* rows of a part */
     TAPS = 9,
     STREAMS = 3,
     LARGE_PAGE = 2 << 20,
@@ -406,12 +406,47 @@ static void gate_row_back(float *a, float *b, float *gradient, long numbers) {
     }
 }
 
+/* gelu(x), which may be in place. */
+static void gelu_row(const float *x, long numbers, float *out) {
+    for (long i = 0; i < numbers; i += LANES) {
+        Lanes distribution, density;
+        const Lanes value = load(x + i);
+        normal(value, &distribution, &density);
+        store(out + i, value * distribution);
+    }
+}
+
+/* The gradient of gelu(x), which may be in place of either. */
+static void gelu_row_back(const float *x, const float *gradient, long numbers, float *out) {
+    for (long i = 0; i < numbers; i += LANES) {
+        Lanes distribution, density;
+        normal(load(x + i), &distribution, &density);
+        store(out + i, load(gradient + i) * (distribution + density));
+    }
+}
+
+/* --- Offsets: one number per channel --- */
+
+static void add_offset(const float *offset, long count, long channels, float *to) {
+    for (const float *end = to + count * channels; offset && to < end; to += channels)
+        for (long c = 0; c < channels; c += LANES) store(to + c, load(to + c) + load(offset + c));
+}
+
+static void add_up(const float *from, long count, long channels, float *sums) {
+    for (long c = 0; c < channels; c += LANES) {
+        Lanes sum = {0};
+        for (long p = 0; p < count; p++) sum += load(from + p * channels + c);
+        store(sums + c, load(sums + c) + sum);
+    }
+}
+
 /* --- What is computed --- */
 
 /* Addresses and sizes in the order in which the caller gives them. */
-enum { X, WEIGHT, BIAS, MATRIX0, MATRIX1, MATRIX2, PLANE0, PLANE1, PLANE2, KERNEL0, KERNEL1, KERNEL2, LAST, GRADIENT,
-       OF_GRAM, OF_SQUARES, OUT, OF_NORM, OF_MATRIX, OF_KERNEL, OF_LAST, GRAM, SQUARES, ADDRESSES };
-enum { BATCH, HEIGHT, WIDTH, CHANNELS, HIDDEN, PADDED, HEADS, COUNT_OF_STREAMS, SIZES };
+enum { X, WEIGHT, BIAS, MATRIX0, MATRIX1, MATRIX2, PLANE0, PLANE1, PLANE2, KERNEL0, KERNEL1, KERNEL2,
+       OFFSET0, OFFSET1, OFFSET2, LAST, GRADIENT, OF_GRAM, OF_SQUARES, OUT, OUT1, OUT2, OF_NORM, OF_MATRIX, OF_KERNEL,
+       OF_OFFSET, OF_LAST, GRAM, SQUARES, ADDRESSES };
+enum { BATCH, HEIGHT, WIDTH, CHANNELS, HIDDEN, PADDED, HEADS, PART, ACTIVATED, COUNT_OF_STREAMS, SIZES };
 
 /* One of the convolved planes: a and b of the gate, or q, k and v. */
 typedef struct {
@@ -446,7 +481,7 @@ INLINE float *pixel(const Job *job, int address, long channels, long picture, lo
 /* Rows that are worked on at once. */
 static long band_of(const Job *job) {
     const long rows = (BAND + job->size[WIDTH] - 1) / job->size[WIDTH];
-    return rows < PART ? rows : PART;
+    return rows < job->size[PART] ? rows : job->size[PART];
 }
 
 /* Three rows around y of a picture's plane, or of a ring of its last rows. */
@@ -460,7 +495,7 @@ INLINE Rows rows_around(const Job *job, const float *plane, long rows, long y, l
     return found;
 }
 
-INLINE const float *plane_of(const Job *job, int address, long picture) {
+INLINE float *plane_of(const Job *job, int address, long picture) {
     return pixel(job, address, job->width, picture, 0);
 }
 
@@ -468,6 +503,18 @@ static float *zeros_of(const Job *job) {
     float *zeros = take(&scratch, row_size(job, job->width));
     memset(zeros, 0, (size_t)row_size(job, job->width) * sizeof *zeros);
     return zeros;
+}
+
+/* Rows y0 … y1-1 of a plane's gradient, and its kernel's share, from the ring of what it is convolved to. */
+static void plane_back(const Job *job, const Task *task, const Stream *streams, long s, long y0, long y1, const float *zeros,
+                       float *of_plane) {
+    const long width = job->size[WIDTH], hidden = job->width;
+    for (long y = y0; y < y1; y++) {
+        const Rows ring = rows_around(job, streams[s].ring, streams[s].rows, y, hidden, zeros);
+        convolve_row(ring, streams[s].kernel, 1, width, hidden, of_plane + (y - y0) * width * hidden);
+        kernel_row(rows_around(job, streams[s].plane, job->size[HEIGHT], y, hidden, zeros), ring.at[1], width, hidden,
+                   job->at[OF_KERNEL] + (task->index * job->planes + s) * TAPS * hidden);
+    }
 }
 
 /* What a plane's part of the backward pass shares: rows y0 … y1-1 of the gradients of the planes, and all before. */
@@ -478,51 +525,101 @@ static void expand_back(const Job *job, const Task *task, const Stream *streams,
     const float *x = job->at[X] + first * width * channels;
     normalise(x, count, &job->norm, normalised);
     for (long s = 0; s < job->planes; s++) {
-        const Stream *stream = &streams[s];
-        for (long y = y0; y < y1; y++) {
-            const Rows ring = rows_around(job, stream->ring, stream->rows, y, hidden, zeros);
-            convolve_row(ring, stream->kernel, 1, width, hidden, of_plane + (y - y0) * width * hidden);
-            kernel_row(rows_around(job, stream->plane, height, y, hidden, zeros), ring.at[1], width, hidden,
-                       job->at[OF_KERNEL] + (task->index * job->planes + s) * TAPS * hidden);
-        }
+        plane_back(job, task, streams, s, y0, y1, zeros, of_plane);
         outer(of_plane, hidden, hidden, normalised, channels, channels, count,
               job->at[OF_MATRIX] + (task->index * job->planes + s) * hidden * channels);
-        multiply(of_plane, hidden, count, stream->matrix, of_normalised, channels, s > 0);
+        multiply(of_plane, hidden, count, streams[s].matrix, of_normalised, channels, s > 0);
     }
     float *of_norm = job->at[OF_NORM] + task->index * 2 * channels;
     normalise_back(x, of_normalised, besides, count, &job->norm, job->at[OUT] + first * width * channels, of_norm,
                    of_norm + channels);
 }
 
+/* Row y of a plane convolved, plus the offset. */
+INLINE void convolve_plane(const Job *job, const float *plane, long y, const float *zeros, float *out) {
+    convolve_row(rows_around(job, plane, job->size[HEIGHT], y, job->width, zeros), job->at[KERNEL0], 0, job->size[WIDTH],
+                 job->width, out);
+    add_offset(job->at[OFFSET0], job->size[WIDTH], job->width, out);
+}
+
 static void convolve(const Job *job, const Task *task) {
     const float *zeros = zeros_of(job), *plane = plane_of(job, PLANE0, task->picture);
-    for (long y = task->top; y < task->bottom; y++)
-        convolve_row(rows_around(job, plane, job->size[HEIGHT], y, job->width, zeros), job->at[KERNEL0], 0,
-                     job->size[WIDTH], job->width, pixel(job, OUT, job->width, task->picture, y));
+    for (long y = task->top; y < task->bottom; y++) {
+        float *out = pixel(job, OUT, job->width, task->picture, y);
+        convolve_plane(job, plane, y, zeros, out);
+        if (job->size[ACTIVATED]) gelu_row(out, row_size(job, job->width), out);
+    }
 }
 
 static void convolve_back(const Job *job, const Task *task) {
+    const int activated = job->size[ACTIVATED] != 0;
     const float *zeros = zeros_of(job), *plane = plane_of(job, PLANE0, task->picture);
     const float *gradient = plane_of(job, GRADIENT, task->picture);
+    const long height = job->size[HEIGHT], width = job->size[WIDTH], row = row_size(job, job->width);
+    const long rows = activated ? 3 : height;
+    float *ring = activated ? take(&scratch, 3 * row) : NULL;
+    const float *of_convolved = activated ? ring : gradient;
+    long next = task->top > 0 ? task->top - 1 : 0;
     for (long y = task->top; y < task->bottom; y++) {
-        const Rows rows = rows_around(job, gradient, job->size[HEIGHT], y, job->width, zeros);
-        convolve_row(rows, job->at[KERNEL0], 1, job->size[WIDTH], job->width,
-                     pixel(job, OUT, job->width, task->picture, y));
-        kernel_row(rows_around(job, plane, job->size[HEIGHT], y, job->width, zeros), rows.at[1], job->size[WIDTH],
-                   job->width, job->at[OF_KERNEL] + task->index * TAPS * job->width);
+        for (; activated && next < height && next <= y + 1; next++) {
+            float *here = ring + next % 3 * row;
+            convolve_plane(job, plane, next, zeros, here);
+            gelu_row_back(here, gradient + next * row, row, here);
+        }
+        const Rows around = rows_around(job, of_convolved, rows, y, job->width, zeros);
+        convolve_row(around, job->at[KERNEL0], 1, width, job->width, pixel(job, OUT, job->width, task->picture, y));
+        kernel_row(rows_around(job, plane, height, y, job->width, zeros), around.at[1], width, job->width,
+                   job->at[OF_KERNEL] + task->index * TAPS * job->width);
+        if (job->at[OF_OFFSET]) add_up(around.at[1], width, job->width, job->at[OF_OFFSET] + task->index * job->width);
     }
+}
+
+/* What is projected: the normalised input where there is a norm, else the input or gelu of it; in `room` if it is computed. */
+static const float *prepare(const Job *job, const float *x, long count, float *room) {
+    if (job->at[WEIGHT])
+        normalise(x, count, &job->norm, room);
+    else if (job->size[ACTIVATED])
+        gelu_row(x, count * job->size[CHANNELS], room);
+    else
+        return x;
+    return room;
 }
 
 static void expand(const Job *job, const Task *task) {
     const long channels = job->size[CHANNELS], width = job->size[WIDTH];
     const long first = (task->picture * job->size[HEIGHT] + task->top) * width;
     const long last = first + (task->bottom - task->top) * width;
-    float *normalised = take(&scratch, BLOCK * channels);
+    float *room = take(&scratch, BLOCK * channels);
     for (long p = first; p < last; p += BLOCK) {
         const long count = p + BLOCK < last ? BLOCK : last - p;
-        normalise(job->at[X] + p * channels, count, &job->norm, normalised);
-        for (long s = 0; s < job->planes; s++)
-            multiply(normalised, channels, count, job->pack[s].to, job->at[PLANE0 + s] + p * job->width, job->width, 0);
+        const float *from = prepare(job, job->at[X] + p * channels, count, room);
+        for (long s = 0; s < job->planes; s++) {
+            float *out = job->at[PLANE0 + s] + p * job->width;
+            multiply(from, channels, count, job->pack[s].to, out, job->width, 0);
+            add_offset(job->at[OFFSET0 + s], count, job->width, out);
+        }
+    }
+}
+
+/* From the gradients of the planes; not through a norm. */
+static void project_back(const Job *job, const Task *task) {
+    const long channels = job->size[CHANNELS], width = job->size[WIDTH], columns = job->width;
+    const long first = (task->picture * job->size[HEIGHT] + task->top) * width;
+    const long last = first + (task->bottom - task->top) * width;
+    float *room = take(&scratch, BLOCK * channels);
+    for (long p = first; p < last; p += BLOCK) {
+        const long count = p + BLOCK < last ? BLOCK : last - p;
+        const float *x = job->at[X] + p * channels, *from = prepare(job, x, count, room);
+        float *out = job->at[OUT] + p * channels;
+        for (long s = 0; s < job->planes; s++) {
+            const long share = task->index * job->planes + s;
+            const float *gradient = job->at[PLANE0 + s] + p * columns;
+            multiply(gradient, columns, count, job->pack[s].to, out, channels, s > 0);
+            outer(gradient, columns, columns, from, channels, channels, count,
+                  job->at[OF_MATRIX] + share * columns * channels);
+            if (job->at[OF_OFFSET]) add_up(gradient, count, columns, job->at[OF_OFFSET] + share * columns);
+        }
+        if (job->size[ACTIVATED]) gelu_row_back(x, out, count * channels, out);
     }
 }
 
@@ -535,42 +632,56 @@ static void contract(const Job *job, const Task *task, long y0, long y1, const f
     multiply(gated, job->width, (y1 - y0) * job->size[WIDTH], matrix, out, channels, 1);
 }
 
-static void gate(const Job *job, const Task *task) {
-    const long band = band_of(job), row = row_size(job, job->width);
-    const float *zeros = zeros_of(job), *a = plane_of(job, PLANE0, task->picture), *b = plane_of(job, PLANE1, task->picture);
-    float *of_a = take(&scratch, band * row), *of_b = take(&scratch, row);
-    for (long y0 = task->top; y0 < task->bottom; y0 += band) {
-        const long y1 = y0 + band < task->bottom ? y0 + band : task->bottom;
-        for (long y = y0; y < y1; y++) {
-            float *here = of_a + (y - y0) * row;
-            convolve_row(rows_around(job, a, job->size[HEIGHT], y, job->width, zeros), job->at[KERNEL0], 0,
-                         job->size[WIDTH], job->width, here);
-            convolve_row(rows_around(job, b, job->size[HEIGHT], y, job->width, zeros), job->at[KERNEL1], 0,
-                         job->size[WIDTH], job->width, of_b);
-            gate_row(here, of_b, row);
-        }
-        contract(job, task, y0, y1, of_a, job->pack[0].to);
+/* What one to three 1×1 convolutions of the normalised input give: the last rows of it, or all. */
+typedef struct {
+    float *plane[STREAMS], *normalised;
+    long rows, next; /* the first row that is not there yet */
+} Ring;
+
+static Ring ring_of(const Job *job, const Task *task) {
+    Ring ring = {.rows = band_of(job) + 2, .next = task->top > 0 ? task->top - 1 : 0};
+    for (long s = 0; s < job->planes; s++) ring.plane[s] = take(&scratch, ring.rows * row_size(job, job->width));
+    ring.normalised = take(&scratch, ring.rows * row_size(job, job->size[CHANNELS]));
+    return ring;
+}
+
+/* All rows that a convolution of the rows up to y1-1 needs. */
+static void expand_to(const Job *job, const Task *task, Ring *ring, long y1) {
+    const long channels = job->size[CHANNELS], to = y1 + 1 < job->size[HEIGHT] ? y1 + 1 : job->size[HEIGHT];
+    while (ring->next < to) {
+        const long at = ring->next % ring->rows, room = ring->rows - at;
+        const long rows = to - ring->next < room ? to - ring->next : room, count = rows * job->size[WIDTH];
+        normalise(pixel(job, X, channels, task->picture, ring->next), count, &job->norm, ring->normalised);
+        for (long s = 0; s < job->planes; s++)
+            multiply(ring->normalised, channels, count, job->pack[s].to, ring->plane[s] + at * row_size(job, job->width),
+                     job->width, 0);
+        ring->next += rows;
     }
 }
 
-static void gate_straight(const Job *job, const Task *task) {
-    const long channels = job->size[CHANNELS], width = job->size[WIDTH], row = row_size(job, job->width);
+/* From planes that are kept, or, without them, from x. */
+static void gate(const Job *job, const Task *task) {
+    const int straight = job->at[PLANE0] == NULL;
+    const long band = band_of(job), width = job->size[WIDTH], row = row_size(job, job->width);
     const float *zeros = zeros_of(job);
-    float *normalised = take(&scratch, width * channels);
-    float *a = take(&scratch, 3 * row), *b = take(&scratch, 3 * row);
-    float *of_a = take(&scratch, row), *of_b = take(&scratch, row);
-    for (long y = task->top - 1; y <= task->bottom; y++) {
-        if (y >= 0 && y < job->size[HEIGHT]) {
-            normalise(pixel(job, X, channels, task->picture, y), width, &job->norm, normalised);
-            multiply(normalised, channels, width, job->pack[0].to, a + y % 3 * row, job->width, 0);
-            multiply(normalised, channels, width, job->pack[1].to, b + y % 3 * row, job->width, 0);
+    Ring ring = {.rows = job->size[HEIGHT]};
+    if (straight)
+        ring = ring_of(job, task);
+    else
+        for (int s = 0; s < 2; s++) ring.plane[s] = plane_of(job, PLANE0 + s, task->picture);
+    float *of_a = take(&scratch, band * row), *of_b = take(&scratch, row);
+    for (long y0 = task->top; y0 < task->bottom; y0 += band) {
+        const long y1 = y0 + band < task->bottom ? y0 + band : task->bottom;
+        if (straight) expand_to(job, task, &ring, y1);
+        for (long y = y0; y < y1; y++) {
+            float *here = of_a + (y - y0) * row;
+            convolve_row(rows_around(job, ring.plane[0], ring.rows, y, job->width, zeros), job->at[KERNEL0], 0, width,
+                         job->width, here);
+            convolve_row(rows_around(job, ring.plane[1], ring.rows, y, job->width, zeros), job->at[KERNEL1], 0, width,
+                         job->width, of_b);
+            gate_row(here, of_b, row);
         }
-        const long done = y - 1;
-        if (done < task->top) continue;
-        convolve_row(rows_around(job, a, 3, done, job->width, zeros), job->at[KERNEL0], 0, width, job->width, of_a);
-        convolve_row(rows_around(job, b, 3, done, job->width, zeros), job->at[KERNEL1], 0, width, job->width, of_b);
-        gate_row(of_a, of_b, row);
-        contract(job, task, done, done + 1, of_a, job->pack[2].to);
+        contract(job, task, y0, y1, of_a, job->pack[job->packs - 1].to);
     }
 }
 
@@ -608,37 +719,53 @@ static void gate_back(const Job *job, const Task *task) {
     }
 }
 
-static void correlate(const Job *job, const Task *task) {
-    const long band = band_of(job), channels = job->size[CHANNELS], width = job->size[WIDTH], heads = job->size[HEADS];
-    const long row = row_size(job, channels), each = channels / heads;
-    const float *zeros = zeros_of(job);
-    float *both[2] = {take(&scratch, band * row), take(&scratch, band * row)};
+/* Adds what `count` pixels of q and k give to the sums of a part. */
+static void correlate_pixels(const Job *job, const Task *task, float *const both[2], long count) {
+    const long channels = job->size[CHANNELS], heads = job->size[HEADS], each = channels / heads;
     float *gram = job->at[GRAM] + task->index * channels * each;
-    for (long y0 = task->top; y0 < task->bottom; y0 += band) {
-        const long y1 = y0 + band < task->bottom ? y0 + band : task->bottom, count = (y1 - y0) * width;
-        for (long y = y0; y < y1; y++)
-            for (int s = 0; s < 3; s++) {
-                float *to = s < 2 ? both[s] + (y - y0) * row : pixel(job, OUT, channels, task->picture, y);
-                convolve_row(rows_around(job, plane_of(job, PLANE0 + s, task->picture), job->size[HEIGHT], y, channels, zeros),
-                             job->at[KERNEL0 + s], 0, width, channels, to);
+    for (long h = 0; h < heads; h++)
+        outer(both[0] + h * each, channels, each, both[1] + h * each, channels, each, count, gram + h * each * each);
+    for (int s = 0; s < 2; s++) {
+        float *squares = job->at[SQUARES] + (task->index * 2 + s) * channels;
+        for (long c = 0; c < channels; c += LANES) {
+            Lanes sum = {0};
+            for (long p = 0; p < count; p++) {
+                const Lanes value = load(both[s] + p * channels + c);
+                sum += value * value;
             }
-        for (long h = 0; h < heads; h++)
-            outer(both[0] + h * each, channels, each, both[1] + h * each, channels, each, count, gram + h * each * each);
-        for (int s = 0; s < 2; s++) {
-            float *squares = job->at[SQUARES] + (task->index * 2 + s) * channels;
-            for (long c = 0; c < channels; c += LANES) {
-                Lanes sum = {0};
-                for (long p = 0; p < count; p++) {
-                    const Lanes value = load(both[s] + p * channels + c);
-                    sum += value * value;
-                }
-                store(squares + c, load(squares + c) + sum);
-            }
+            store(squares + c, load(squares + c) + sum);
         }
     }
 }
 
+/* From planes that are kept, or, without them, from x. */
+static void correlate(const Job *job, const Task *task) {
+    const int straight = job->at[PLANE0] == NULL;
+    const long band = band_of(job), channels = job->size[CHANNELS], width = job->size[WIDTH];
+    const long row = row_size(job, channels);
+    const float *zeros = zeros_of(job);
+    float *both[2] = {take(&scratch, band * row), take(&scratch, band * row)};
+    Ring ring = {.rows = job->size[HEIGHT]};
+    if (straight)
+        ring = ring_of(job, task);
+    else
+        for (int s = 0; s < 3; s++) ring.plane[s] = plane_of(job, PLANE0 + s, task->picture);
+    for (long y0 = task->top; y0 < task->bottom; y0 += band) {
+        const long y1 = y0 + band < task->bottom ? y0 + band : task->bottom;
+        if (straight) expand_to(job, task, &ring, y1);
+        for (long y = y0; y < y1; y++)
+            for (int s = 0; s < 3; s++) {
+                float *to = s < 2 ? both[s] + (y - y0) * row : pixel(job, OUT, channels, task->picture, y);
+                convolve_row(rows_around(job, ring.plane[s], ring.rows, y, channels, zeros), job->at[KERNEL0 + s], 0, width,
+                             channels, to);
+            }
+        correlate_pixels(job, task, both, (y1 - y0) * width);
+    }
+}
+
+/* To the planes, or, where there are matrices, on through expansion and norm. */
 static void correlate_back(const Job *job, const Task *task) {
+    const int through = job->at[MATRIX0] != NULL;
     const long band = band_of(job), ring = band + 2, channels = job->size[CHANNELS], width = job->size[WIDTH];
     const long height = job->size[HEIGHT], heads = job->size[HEADS], row = row_size(job, channels), each = channels / heads;
     const float *zeros = zeros_of(job);
@@ -670,7 +797,9 @@ static void correlate_back(const Job *job, const Task *task) {
             }
         }
         next = to;
-        expand_back(job, task, streams, y0, y1, NULL, zeros, of_plane, normalised, of_normalised);
+        if (through) expand_back(job, task, streams, y0, y1, NULL, zeros, of_plane, normalised, of_normalised);
+        for (long s = 0; !through && s < 3; s++)
+            plane_back(job, task, streams, s, y0, y1, zeros, pixel(job, OUT + s, channels, task->picture, y0));
     }
 }
 
@@ -681,9 +810,10 @@ static void mix(const Job *job, const Task *task) {
     float *out = job->at[OUT] + first * channels;
     for (long p = 0; p < count; p += BLOCK) {
         const long pixels = p + BLOCK < count ? BLOCK : count - p;
-        memcpy(out + p * channels, job->at[X] + (first + p) * channels, (size_t)(pixels * channels) * sizeof *out);
+        const float *x = job->at[X];
+        if (x) memcpy(out + p * channels, x + (first + p) * channels, (size_t)(pixels * channels) * sizeof *out);
         multiply(job->at[PLANE0] + (first + p) * channels, channels, pixels, job->head[task->picture], out + p * channels,
-                 channels, 1);
+                 channels, x != NULL);
     }
 }
 
@@ -703,9 +833,9 @@ static void mix_back(const Job *job, const Task *task) {
 /* --- Preparing and sharing out --- */
 
 typedef void Work(const Job *, const Task *);
-enum { CONVOLVE, CONVOLVE_BACK, EXPAND, GATE, GATE_STRAIGHT, GATE_BACK, CORRELATE, CORRELATE_BACK, MIX, MIX_BACK, KINDS };
-static Work *const work_of[KINDS] = {convolve,  convolve_back, expand,         gate, gate_straight,
-                                     gate_back, correlate,     correlate_back, mix,  mix_back};
+enum { CONVOLVE, CONVOLVE_BACK, EXPAND, PROJECT_BACK, GATE, GATE_BACK, CORRELATE, CORRELATE_BACK, MIX, MIX_BACK, KINDS };
+static Work *const work_of[KINDS] = {convolve,  convolve_back, expand,         project_back, gate,
+                                     gate_back, correlate,     correlate_back, mix,          mix_back};
 
 static void add_pack(Job *job, const float *from, long rows, long columns, int turned, long depth, long to_columns) {
     job->pack[job->packs++] = (Pack){from, rows, columns, columns, turned, {NULL, depth, to_columns}};
@@ -714,23 +844,23 @@ static void add_pack(Job *job, const float *from, long rows, long columns, int t
 /* Which matrices a kind needs, and how they lie. */
 static void plan(Job *job, int kind) {
     const long channels = job->size[CHANNELS], hidden = job->size[HIDDEN], padded = job->width;
-    const int back = kind == GATE_BACK || kind == CORRELATE_BACK;
-    if (back || kind == EXPAND || kind == GATE_STRAIGHT)
-        for (long s = 0; s < job->planes; s++)
+    const int back = kind == GATE_BACK || kind == CORRELATE_BACK || kind == PROJECT_BACK;
+    for (long s = 0; s < STREAMS; s++)
+        if (job->at[MATRIX0 + s])
             add_pack(job, job->at[MATRIX0 + s], hidden, channels, !back, back ? hidden : channels, back ? channels : padded);
-    if (kind == GATE || kind == GATE_STRAIGHT) add_pack(job, job->at[LAST], channels, hidden, 1, hidden, channels);
+    if (kind == GATE) add_pack(job, job->at[LAST], channels, hidden, 1, hidden, channels);
     if (kind == GATE_BACK) add_pack(job, job->at[LAST], channels, hidden, 0, channels, padded);
 }
 
 /* The small matrices of each picture, packed by the thread that will share the work out. */
 static void pack_heads(Job *job, int kind) {
-    const long channels = job->size[CHANNELS], each = kind == CORRELATE_BACK ? channels / job->size[HEADS] : channels;
-    const int ways = kind == CORRELATE_BACK ? 2 : 1;
+    const int correlates = kind == CORRELATE_BACK, ways = correlates ? 2 : 1;
+    const long channels = job->size[CHANNELS], each = correlates ? channels / job->size[HEADS] : channels;
     for (long h = 0; h < job->heads; h++)
         for (int way = 0; way < ways; way++) {
             Packed to = {take(&packed_matrices, each * each), each, each};
-            const int turned = kind == CORRELATE_BACK ? way == 0 : kind == MIX;
-            const float *from = job->at[kind == CORRELATE_BACK ? OF_GRAM : LAST] + h * each * each;
+            const int turned = correlates ? way == 0 : kind == MIX;
+            const float *from = job->at[correlates ? OF_GRAM : LAST] + h * each * each;
             const Pack pack = {from, each, each, each, turned, to};
             for (long panel = 0; panel < panels_of(each); panel++) pack_panel(&pack, panel);
             job->head[h * ways + way] = to;
@@ -749,7 +879,8 @@ static int compute(Job *job, int kind, int threads) {
     size_t packed = 0;
     int failed = 0;
     plan(job, kind);
-    if (kind == CORRELATE_BACK) job->heads = job->size[BATCH] * job->size[HEADS], packed = (size_t)(2 * job->heads * each * each);
+    if (kind == CORRELATE_BACK)
+        job->heads = job->size[BATCH] * job->size[HEADS], packed = (size_t)(2 * job->heads * each * each);
     if (kind == MIX || kind == MIX_BACK)
         job->heads = job->size[BATCH], packed = (size_t)(job->heads * job->size[CHANNELS] * job->size[CHANNELS]);
     for (int i = 0; i < job->packs; i++) packed += (size_t)(job->pack[i].to.depth * job->pack[i].to.columns);
@@ -772,8 +903,8 @@ static int compute(Job *job, int kind, int threads) {
 #pragma omp barrier
 #pragma omp for schedule(dynamic)
         for (long index = 0; index < tasks; index++) {
-            const long top = index % job->parts * PART, height = job->size[HEIGHT];
-            const Task task = {index / job->parts, top, top + PART < height ? top + PART : height, index};
+            const long part = job->size[PART], top = index % job->parts * part, height = job->size[HEIGHT];
+            const Task task = {index / job->parts, top, top + part < height ? top + part : height, index};
             if (ready) {
                 scratch.used = 0;
                 work_of[kind](job, &task);
@@ -809,13 +940,13 @@ static PyObject *run(PyObject *self, PyObject *args) {
             job.size[i - ADDRESSES] = (long)value;
     }
     const long *size = job.size;
-    if (size[BATCH] < 1 || size[HEIGHT] < 1 || size[WIDTH] < 1 || size[HEADS] < 1 || size[CHANNELS] % (size[HEADS] * LANES) ||
+    if (size[BATCH] < 1 || size[HEIGHT] < 1 || size[WIDTH] < 1 || size[HEADS] < 1 || size[PART] < 1 || size[CHANNELS] % (size[HEADS] * LANES) ||
         size[PADDED] % LANES || size[PADDED] < size[HIDDEN] || size[COUNT_OF_STREAMS] > STREAMS) {
         PyErr_Format(PyExc_ValueError, "channels that are no multiple of %d, or no pixels", LANES);
         return NULL;
     }
     job.norm = (Norm){job.at[WEIGHT], job.at[BIAS], job.epsilon, size[CHANNELS]};
-    job.parts = (size[HEIGHT] + PART - 1) / PART;
+    job.parts = (size[HEIGHT] + size[PART] - 1) / size[PART];
     job.planes = size[COUNT_OF_STREAMS], job.width = size[PADDED];
     Py_BEGIN_ALLOW_THREADS
     done = compute(&job, kind, threads);

@@ -1,8 +1,10 @@
 """Convolutions on BHWC features, each by the library that is fastest on the device."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from measnet import kernels
 
@@ -10,26 +12,61 @@ CONVOLUTION_PAYS = 48 * 128
 """Elements of a matrix from which oneDNN trains faster than MKL."""
 
 
-def convolve(x_bhwc: Tensor, kernel: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
-    """`F.conv2d` with zero padding to the same size (odd kernels) on BHWC features."""
-    if (
-        bias is None
-        and groups == len(kernel)
-        and kernel.shape[1:] == (1, 3, 3)
-        and kernels.fit(x_bhwc, kernel)
-    ):
-        return kernels.depthwise(x_bhwc, kernel)
+def convolve(
+    x_bhwc: Tensor,
+    kernel: Tensor,
+    bias: Tensor | None = None,
+    groups: int = 1,
+    *,
+    gelu: bool = False,
+) -> Tensor:
+    """`F.conv2d` with zero padding to the same size (odd kernels) on BHWC features, then `gelu`."""
+    depthwise = groups == len(kernel) and kernel.shape[1] == 1 and max(kernel.shape[2:]) == 3
+    if depthwise and kernels.fit(x_bhwc, kernel, bias):
+        return kernels.depthwise(x_bhwc, kernel, bias, gelu=gelu)
     padding = (kernel.shape[-2] // 2, kernel.shape[-1] // 2)
     x_bchw = F.conv2d(x_bhwc.permute(0, 3, 1, 2), kernel, bias, padding=padding, groups=groups)
-    return x_bchw.permute(0, 2, 3, 1)
+    out_bhwc = x_bchw.permute(0, 2, 3, 1)
+    return F.gelu(out_bhwc) if gelu else out_bhwc
 
 
-def pointwise(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` over the last dimension: a 1×1 convolution.
+def pointwise(
+    x: Tensor, matrix: Tensor, bias: Tensor | None = None, *, gelu: bool = False
+) -> Tensor:
+    """`F.linear` over the last dimension, a 1×1 convolution, of x or of gelu(x)."""
+    (out,) = project(x, (matrix,), None if bias is None else (bias,), gelu=gelu)
+    return out
 
-    On a CPU it is computed as one, for torch hands convolutions to oneDNN and matrix products to
-    MKL, which uses half of what an AMD processor can do. Not where a small matrix is trained: there
-    oneDNN's gradient costs more than the rest gains.
+
+class Pointwise(nn.Linear):
+    """A linear layer computed by `pointwise`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return pointwise(x, self.weight, self.bias)
+
+
+def project(
+    x: Tensor,
+    matrices: Sequence[Tensor],
+    biases: Sequence[Tensor] | None = None,
+    *,
+    gelu: bool = False,
+) -> tuple[Tensor, ...]:
+    """`pointwise` of the same features with each of up to three matrices."""
+    if kernels.fit(x, *matrices, *(biases or ()), out=len(matrices[0])):
+        return kernels.project(x, matrices, biases, gelu=gelu)
+    x = F.gelu(x) if gelu else x
+    each = (None,) * len(matrices) if biases is None else biases
+    return tuple(_linear(x, matrix, bias) for matrix, bias in zip(matrices, each, strict=True))
+
+
+def _linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, on a CPU computed as a convolution.
+
+    Torch hands convolutions to oneDNN and matrix products to MKL, which uses half of what an AMD
+    processor can do. Not where a small matrix is trained: there oneDNN's gradient costs more than
+    the rest gains.
     """
     on_cpu = x.device.type == "cpu" and x.dtype != torch.float64
     small = torch.is_grad_enabled() and matrix.numel() < CONVOLUTION_PAYS

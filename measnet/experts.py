@@ -97,8 +97,8 @@ class ExpertBank(nn.Module):
         return F.gelu(hidden).unflatten(1, self.bias_in.shape)
 
     def _expert(self, n: int, x_pc: Tensor) -> Tensor:
-        hidden = F.gelu(pointwise(x_pc, self.weight_in[n], self.bias_in[n]))
-        return pointwise(hidden, self.weight_out[n], self.bias_out[n])
+        hidden = pointwise(x_pc, self.weight_in[n], self.bias_in[n])
+        return pointwise(hidden, self.weight_out[n], self.bias_out[n], gelu=True)
 
 
 class _Gather(torch.autograd.Function):

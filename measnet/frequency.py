@@ -212,8 +212,8 @@ class PictureExperts(nn.Module):
                 biases.append(self.bias_in[rows])
                 # The gate goes into the small matrix, not over the pixels.
                 parts_out.append(self.weight_out[:, rows] * gate_n[n].to(x_hwc.dtype))
-            hidden = F.gelu(pointwise(x_hwc, torch.cat(parts_in), torch.cat(biases)))
-            outs.append(pointwise(hidden, torch.cat(parts_out, dim=1), bias_c))
+            hidden = pointwise(x_hwc, torch.cat(parts_in), torch.cat(biases))
+            outs.append(pointwise(hidden, torch.cat(parts_out, dim=1), bias_c, gelu=True))
         return torch.stack(outs)
 
 

@@ -1,14 +1,16 @@
-"""The transformer block's passes over fp32 features on a CPU, compiled at installation.
+"""Passes over fp32 features on a CPU, compiled at installation.
 
-An operation of torch reads its input from memory and writes a new tensor; a block has some forty of
-them, and fetching fresh memory costs more than most of them compute. These kernels (`_kernels.h`)
+An operation of torch reads its input from memory and writes a new tensor; a transformer block has
+some forty of them, and fetching fresh memory costs more than most of them compute. These kernels
+(`_kernels.h`)
 use what a 1×1 convolution gives a few rows later, while it is in the cache, keep less for the
 backward pass, and compute the rest again. `bench/model.py` shows what is gained. Where there was no
 compiler, on a GPU, under autocast, `torch.compile` and in exports, torch does the work
 (transformer.py, convolution.py).
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
@@ -32,15 +34,22 @@ def _built() -> dict[int, Callable[..., None]]:
 
 KERNELS = _built()
 PART = 32
-"""Rows of a picture whose share of a sum is given at once; as in the C file."""
+"""Rows of a picture whose share of a sum is given at once."""
+LEAST_PART = 8
+"""Rows of a small picture that are still worth a thread of their own."""
+PIXELS = 1024
+"""Least number of pixels whose share of a sum is given at once where rows do not matter."""
+SHARES = 8
+"""Most shares of such a sum."""
 KINDS = (
-    *("convolve", "convolve_back", "expand", "gate", "gate_straight", "gate_back"),
+    *("convolve", "convolve_back", "expand", "project_back", "gate", "gate_back"),
     *("correlate", "correlate_back", "mix", "mix_back"),
 )
 ADDRESSES = (
     *("x", "weight", "bias", "matrix0", "matrix1", "matrix2", "plane0", "plane1", "plane2"),
-    *("kernel0", "kernel1", "kernel2", "last", "gradient", "of_gram", "of_squares"),
-    *("out", "of_norm", "of_matrix", "of_kernel", "of_last", "gram", "squares"),
+    *("kernel0", "kernel1", "kernel2", "offset0", "offset1", "offset2", "last", "gradient"),
+    *("of_gram", "of_squares", "out", "out1", "out2", "of_norm", "of_matrix", "of_kernel"),
+    *("of_offset", "of_last", "gram", "squares"),
 )
 _allowed = True
 
@@ -56,19 +65,26 @@ def torch_only() -> Iterator[None]:
         _allowed = before
 
 
-def fit(x_bhwc: Tensor, *weights: Tensor, heads: int = 1) -> bool:
-    """Whether the kernels compute this; asked first for what is quick to know."""
+def fit(x: Tensor, *weights: Tensor | None, heads: int = 1, out: int | None = None) -> bool:
+    """Whether the kernels compute this; asked first for what is quick to know.
+
+    Args:
+        x: the features, channels last.
+        weights: parameters that take part; None is one that is not there.
+        heads: they split the channels.
+        out: channels of the output, where those matter too.
+    """
     return (
         _allowed
-        and x_bhwc.device.type == "cpu"
-        and x_bhwc.dtype == torch.float32
-        and all(_is_whole(weight) for weight in weights)
-        and _lanes(x_bhwc.shape[-1], heads) > 0
-        and x_bhwc.numel() > 0
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and all(_is_whole(weight) for weight in weights if weight is not None)
+        and _lanes(x.shape[-1], heads, out) > 0
+        and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and type(x_bhwc) in (Tensor, torch.nn.Parameter)  # not one without memory of its own
+        and type(x) in (Tensor, torch.nn.Parameter)  # not one without memory of its own
     )
 
 
@@ -77,9 +93,40 @@ def _is_whole(weight: Tensor) -> bool:
     return weight.dtype == torch.float32 and not hasattr(weight, "ds_id")
 
 
-def depthwise(x_bhwc: Tensor, kernel: Tensor) -> Tensor:
-    """x ⊛ kernel with zero padding: (B, H, W, C), (C, 1, 3, 3) -> (B, H, W, C)."""
-    out: Tensor = _Depthwise.apply(x_bhwc, kernel)
+def depthwise(
+    x_bhwc: Tensor, kernel: Tensor, offset: Tensor | None = None, *, gelu: bool = False
+) -> Tensor:
+    """x ⊛ kernel + offset with zero padding, then gelu where asked for.
+
+    Args:
+        x_bhwc: (B, H, W, C).
+        kernel: (C, 1, 3, 3), or (C, 1, 1, 3), or (C, 1, 3, 1).
+        offset: (C,).
+        gelu: what is kept for the backward pass is the input either way.
+    """
+    rows, columns = kernel.shape[-2:]
+    if (rows, columns) != (3, 3):
+        beside, above = (3 - columns) // 2, (3 - rows) // 2
+        kernel = F.pad(kernel, (beside, beside, above, above))
+    out: Tensor = _Depthwise.apply(x_bhwc, kernel, offset, gelu)
+    return out
+
+
+def project(
+    x: Tensor, matrices: Sequence[Tensor], offsets: Sequence[Tensor] | None, *, gelu: bool = False
+) -> tuple[Tensor, ...]:
+    """1×1 convolutions of the same features: x · matrixᵀ + offset, or gelu(x) instead of x.
+
+    Args:
+        x: (..., C).
+        matrices: one to three (C out, C).
+        offsets: as many (C out,).
+        gelu: what is kept for the backward pass is `x` either way.
+
+    Returns:
+        As many (..., C out).
+    """
+    out: tuple[Tensor, ...] = _Project.apply(x, gelu, len(matrices), *matrices, *(offsets or ()))
     return out
 
 
@@ -107,7 +154,7 @@ def feed_forward(
     out = torch.empty_like(x)
     kernels = _taps(depthwise, _padded(x, depthwise.shape[1]))
     _compute(
-        "gate_straight",
+        "gate",
         x,
         {
             "weight": norm.weight,
@@ -118,6 +165,7 @@ def feed_forward(
             "out": out,
         },
         hidden=depthwise.shape[1],
+        part=_straight_part(x.shape[1]),
         epsilon=norm.eps,
     )
     return out
@@ -139,44 +187,129 @@ def correlate(
         v (B, H, W, C); qᵀk summed over the pixels (B, heads, C/heads, C/heads); the squares of q
         and of k summed over the pixels (B, 2, C).
     """
-    result: tuple[Tensor, Tensor, Tensor] = _Correlate.apply(
-        x_bhwc, norm.weight, norm.bias, norm.eps, qkv, depthwise, heads
+    inputs = (x_bhwc, norm.weight, norm.bias, norm.eps, qkv, depthwise)
+    if _trains(*inputs):
+        trained: tuple[Tensor, Tensor, Tensor] = _Correlate.apply(*inputs, heads)
+        return trained
+    x, qkv = x_bhwc.contiguous(), qkv.contiguous()
+    part = _straight_part(x.shape[1])
+    outputs = _correlated(x, heads, part)
+    _compute(
+        "correlate",
+        x,
+        {
+            "weight": norm.weight,
+            "bias": norm.bias,
+            **_each("matrix", qkv),
+            **_each("kernel", _taps(depthwise)),
+            **outputs,
+        },
+        heads=heads,
+        part=part,
+        epsilon=norm.eps,
+    )
+    return _summed(outputs, len(x))
+
+
+def correlate_planes(
+    q_bhwc: Tensor, k_bhwc: Tensor, v_bhwc: Tensor, depthwise: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`correlate` of q, k and v that are projected already, from anything."""
+    result: tuple[Tensor, Tensor, Tensor] = _CorrelatePlanes.apply(
+        q_bhwc, k_bhwc, v_bhwc, depthwise, heads
     )
     return result
 
 
-def mix(x_bhwc: Tensor, v_bhwc: Tensor, matrix_boc: Tensor) -> Tensor:
-    """x + v · matrixᵀ, with a matrix (C, C) for each picture."""
+def mix(x_bhwc: Tensor | None, v_bhwc: Tensor, matrix_boc: Tensor) -> Tensor:
+    """x + v · matrixᵀ, with a matrix (C, C) for each picture; without x: v · matrixᵀ."""
     out: Tensor = _Mix.apply(x_bhwc, v_bhwc, matrix_boc)
     return out
 
 
 class _Depthwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_bhwc: Tensor, kernel: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_bhwc: Tensor, kernel: Tensor, offset: Tensor | None, gelu: bool
+    ) -> Tensor:
         x, kernels = x_bhwc.contiguous(), _taps(kernel[None])
-        ctx.save_for_backward(x, kernels)
+        given = {"plane0": x, "kernel0": kernels} | _only(offset0=offset)
         out = torch.empty_like(x)
-        _compute("convolve", x, {"plane0": x, "kernel0": kernels, "out": out})
+        _compute("convolve", x, {**given, "out": out}, activated=gelu)
+        ctx.save_for_backward(x, kernels, offset)
+        ctx.gelu = gelu
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        x, kernels = ctx.saved_tensors
-        of_x, of_kernel = torch.empty_like(x), _shares(x, 1, 9, x.shape[-1])
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, kernels, offset = ctx.saved_tensors
+        channels = x.shape[-1]
+        of_x, of_kernel = torch.empty_like(x), _shares(x, 1, 9, channels)
+        of_offset = None if offset is None else _shares(x, channels)
         _compute(
             "convolve_back",
             x,
             {
                 "plane0": x,
                 "kernel0": kernels,
+                **_only(offset0=offset, of_offset=of_offset),
                 "gradient": gradient.contiguous(),
                 "out": of_x,
                 "of_kernel": of_kernel,
             },
+            activated=ctx.gelu,
         )
-        return of_x, _kernels(of_kernel, x.shape[-1])[0]
+        of_offset = None if of_offset is None else of_offset.sum(0)
+        return of_x, _kernels(of_kernel, channels)[0], of_offset, None
+
+
+class _Project(torch.autograd.Function):
+    """All pixels are one column of rows of one pixel, cut into a few long parts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gelu: bool, count: int, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        x = x.contiguous()
+        matrices = [one.contiguous() for one in weights[:count]]
+        offsets = [one.contiguous() for one in weights[count:]]
+        planes = [x.new_empty(*x.shape[:-1], len(one)) for one in matrices]
+        _compute(
+            "expand",
+            _column(x),
+            {**_each("matrix", matrices), **_each("offset", offsets), **_each("plane", planes)},
+            **_project_sizes(x, matrices),
+            activated=gelu,
+        )
+        ctx.save_for_backward(x, *matrices)
+        ctx.gelu, ctx.has_offsets = gelu, bool(offsets)
+        return tuple(planes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, *matrices = ctx.saved_tensors
+        sizes = _project_sizes(x, matrices)
+        column, (out, channels) = _column(x), matrices[0].shape
+        shares = -(-len(column[0]) // sizes["part"])
+        of_x, of_matrix = torch.empty_like(x), x.new_zeros(shares, len(matrices), out, channels)
+        of_offset = x.new_zeros(shares, len(matrices), out) if ctx.has_offsets else None
+        _compute(
+            "project_back",
+            column,
+            {
+                **_each("matrix", matrices),
+                **_each("plane", [one.contiguous() for one in gradients]),
+                "out": of_x,
+                "of_matrix": of_matrix,
+                **_only(of_offset=of_offset),
+            },
+            **sizes,
+            activated=ctx.gelu,
+        )
+        of_offsets = () if of_offset is None else of_offset.sum(0).unbind()
+        return of_x, None, None, *of_matrix.sum(0).unbind(), *of_offsets
 
 
 class _FeedForward(torch.autograd.Function):
@@ -265,9 +398,8 @@ class _Correlate(torch.autograd.Function):
         heads: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         x, qkv = x_bhwc.contiguous(), qkv.contiguous()
-        each = x.shape[-1] // heads
-        planes, kernels, v = x.new_empty(3, *x.shape), _taps(depthwise), torch.empty_like(x)
-        gram, squares = _shares(x, heads, each, each), _shares(x, 2, x.shape[-1])
+        planes, kernels = x.new_empty(3, *x.shape), _taps(depthwise)
+        outputs = _correlated(x, heads)
         norm = {"weight": weight, "bias": bias}
         _compute(
             "expand",
@@ -280,13 +412,13 @@ class _Correlate(torch.autograd.Function):
         _compute(
             "correlate",
             x,
-            {**norm, **kept, "out": v, "gram": gram, "squares": squares},
+            {**norm, **kept, **outputs},
             heads=heads,
             epsilon=epsilon,
         )
         ctx.save_for_backward(x, weight, bias, qkv, planes, kernels)
         ctx.epsilon, ctx.heads = epsilon, heads
-        return v, *(one.unflatten(0, (len(x), -1)).sum(1) for one in (gram, squares))
+        return _summed(outputs, len(x))
 
     @staticmethod
     @once_differentiable
@@ -322,18 +454,59 @@ class _Correlate(torch.autograd.Function):
         return of_x, of_weight, of_bias, None, of_matrix.sum(0), of_depthwise, None
 
 
+class _CorrelatePlanes(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q_bhwc: Tensor, k_bhwc: Tensor, v_bhwc: Tensor, depthwise: Tensor, heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        planes = [one.contiguous() for one in (q_bhwc, k_bhwc, v_bhwc)]
+        kernels, outputs = _taps(depthwise), _correlated(planes[2], heads)
+        given = _each("plane", planes) | _each("kernel", kernels)
+        _compute("correlate", planes[2], {**given, **outputs}, heads=heads)
+        ctx.save_for_backward(*planes, kernels)
+        ctx.heads = heads
+        return _summed(outputs, len(v_bhwc))
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, of_v: Tensor, of_gram: Tensor, of_squares: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        *planes, kernels = ctx.saved_tensors
+        of_planes = [torch.empty_like(one) for one in planes]
+        of_kernel = _shares(planes[0], 3, 9, planes[0].shape[-1])
+        _compute(
+            "correlate_back",
+            planes[2],
+            {
+                **_each("plane", planes),
+                **_each("kernel", kernels),
+                "gradient": of_v.contiguous(),
+                "of_gram": of_gram.contiguous(),
+                "of_squares": of_squares.contiguous(),
+                **dict(zip(("out", "out1", "out2"), of_planes, strict=True)),
+                "of_kernel": of_kernel,
+            },
+            heads=ctx.heads,
+        )
+        return *of_planes, _kernels(of_kernel, planes[0].shape[-1]), None
+
+
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_bhwc: Tensor, v_bhwc: Tensor, matrix_boc: Tensor) -> Tensor:
-        x, v, matrix = x_bhwc.contiguous(), v_bhwc.contiguous(), matrix_boc.contiguous()
-        out = torch.empty_like(x)
-        _compute("mix", x, {"x": x, "plane0": v, "last": matrix, "out": out})
+    def forward(ctx: Any, x_bhwc: Tensor | None, v_bhwc: Tensor, matrix_boc: Tensor) -> Tensor:
+        x = None if x_bhwc is None else x_bhwc.contiguous()
+        v, matrix = v_bhwc.contiguous(), matrix_boc.contiguous()
+        out = torch.empty_like(v)
+        given = {"plane0": v, "last": matrix, "out": out}
+        _compute("mix", v, given | ({"x": None} if x is None else {"x": x}), part=LEAST_PART)
         ctx.save_for_backward(v, matrix)
+        ctx.adds = x is not None
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
         v, matrix = ctx.saved_tensors
         gradient, of_v = gradient.contiguous(), torch.empty_like(v)
         of_matrix = _shares(v, *matrix.shape[1:])
@@ -348,12 +521,41 @@ class _Mix(torch.autograd.Function):
                 "of_matrix": of_matrix,
             },
         )
-        return gradient, of_v, of_matrix.unflatten(0, (len(v), -1)).sum(1)
+        of_x = gradient if ctx.adds else None
+        return of_x, of_v, of_matrix.unflatten(0, (len(v), -1)).sum(1)
 
 
-def _lanes(channels: int, heads: int = 1) -> int:
+def _column(x: Tensor) -> Tensor:
+    """(..., C) -> (1, P, 1, C)."""
+    return x.view(1, -1, 1, x.shape[-1])
+
+
+def _project_sizes(x: Tensor, matrices: Sequence[Tensor]) -> dict[str, int]:
+    pixels, (out, channels) = x.numel() // x.shape[-1], matrices[0].shape
+    part = max(PIXELS, -(-pixels // SHARES))
+    return {"hidden": out, "part": part, "lanes": _lanes(channels, 1, out)}
+
+
+def _correlated(x_bhwc: Tensor, heads: int, part: int = PART) -> dict[str, Tensor]:
+    """Room for what `correlate` gives."""
+    channels = x_bhwc.shape[-1]
+    each = channels // heads
+    return {
+        "out": torch.empty_like(x_bhwc),
+        "gram": _shares(x_bhwc, heads, each, each, part=part),
+        "squares": _shares(x_bhwc, 2, channels, part=part),
+    }
+
+
+def _summed(outputs: dict[str, Tensor], batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    gram, squares = (outputs[name].unflatten(0, (batch, -1)).sum(1) for name in ("gram", "squares"))
+    return outputs["out"], gram, squares
+
+
+def _lanes(channels: int, heads: int = 1, out: int | None = None) -> int:
     """The widest vectors that these channels fill, split among the heads; 0: none."""
-    return next((lanes for lanes in KERNELS if channels % (heads * lanes) == 0), 0)
+    even = math.gcd(channels, channels if out is None else out)
+    return next((lanes for lanes in KERNELS if even % (heads * lanes) == 0), 0)
 
 
 def _padded(x_bhwc: Tensor, hidden: int) -> int:
@@ -370,26 +572,40 @@ def _trains(*inputs: object) -> bool:
 def _compute(
     kind: str,
     x_bhwc: Tensor,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor | None],
     *,
     hidden: int | None = None,
     heads: int = 1,
+    part: int = PART,
+    lanes: int | None = None,
+    activated: bool = False,
     epsilon: float = 0.0,
 ) -> None:
     """Call the C file; `tensors` are contiguous fp32, by the names in `ADDRESSES`."""
-    tensors = {"x": x_bhwc} | tensors
+    given = {name: one for name, one in {"x": x_bhwc, **tensors}.items() if one is not None}
     channels = x_bhwc.shape[-1]
-    lanes = _lanes(channels, heads)
+    lanes = _lanes(channels, heads) if lanes is None else lanes
     hidden = channels if hidden is None else hidden
-    streams = max(sum(f"{name}{i}" in tensors for i in range(3)) for name in ("plane", "matrix"))
-    sizes = (*x_bhwc.shape, hidden, hidden + -hidden % lanes, heads, streams)
-    addresses = [tensors[name].data_ptr() if name in tensors else 0 for name in ADDRESSES]
+    streams = max(sum(f"{name}{i}" in given for i in range(3)) for name in ("plane", "matrix"))
+    padded = hidden + -hidden % lanes
+    sizes = (*x_bhwc.shape, hidden, padded, heads, part, int(activated), streams)
+    addresses = [given[name].data_ptr() if name in given else 0 for name in ADDRESSES]
     KERNELS[lanes](KINDS.index(kind), addresses, sizes, epsilon, torch.get_num_threads())
 
 
-def _each(name: str, stacked: Tensor) -> dict[str, Tensor]:
+def _only(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """Those that are there."""
+    return {name: one.contiguous() for name, one in tensors.items() if one is not None}
+
+
+def _each(name: str, ones: Iterable[Tensor]) -> dict[str, Tensor]:
     """`matrix0`, `matrix1`, ..."""
-    return {f"{name}{i}": one for i, one in enumerate(stacked)}
+    return {f"{name}{i}": one for i, one in enumerate(ones)}
+
+
+def _straight_part(height: int) -> int:
+    """Without gradients little is shared, so that small pictures are cut into smaller parts."""
+    return min(PART, max(LEAST_PART, -(-height // 2)))
 
 
 def _taps(kernels: Tensor, padded: int | None = None) -> Tensor:
@@ -405,6 +621,6 @@ def _kernels(shares: Tensor, channels: int) -> Tensor:
     return taps.reshape(*taps.shape[:2], 1, 3, 3)
 
 
-def _shares(x_bhwc: Tensor, *shape: int) -> Tensor:
+def _shares(x_bhwc: Tensor, *shape: int, part: int = PART) -> Tensor:
     """Room for a sum from each part of the rows of each picture."""
-    return x_bhwc.new_zeros(len(x_bhwc) * -(-x_bhwc.shape[1] // PART), *shape)
+    return x_bhwc.new_zeros(len(x_bhwc) * -(-x_bhwc.shape[1] // part), *shape)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from measnet.config import ModelConfig
-from measnet.convolution import convolve, pointwise
+from measnet.convolution import Pointwise, convolve, pointwise, project
 from measnet.experts import (
     BALANCE_EPSILON,
     ExpertBank,
@@ -30,7 +30,7 @@ from measnet.experts import (
 )
 from measnet.frequency import FrequencySplit
 from measnet.network import MEASNet
-from measnet.transformer import Merge, attend_channels, weight
+from measnet.transformer import Merge, attend_planes, weight
 
 LEAST_SIZE = 64
 """Pixels a side: level 3 is shrunk twice by 4 in `RankExperts`."""
@@ -199,15 +199,15 @@ class RankExperts(nn.Module):
         self.from_k_bias = weight(total, fan_in=channels)
         self.back = weight(channels, total, fan_in=4)
         self.back_bias = weight(len(self.ranks), channels, fan_in=4)
-        self.project = nn.Linear(channels, channels)
+        self.project = Pointwise(channels, channels)
 
     def forward(self, x_bhwc: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, W, C) -> same, and the choice as (B, N) zeros and ones."""
-        hidden = F.gelu(convolve(self.norm(x_bhwc), self.conv_in, self.conv_in_bias))
-        (to_x, to_k), (bias_x, bias_k) = self.divide.chunk(2), self.divide_bias.chunk(2)
-        x = convolve(pointwise(hidden, to_x, bias_x), self.across, self.across_bias, len(to_x))
-        x = F.gelu(convolve(x, self.along, self.along_bias, len(to_x)))
-        k = self._calibrated(pointwise(hidden, to_k, bias_k))
+        hidden = convolve(self.norm(x_bhwc), self.conv_in, self.conv_in_bias)
+        x, k = project(hidden, self.divide.chunk(2), self.divide_bias.chunk(2), gelu=True)
+        x = convolve(x, self.across, self.across_bias, x.shape[-1])
+        x = convolve(x, self.along, self.along_bias, x.shape[-1], gelu=True)
+        k = self._calibrated(k)
 
         gate_bk, index_bk = self._choose(x)
         gate_bn = scatter_gates(gate_bk, index_bk, len(self.ranks)).to(x.dtype)
@@ -278,13 +278,9 @@ class CrossAttention(nn.Module):
         """Two of (B, H, W, C) -> same; a query of None is one of zeros."""
         if query_bhwc is None:
             return self._uniform(y_bhwc)
-        q = convolve(pointwise(query_bhwc, self.q), self.q_depthwise, groups=len(self.q))
-        k_bpc, v_bpc = (
-            convolve(pointwise(y_bhwc, matrix), kernel, groups=len(kernel)).flatten(1, 2)
-            for matrix, kernel in zip(self.kv, self.kv_depthwise, strict=True)
-        )
-        out = attend_channels(q.flatten(1, 2), k_bpc, v_bpc, self.temperature, self.project_out)
-        return out.view(y_bhwc.shape)
+        q, (k, v) = pointwise(query_bhwc, self.q), project(y_bhwc, self.kv.unbind())
+        depthwise = torch.cat([self.q_depthwise[None], self.kv_depthwise])
+        return attend_planes(q, k, v, depthwise, self.temperature, self.project_out)
 
     def _uniform(self, y_bhwc: Tensor) -> Tensor:
         """A query of zeros attends to all channels alike: a head gives the mean of its values."""
@@ -309,7 +305,7 @@ class Modulate(nn.Module):
         self.spatial = weight(1, 2, 7, 7, fan_in=98)
         self.reduce = weight(channels // 16, channels, fan_in=channels)
         self.expand = weight(channels, channels // 16, fan_in=max(1, channels // 16))
-        self.project = nn.Linear(channels, channels)
+        self.project = Pointwise(channels, channels)
 
     def forward(self, low_bhwc: Tensor, high_bhwc: Tensor) -> Tensor:
         """Two of (B, H, W, C) -> same."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from measnet import kernels
-from measnet.convolution import convolve, pointwise
+from measnet.convolution import convolve, pointwise, project
 
 EPSILON = 1e-12  # the least norm that a query or key is divided by
 
@@ -55,12 +55,37 @@ class ChannelAttention(nn.Module):
     def forward(self, x_bhwc: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
         # Three products instead of one that is cut: nothing is put together in the backward pass.
-        q_bpc, k_bpc, v_bpc = (
-            convolve(pointwise(x_bhwc, matrix), kernel, groups=len(kernel)).flatten(1, 2)
-            for matrix, kernel in zip(self.qkv, self.qkv_depthwise, strict=True)
-        )
-        out = attend_channels(q_bpc, k_bpc, v_bpc, self.temperature, self.project_out)
-        return out.view(x_bhwc.shape)
+        q, k, v = project(x_bhwc, self.qkv.unbind())
+        return attend_planes(q, k, v, self.qkv_depthwise, self.temperature, self.project_out)
+
+
+def attend_planes(
+    q_bhwc: Tensor,
+    k_bhwc: Tensor,
+    v_bhwc: Tensor,
+    depthwise: Tensor,
+    temperature: Tensor,
+    project_out: Tensor,
+) -> Tensor:
+    """Channel attention after each plane's own of the depth-wise convolutions (3, C, 1, 3, 3)."""
+    heads = len(temperature)
+    if kernels.fit(v_bhwc, depthwise, temperature, project_out, heads=heads):
+        v, gram, squares = kernels.correlate_planes(q_bhwc, k_bhwc, v_bhwc, depthwise, heads)
+        return kernels.mix(None, v, attention_matrix(gram, squares, temperature, project_out))
+    q_bpc, k_bpc, v_bpc = (
+        convolve(plane, kernel, groups=len(kernel)).flatten(1, 2)
+        for plane, kernel in zip((q_bhwc, k_bhwc, v_bhwc), depthwise, strict=True)
+    )
+    out = attend_channels(q_bpc, k_bpc, v_bpc, temperature, project_out)
+    return out.view(v_bhwc.shape)
+
+
+def attention_matrix(
+    gram: Tensor, squares_b2c: Tensor, temperature: Tensor, project_out: Tensor
+) -> Tensor:
+    """`channel_matrix` from what `kernels.correlate` gives."""
+    q_norm, k_norm = squares_b2c.clamp_min(EPSILON**2).sqrt().unbind(1)
+    return channel_matrix(gram, q_norm, k_norm, temperature, project_out)
 
 
 def attend_channels(
@@ -154,11 +179,10 @@ class TransformerBlock(nn.Module):
         if not kernels.fit(x_bhwc, *self.parameters(), heads=heads):
             x_bhwc = x_bhwc + attention(self.norm1(x_bhwc))
             return x_bhwc + ffn(self.norm2(x_bhwc))
-        v_bhwc, gram, squares_b2c = kernels.correlate(
+        v_bhwc, gram, squares = kernels.correlate(
             x_bhwc, self.norm1, attention.qkv, attention.qkv_depthwise, heads
         )
-        q_norm, k_norm = squares_b2c.clamp_min(EPSILON**2).sqrt().unbind(1)
-        matrix = channel_matrix(gram, q_norm, k_norm, attention.temperature, attention.project_out)
+        matrix = attention_matrix(gram, squares, attention.temperature, attention.project_out)
         x_bhwc = kernels.mix(x_bhwc, v_bhwc, matrix)
         return kernels.feed_forward(
             x_bhwc, self.norm2, ffn.project_in, ffn.depthwise, ffn.project_out

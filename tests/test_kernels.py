@@ -1,14 +1,17 @@
 """The compiled kernels against torch's own operations in double precision."""
 
 import copy
+import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from measnet import kernels
-from measnet.convolution import convolve
-from measnet.transformer import TransformerBlock
+from measnet.convolution import convolve, project
+from measnet.transformer import TransformerBlock, attend_planes
 
 compiled = pytest.mark.skipif(not kernels.KERNELS, reason="no compiler at installation")
 # Batch, height, width, channels, heads: one pixel; rows shorter than a band; parts of rows with
@@ -77,19 +80,67 @@ def test_the_kernels_are_what_runs() -> None:
         assert "_FeedForward" not in type(block(x).grad_fn).__name__
 
 
+def assert_agree_with_torch(compute: Callable[..., Any], tensors: list[Tensor]) -> None:
+    """`compute` gives one or several outputs; they and all gradients, with and without autograd."""
+
+    def results(dtype: torch.dtype) -> list[Tensor]:
+        cast = [one.detach().to(dtype).requires_grad_() for one in tensors]
+        outs = compute(*cast)
+        outs = [outs] if isinstance(outs, Tensor) else list(outs)
+        gradients = [torch.linspace(-0.5, 1, one.numel()).view(one.shape).to(dtype) for one in outs]
+        return [*outs, *torch.autograd.grad(outs, cast, gradients)]
+
+    ours = results(torch.float32)
+    assert_close(ours, results(torch.float64), 5e-6)
+    with torch.no_grad():
+        straight = compute(*tensors)
+        straight = [straight] if isinstance(straight, Tensor) else list(straight)
+        assert all(torch.equal(one, our) for one, our in zip(straight, ours, strict=False))
+
+
+def numbers(*shapes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+@compiled
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("size", [(3, 3), (1, 3), (3, 1)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_depthwise_agrees_with_torch(shape, size, gelu) -> None:
+    x, kernel, offset = numbers(shape[:4], (shape[3], 1, *size), shape[3:4])
+
+    def compute(x: Tensor, kernel: Tensor, *offset: Tensor) -> Tensor:
+        return convolve(x, kernel, *offset, groups=shape[3], gelu=gelu)
+
+    assert_agree_with_torch(compute, [x, kernel])
+    assert_agree_with_torch(compute, [x, kernel, offset])
+
+
+@compiled
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("channels", [(16, 48), (48, 24), (8, 8), (192, 16), (40, 96)])
+def test_projections_agree_with_torch(channels, count, gelu) -> None:
+    """Fewer pixels than a tile, and so many that they are cut, with a remainder."""
+    into, out = channels
+    for pixels in ((3,), (1, 71, 131)):
+        x, *weights = numbers((*pixels, into), *[(out, into)] * count, *[(out,)] * count)
+        assert kernels.fit(x, out=out)
+        assert_agree_with_torch(
+            lambda x, *all: project(x, all[:count], all[count:], gelu=gelu), [x, *weights]
+        )
+        assert_agree_with_torch(lambda x, *all: project(x, all, gelu=gelu), [x, *weights[:count]])
+
+
 @compiled
 @pytest.mark.parametrize("shape", SHAPES)
-def test_depthwise_agrees_with_torch(shape) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape[:4], generator=generator, requires_grad=True)
-    kernel = torch.randn(shape[3], 1, 3, 3, generator=generator, requires_grad=True)
-    grad = torch.randn(shape[:4], generator=generator)
-
-    def compute(dtype: torch.dtype) -> list[Tensor]:
-        out = convolve(x.to(dtype), kernel.to(dtype), groups=shape[3])
-        return [out, *torch.autograd.grad(out, (x, kernel), grad.to(dtype))]
-
-    assert_close(compute(torch.float32), compute(torch.float64), 4e-6)
+def test_attention_of_given_planes_agrees_with_torch(shape) -> None:
+    plane, channels, heads = shape[:4], shape[3], shape[4]
+    tensors = numbers(*[plane] * 3, (3, channels, 1, 3, 3), (heads, 1, 1), (channels, channels))
+    if math.prod(plane[:3]) == 1:  # q and k are their own norms: no gradient to compare
+        return
+    assert_agree_with_torch(attend_planes, tensors)
 
 
 @compiled
@@ -152,11 +203,11 @@ def test_bad_arguments_are_refused() -> None:
     for lanes, run in kernels.KERNELS.items():
         nothing = [0] * len(kernels.ADDRESSES)
         with pytest.raises(ValueError, match=f"multiple of {lanes}"):
-            run(0, nothing, (1, 2, 2, 7, 7, 7, 1, 1), 0.0, 1)
+            run(0, nothing, (1, 2, 2, 7, 7, 7, 1, 1, 0, 1), 0.0, 1)
         with pytest.raises(ValueError, match="addresses"):
-            run(0, nothing[1:], (1, 2, 2, 8, 8, 8, 1, 1), 0.0, 1)
+            run(0, nothing[1:], (1, 2, 2, 8, 8, 8, 1, 1, 0, 1), 0.0, 1)
         with pytest.raises(ValueError, match="unknown kind"):
-            run(len(kernels.KINDS), nothing, (1, 2, 2, 8, 8, 8, 1, 1), 0.0, 1)
+            run(len(kernels.KINDS), nothing, (1, 2, 2, 8, 8, 8, 1, 1, 0, 1), 0.0, 1)
 
 
 def test_only_fp32_on_a_cpu_takes_the_kernels() -> None:
