@@ -129,18 +129,18 @@ class Run:
 
 
 class Cluster:
-    """A Ray cluster of a head without CPUs and two nodes, on this machine."""
+    """A Ray cluster of a head without CPUs and some nodes, on this machine."""
 
-    def __init__(self) -> None:
-        """Start it."""
+    def __init__(self, nodes: int = 2, cpus: int = 2) -> None:
+        """Start it, with as many CPUs on each node."""
+        self._cpus = cpus
         from ray.cluster_utils import Cluster as LocalCluster
 
         self._cluster = LocalCluster(
             initialize_head=True,
             head_node_args={"num_cpus": 0, "include_dashboard": False},
         )
-        for _ in range(2):
-            self._cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
+        self.resize(nodes)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -154,11 +154,14 @@ class Cluster:
 
     def add_node(self) -> None:
         """A node in the place of a lost one."""
-        self._cluster.add_node(num_cpus=2, object_store_memory=80 * 2**20)
+        self._cluster.add_node(num_cpus=self._cpus, object_store_memory=80 * 2**20)
 
-    def lose_nodes(self) -> None:
-        """All nodes but the head die."""
-        for node in list(self._cluster.worker_nodes):
+    def resize(self, nodes: int) -> None:
+        """So many nodes beside the head: others join, or some die."""
+        there = list(self._cluster.worker_nodes)
+        for _ in range(len(there), nodes):
+            self.add_node()
+        for node in there[nodes:]:
             self._cluster.remove_node(node, allow_graceful=False)
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ def test_without_other_nodes_the_run_says_what_it_waits_for_and_gives_up(
     try:
         run = Run(tmp_path, data, cluster.environment, *limits)
         assert run.wait_for_step(6)
-        cluster.lose_nodes()
+        cluster.resize(0)
         assert run.end() != 0
     finally:
         cluster.close()
