@@ -4,6 +4,8 @@ Legend: `b` pictures, `p` pixels of all pictures, `n` experts, `k` chosen expert
 hidden.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -89,16 +91,24 @@ class ExpertBank(nn.Module):
         counts = torch.bincount(flat, minlength=len(self.bias_in)).tolist()
         top_k = index_pk.shape[1]
         parts = _Gather.apply(x_pc, order, back, top_k).split(counts)
-        out = torch.cat([self._expert(n, part) for n, part in enumerate(parts)])
+        out = torch.cat([mlp(x_pc) for mlp, x_pc in zip(self._experts(), parts, strict=True)])
         return _Gather.apply(out, back, order, 1).unflatten(0, (-1, top_k))
 
     def _hidden(self, x_pc: Tensor) -> Tensor:
         hidden = pointwise(x_pc, self.weight_in.flatten(0, 1), self.bias_in.flatten())
         return F.gelu(hidden).unflatten(1, self.bias_in.shape)
 
-    def _expert(self, n: int, x_pc: Tensor) -> Tensor:
-        hidden = pointwise(x_pc, self.weight_in[n], self.bias_in[n])
-        return pointwise(hidden, self.weight_out[n], self.bias_out[n], gelu=True)
+    def _experts(self) -> list[Callable[[Tensor], Tensor]]:
+        """Each expert's MLP; hidden channels are padded as in `transformer.FeedForward`."""
+        missing = -self.bias_in.shape[1] % 16
+        into, bias_in = F.pad(self.weight_in, (0, 0, 0, missing)), F.pad(self.bias_in, (0, missing))
+        out = F.pad(self.weight_out, (0, missing))
+        each = (one.unbind() for one in (into, bias_in, out, self.bias_out))
+        return [partial(_mlp, *weights) for weights in zip(*each, strict=True)]
+
+
+def _mlp(into: Tensor, bias_in: Tensor, out: Tensor, bias_out: Tensor, x_pc: Tensor) -> Tensor:
+    return pointwise(pointwise(x_pc, into, bias_in), out, bias_out, gelu=True)
 
 
 class _Gather(torch.autograd.Function):
