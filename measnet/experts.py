@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from measnet import kernels
 from measnet.convolution import pointwise
 from measnet.transformer import weight
 
@@ -91,16 +92,16 @@ class ExpertBank(nn.Module):
         counts = torch.bincount(flat, minlength=len(self.bias_in)).tolist()
         top_k = index_pk.shape[1]
         parts = _Gather.apply(x_pc, order, back, top_k).split(counts)
-        out = torch.cat([mlp(x_pc) for mlp, x_pc in zip(self._experts(), parts, strict=True)])
+        out = torch.cat([mlp(x_pc) for mlp, x_pc in zip(self._experts(x_pc), parts, strict=True)])
         return _Gather.apply(out, back, order, 1).unflatten(0, (-1, top_k))
 
     def _hidden(self, x_pc: Tensor) -> Tensor:
         hidden = pointwise(x_pc, self.weight_in.flatten(0, 1), self.bias_in.flatten())
         return F.gelu(hidden).unflatten(1, self.bias_in.shape)
 
-    def _experts(self) -> list[Callable[[Tensor], Tensor]]:
-        """Each expert's MLP; hidden channels are padded as in `transformer.FeedForward`."""
-        missing = -self.bias_in.shape[1] % 16
+    def _experts(self, x_pc: Tensor) -> list[Callable[[Tensor], Tensor]]:
+        """Each expert's MLP, its hidden channels padded while computing where that is faster."""
+        missing = kernels.padding(x_pc, self.bias_in.shape[1])
         into, bias_in = F.pad(self.weight_in, (0, 0, 0, missing)), F.pad(self.bias_in, (0, missing))
         out = F.pad(self.weight_out, (0, missing))
         each = (one.unbind() for one in (into, bias_in, out, self.bias_out))

@@ -88,6 +88,11 @@ def fit(x: Tensor, *weights: Tensor | None, heads: int = 1, out: int | None = No
     )
 
 
+def padding(x: Tensor, width: int) -> int:
+    """Channels to be added to `width` for these features' kernels; none where torch computes."""
+    return -width % 16 if fit(x) else 0
+
+
 def _is_whole(weight: Tensor) -> bool:
     """DeepSpeed's ZeRO-3 keeps a parameter in parts, except in the forward of its own module."""
     return weight.dtype == torch.float32 and not hasattr(weight, "ds_id")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from measnet import kernels
 from measnet.config import ModelConfig
 from measnet.convolution import Pointwise, convolve, pointwise, project
 from measnet.experts import (
@@ -177,7 +178,6 @@ class RankExperts(nn.Module):
         self.top_k = config.image_top_k
         self.ranks = [n + 2 for n in range(config.image_experts)]
         total = sum(self.ranks)
-        self.padding = -total % 16
         self.norm = nn.LayerNorm(channels, eps=1e-6)
         self.conv_in = weight(channels, channels, 3, 3, fan_in=channels * 9)
         self.conv_in_bias = weight(channels, fan_in=channels * 9)
@@ -213,19 +213,16 @@ class RankExperts(nn.Module):
         gate_bk, index_bk = self._choose(x)
         gate_bn = scatter_gates(gate_bk, index_bk, len(self.ranks)).to(x.dtype)
         columns = [gate_bn[:, n : n + 1].expand(-1, rank) for n, rank in enumerate(self.ranks)]
-        gate_br = F.pad(torch.cat(columns, dim=1), (0, self.padding))
-        mixed = self._columns(x, self.from_x, self.from_x_bias)
-        mixed = mixed * self._columns(k, self.from_k, self.from_k_bias)
+        missing = kernels.padding(x, len(self.from_x))  # while computing; not of the parameters
+        gate_br = F.pad(torch.cat(columns, dim=1), (0, missing))
+        from_x, from_k = (F.pad(one, (0, 0, 0, missing)) for one in (self.from_x, self.from_k))
+        mixed = pointwise(x, from_x, F.pad(self.from_x_bias, (0, missing)))
+        mixed = mixed * pointwise(k, from_k, F.pad(self.from_k_bias, (0, missing)))
         mixed = mixed * gate_br[:, None, None]
         bias_bc = gate_bn @ self.back_bias.to(x.dtype)
-        x = x + pointwise(mixed, F.pad(self.back, (0, self.padding))) + bias_bc[:, None, None]
+        x = x + pointwise(mixed, F.pad(self.back, (0, missing))) + bias_bc[:, None, None]
         chosen_bn = scatter_gates(torch.ones_like(gate_bk.detach()), index_bk, len(self.ranks))
         return self.project(x) + x_bhwc, chosen_bn
-
-    def _columns(self, x_bhwc: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
-        """All ranks of all experts, padded to what vectors hold (the parameters are not)."""
-        matrix, bias = F.pad(matrix, (0, 0, 0, self.padding)), F.pad(bias, (0, self.padding))
-        return pointwise(x_bhwc, matrix, bias)
 
     def _calibrated(self, k_bhwc: Tensor) -> Tensor:
         """Plus its own summary: shrunk twice by 4 with the same weights, and spread out again."""
