@@ -44,9 +44,9 @@ instead."""
 MODEL = "model.safetensors"
 """File of a finished run: the averaged weights, with the configuration inside."""
 
-LEAVE_S = {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5"}
-"""Seconds that the workers' process group gets to take leave. A hung worker never does, and Ray
-would wait 30 s for it before it replaces it."""
+LEAVE_S = "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"
+"""Environment variable: how long the workers' process group may take its leave. A hung worker never
+does, and Ray would wait 30 s before it replaces it."""
 
 _QUIET: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
 """What people need to see comes through the monitor; Ray keeps the workers' own logs."""
@@ -354,8 +354,7 @@ def ray_cluster(config: TrainConfig, console: Console) -> Iterator[None]:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # How often Ray Train looks at its workers: the lower, the sooner a lost one is replaced.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    for name, seconds in LEAVE_S.items():
-        os.environ.setdefault(name, seconds)
+    os.environ.setdefault(LEAVE_S, "5")
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.scaling.start_timeout_s)
     elsewhere = os.environ.get("RAY_ADDRESS")
     if not elsewhere and "ray" not in sys.modules:
@@ -368,7 +367,7 @@ def ray_cluster(config: TrainConfig, console: Console) -> Iterator[None]:
         return
     if elsewhere:
         console.print(f"connecting to the Ray cluster at {elsewhere}")
-        ray.init(runtime_env={"env_vars": LEAVE_S}, **_QUIET)
+        ray.init(runtime_env={"env_vars": {LEAVE_S: os.environ[LEAVE_S]}}, **_QUIET)
     else:
         # More workers than cores is slow, not wrong: how else to try a cluster's run at home?
         wanted = config.scaling.bounds[1] * _cpus_per_worker(config, local=True, use_gpu=False)

@@ -162,10 +162,7 @@ def feed_forward(
         "gate",
         x,
         {
-            "weight": norm.weight,
-            "bias": norm.bias,
-            **_each("matrix", project_in),
-            **_each("kernel", kernels),
+            **_weights(norm.weight, norm.bias, project_in, kernels),
             "last": project_out,
             "out": out,
         },
@@ -202,13 +199,7 @@ def correlate(
     _compute(
         "correlate",
         x,
-        {
-            "weight": norm.weight,
-            "bias": norm.bias,
-            **_each("matrix", qkv),
-            **_each("kernel", _taps(depthwise)),
-            **outputs,
-        },
+        _weights(norm.weight, norm.bias, qkv, _taps(depthwise)) | outputs,
         heads=heads,
         part=part,
         epsilon=norm.eps,
@@ -238,9 +229,10 @@ class _Depthwise(torch.autograd.Function):
         ctx: Any, x_bhwc: Tensor, kernel: Tensor, offset: Tensor | None, gelu: bool
     ) -> Tensor:
         x, kernels = x_bhwc.contiguous(), _taps(kernel[None])
-        given = {"plane0": x, "kernel0": kernels} | _only(offset0=offset)
+        offset = None if offset is None else offset.contiguous()
         out = torch.empty_like(x)
-        _compute("convolve", x, {**given, "out": out}, activated=gelu)
+        given = {"plane0": x, "kernel0": kernels, "offset0": offset, "out": out}
+        _compute("convolve", x, given, activated=gelu)
         ctx.save_for_backward(x, kernels, offset)
         ctx.gelu = gelu
         return out
@@ -258,10 +250,11 @@ class _Depthwise(torch.autograd.Function):
             {
                 "plane0": x,
                 "kernel0": kernels,
-                **_only(offset0=offset, of_offset=of_offset),
+                "offset0": offset,
                 "gradient": gradient.contiguous(),
                 "out": of_x,
                 "of_kernel": of_kernel,
+                "of_offset": of_offset,
             },
             activated=ctx.gelu,
         )
@@ -308,7 +301,7 @@ class _Project(torch.autograd.Function):
                 **_each("plane", [one.contiguous() for one in gradients]),
                 "out": of_x,
                 "of_matrix": of_matrix,
-                **_only(of_offset=of_offset),
+                "of_offset": of_offset,
             },
             **sizes,
             activated=ctx.gelu,
@@ -367,11 +360,8 @@ class _FeedForward(torch.autograd.Function):
             "gate_back",
             x,
             {
-                "weight": weight,
-                "bias": bias,
-                **_each("matrix", project_in),
+                **_weights(weight, bias, project_in, kernels),
                 **_each("plane", planes),
-                **_each("kernel", kernels),
                 "last": project_out,
                 "gradient": gradient.contiguous(),
                 "out": of_x,
@@ -438,11 +428,8 @@ class _Correlate(torch.autograd.Function):
             "correlate_back",
             x,
             {
-                "weight": weight,
-                "bias": bias,
-                **_each("matrix", qkv),
+                **_weights(weight, bias, qkv, kernels),
                 **_each("plane", planes),
-                **_each("kernel", kernels),
                 "gradient": of_v.contiguous(),
                 "of_gram": of_gram.contiguous(),
                 "of_squares": of_squares.contiguous(),
@@ -503,8 +490,7 @@ class _Mix(torch.autograd.Function):
         x = None if x_bhwc is None else x_bhwc.contiguous()
         v, matrix = v_bhwc.contiguous(), matrix_boc.contiguous()
         out = torch.empty_like(v)
-        given = {"plane0": v, "last": matrix, "out": out}
-        _compute("mix", v, given | ({"x": None} if x is None else {"x": x}), part=LEAST_PART)
+        _compute("mix", v, {"x": x, "plane0": v, "last": matrix, "out": out}, part=LEAST_PART)
         ctx.save_for_backward(v, matrix)
         ctx.adds = x is not None
         return out
@@ -586,7 +572,7 @@ def _compute(
     activated: bool = False,
     epsilon: float = 0.0,
 ) -> None:
-    """Call the C file; `tensors` are contiguous fp32, by the names in `ADDRESSES`."""
+    """Call the C file; `tensors` are contiguous fp32 or None, by the names in `ADDRESSES`."""
     given = {name: one for name, one in {"x": x_bhwc, **tensors}.items() if one is not None}
     channels = x_bhwc.shape[-1]
     lanes = _lanes(channels, heads) if lanes is None else lanes
@@ -598,9 +584,12 @@ def _compute(
     KERNELS[lanes](KINDS.index(kind), addresses, sizes, epsilon, torch.get_num_threads())
 
 
-def _only(**tensors: Tensor | None) -> dict[str, Tensor]:
-    """Those that are there."""
-    return {name: one.contiguous() for name, one in tensors.items() if one is not None}
+def _weights(
+    weight: Tensor, bias: Tensor, matrices: Iterable[Tensor], kernels: Iterable[Tensor]
+) -> dict[str, Tensor]:
+    """The norm's, the expansion's and the depth-wise convolutions'."""
+    norm = {"weight": weight, "bias": bias}
+    return norm | _each("matrix", matrices) | _each("kernel", kernels)
 
 
 def _each(name: str, ones: Iterable[Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """The compiled kernels against torch's own operations in double precision."""
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -134,12 +133,10 @@ def test_projections_agree_with_torch(channels, count, gelu) -> None:
 
 
 @compiled
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES[1:])  # with one pixel no gradient is left of q and k
 def test_attention_of_given_planes_agrees_with_torch(shape) -> None:
     plane, channels, heads = shape[:4], shape[3], shape[4]
     tensors = numbers(*[plane] * 3, (3, channels, 1, 3, 3), (heads, 1, 1), (channels, channels))
-    if math.prod(plane[:3]) == 1:  # q and k are their own norms: no gradient to compare
-        return
     assert_agree_with_torch(attend_planes, tensors)
 
 
