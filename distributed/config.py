@@ -143,6 +143,12 @@ class ScalingConfig:
         low, _, high = self.workers.partition("..")
         return int(low), int(high or low)
 
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers may change while the run goes on."""
+        low, high = self.bounds
+        return low < high
+
     def __post_init__(self) -> None:
         """Refuse a malformed range and values out of range."""
         if (
@@ -258,8 +264,8 @@ class TrainConfig:
             )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}, but must lie in [0, 2^63)")
-        low, high = self.scaling.bounds
-        if low == high and self.recipe.micro_batches % low:
+        workers, _ = self.scaling.bounds
+        if not self.scaling.elastic and self.recipe.micro_batches % workers:
             fits = [
                 n
                 for n in range(1, self.recipe.micro_batches + 1)
@@ -267,8 +273,8 @@ class TrainConfig:
             ]
             raise ValueError(
                 f"recipe.global_batch {self.recipe.global_batch} is {self.recipe.micro_batches} "
-                f"micro-batches of {self.recipe.micro_batch}, which scaling.workers {low} cannot "
-                "share evenly; "
+                f"micro-batches of {self.recipe.micro_batch}, which scaling.workers {workers} "
+                "cannot share evenly; "
                 f"use {', '.join(map(str, fits))} workers, or change recipe.global_batch"
             )
 

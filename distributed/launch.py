@@ -44,6 +44,10 @@ instead."""
 MODEL = "model.safetensors"
 """File of a finished run: the averaged weights, with the configuration inside."""
 
+PLACEMENT_S = 5.0
+"""Seconds to wait for the workers of a range: what Ray has set apart for them is there at once, or
+its node is lost, and as many workers as are left have to be asked for."""
+
 LEAVE_S = "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"
 """Environment variable: how long the workers' process group may take its leave. A hung worker never
 does, and Ray would wait 30 s before it replaces it."""
@@ -235,6 +239,7 @@ def _fit(
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from distributed.elastic import NodeWatch
     from distributed.monitor import Display, start_monitor
     from distributed.worker import train_loop
     from measnet.config import to_dict
@@ -257,7 +262,7 @@ def _fit(
         },
         torch_config=TorchConfig(timeout_s=int(scaling.collective_timeout_s)),
         scaling_config=ScalingConfig(
-            num_workers=low if low == high else (low, high),
+            num_workers=(low, high) if scaling.elastic else high,
             use_gpu=use_gpu,
             elastic_resize_monitor_interval_s=scaling.resize_interval_s,
             resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {}),
@@ -285,9 +290,12 @@ def _fit(
     # steps.
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     asked_at = 0.0
+    nodes = NodeWatch()
 
     def over() -> bool:
         nonlocal asked_at
+        if scaling.elastic:
+            nodes.look()
         if signals and not asked_at:
             asked_at = time.monotonic()
             monitor.request_stop.remote(signals[0])
@@ -355,7 +363,10 @@ def ray_cluster(config: TrainConfig, console: Console) -> Iterator[None]:
     # How often Ray Train looks at its workers: the lower, the sooner a lost one is replaced.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault(LEAVE_S, "5")
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(config.scaling.start_timeout_s)
+    patience = config.scaling.start_timeout_s
+    if config.scaling.elastic:
+        patience = min(patience, PLACEMENT_S)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(patience)
     elsewhere = os.environ.get("RAY_ADDRESS")
     if not elsewhere and "ray" not in sys.modules:
         _require_token()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
-from scipy import ndimage, signal
+from scipy import ndimage
 
 Parameters = dict[str, Any]
 
@@ -171,6 +171,8 @@ def rain(picture: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Par
     et al., "Deep Joint Rain Detection and Removal", 2017). Near layers have fewer, longer, wider
     and brighter streaks.
     """
+    from scipy import signal  # half a second: not for workers, who never make rain
+
     height, width = picture.shape[:2]
     scale = max(min(height, width) / 320, 0.3)
     angle = rng.uniform(-25, 25)
@@ -209,6 +211,8 @@ def blur(picture: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, Par
     Restoration from Motion Blur", 2012). Light adds up linearly, as in the averaged frames of GoPro
     (Nah et al., 2017).
     """
+    from scipy import signal  # see rain
+
     height, width = picture.shape[:2]
     reach = rng.uniform(0.015, 0.04) * min(height, width)
     path = _shake(rng) * reach

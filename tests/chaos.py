@@ -128,6 +128,14 @@ class Run:
         return int(self.process.wait(LIMIT_S))
 
 
+NODE_HEALTH = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_failure_threshold": "5",
+}
+"""When a head takes a node for lost, as in deploy/node/head.sh."""
+
+
 class Cluster:
     """A Ray cluster of a head without CPUs and some nodes, on this machine."""
 
@@ -136,6 +144,7 @@ class Cluster:
         self._cpus = cpus
         from ray.cluster_utils import Cluster as LocalCluster
 
+        os.environ.update(NODE_HEALTH)
         self._cluster = LocalCluster(
             initialize_head=True,
             head_node_args={"num_cpus": 0, "include_dashboard": False},

@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = pack_photographs(base / "data")
     options = (
         *("--recipe.samples", str(given.steps * BATCH), "--every.checkpoint", str(20 * BATCH)),
-        *("--scaling.workers", f"1..{given.nodes}", "--scaling.resize-interval-s", "5"),
+        *("--scaling.workers", f"1..{given.nodes}"),
         *("--recipe.lr", "2e-4"),  # at the demo's rate rounding alone moves the curve
     )
     (base / "disturbed").mkdir()

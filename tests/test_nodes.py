@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from distributed import checkpoint as checkpoints
+from tests.chaos import NODE_HEALTH
 from tests.test_train import command, losses
 
 pytestmark = pytest.mark.slow
@@ -67,9 +68,7 @@ def on_node(name: str, *arguments: str, log: Path) -> subprocess.Popen[bytes]:
         "RAY_AUTH_MODE": "disabled",  # nobody else is on this network
         "RAY_USAGE_STATS_ENABLED": "0",
         "GLOO_SOCKET_IFNAME": "ray0",
-        "RAY_health_check_period_ms": "2000",
-        "RAY_health_check_timeout_ms": "3000",
-        "RAY_health_check_failure_threshold": "3",
+        **NODE_HEALTH,
     }
     if arguments[0] == "python":
         environment["RAY_ADDRESS"] = f"{NODES[HEAD]}:{PORT}"
@@ -111,7 +110,7 @@ def test_a_node_that_is_cut_off_is_done_without(
         packed,
         *("--recipe.samples", "1200", "--scaling.workers", "1..2"),
         *("--scaling.cpus-per-worker", "1", "--scaling.health-timeout-s", "15"),
-        *("--scaling.start-timeout-s", "10", "--scaling.resize-interval-s", "600"),
+        *("--scaling.resize-interval-s", "600"),
     )
     run = on_node(HEAD, "python", "-m", "distributed.train", *arguments, log=log)
     folder = tmp_path / "runs" / "demo"
