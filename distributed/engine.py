@@ -145,22 +145,36 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> GuardedAdam:
 def initialize(config: TrainConfig, decisions: Decisions, model: nn.Module) -> Any:
     """A DeepSpeed engine around `model`, in the process group that is already there."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    deepspeed = importlib.import_module(
-        "deepspeed"
-    )  # five seconds: not when this module is imported
+    deepspeed = importlib.import_module("deepspeed")  # a second: not when this module is imported
     if os.environ["DS_ACCELERATOR"] == "cpu":
         # A shared-memory kernel for inference that would be compiled at start-up, and is not used
         # here.
         importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=build_optimizer(model, config.recipe),
-        config=deepspeed_config(config, decisions),
-        dist_init_required=False,
-    )
+    with _without_compiler():
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(model, config.recipe),
+            config=deepspeed_config(config, decisions),
+            dist_init_required=False,
+        )
     if decisions.compile.choice == "on":
         engine.compile()
     return engine
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """DeepSpeed imports an optimizer that compiles itself, and with it all of torch's compiler: a
+    second of each start for something that is not used here."""
+    name = "TORCHDYNAMO_DISABLE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def guarded_optimizer(engine: Any) -> GuardedAdam:

@@ -44,7 +44,7 @@ instead."""
 MODEL = "model.safetensors"
 """File of a finished run: the averaged weights, with the configuration inside."""
 
-PLACEMENT_S = 5.0
+PLACEMENT_S = 2.0
 """Seconds to wait for the workers of a range: what Ray has set apart for them is there at once, or
 its node is lost, and as many workers as are left have to be asked for."""
 
