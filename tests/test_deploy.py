@@ -70,11 +70,20 @@ def test_the_kubernetes_job() -> None:
     cluster = job["spec"]["rayClusterSpec"]
     (workers,) = cluster["workerGroupSpecs"]
     assert workers["minReplicas"] == 0 < workers["maxReplicas"]
-    for group in (cluster["headGroupSpec"], workers):
-        (container,) = group["template"]["spec"]["containers"]
-        modes = {e["name"]: e.get("value") for e in container["env"]}
-        assert modes["RAY_AUTH_MODE"] == "token"
+    assert cluster["authOptions"] == {"mode": "token"}
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+
+def test_lost_nodes_are_found_everywhere_as_in_the_tests_of_lost_nodes() -> None:
+    from tests.chaos import NODE_HEALTH
+
+    head = load("deploy/rayjob.yaml")["spec"]["rayClusterSpec"]["headGroupSpec"]
+    (container,) = head["template"]["spec"]["containers"]
+    on_kubernetes = {entry["name"]: entry["value"] for entry in container["env"]}
+    script = (ROOT / "deploy" / "node" / "head.sh").read_text()
+    for name, value in NODE_HEALTH.items():
+        assert on_kubernetes[name] == value
+        assert f"{name}={value}" in script
 
 
 @pytest.mark.skipif("KUBERAY_CRD" not in os.environ, reason="KUBERAY_CRD names no rayjobs.yaml")
