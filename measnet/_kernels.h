@@ -1,6 +1,8 @@
 /* The network's passes over fp32 BHWC features on a CPU. Included once for each vector width.
  *
  *   convolve, convolve_back       a depth-wise 3×3 convolution with zero padding, its offset, gelu; their gradients
+ *   low_pass, low_pass_back       a depth-wise 3×3 convolution with a kernel per picture, reflecting at the edges, and what
+ *                                 it leaves of x; their gradients
  *   expand                        layer norm or gelu or neither, then one to three 1×1 convolutions and their offsets
  *   project_back                  the gradients of all that but the norm
  *   gate, gate_back               x + W (gelu(dw a) · dw b), a and b expanded; the gradients of both
@@ -14,8 +16,8 @@
  * over a library call per operation. Numbers of channels are multiples of LANES; hidden ones are padded.
  *
  * Work is cut into parts of rows of a picture, in the same way for any number of threads; sums over pixels
- * (gradients of weights, qᵀk) are given per part and added by the caller: results do not depend on threads.
- * Those shares must be zeros at the start. Threads are those of the OpenMP runtime that torch has loaded; a
+ * (gradients of weights, qᵀk) are given per part and added in the parts' order (sum_shares): results do not depend on
+ * threads. Those shares must be zeros at the start. Threads are those of the OpenMP runtime that torch has loaded; a
  * second runtime would compete for the same cores.
  *
  * Legend: `count` pixels, `depth` channels that are summed over, `ld…` numbers from a pixel to the next. */
@@ -574,6 +576,94 @@ static void convolve_back(const Job *job, const Task *task) {
     }
 }
 
+/* --- A low-pass of each picture's own, which reflects at the edges --- */
+
+static long reflected(long at, long size) { return at < 0 ? -at : at < size ? at : 2 * size - 2 - at; }
+
+static Rows rows_reflected(const Job *job, const float *plane, long y) {
+    const long height = job->size[HEIGHT], row = row_size(job, job->width);
+    return (Rows){{plane + reflected(y - 1, height) * row, plane + y * row, plane + reflected(y + 1, height) * row}};
+}
+
+static const float *own_kernel(const Job *job, const Task *task) {
+    return job->at[KERNEL0] + task->picture * TAPS * job->width;
+}
+
+/* to += taps i of three rows' pixels. */
+static void add_taps(Rows rows, long at, const float *kernel, const int i[3], long channels, float *to) {
+    for (long c = 0; c < channels; c += LANES) {
+        Lanes sum = load(to + c);
+        for (int r = 0; r < 3; r++) sum += load(kernel + i[r] * channels + c) * load(rows.at[r] + at * channels + c);
+        store(to + c, sum);
+    }
+}
+
+static void low_pass(const Job *job, const Task *task) {
+    static const int left[3] = {0, 3, 6}, right[3] = {2, 5, 8};
+    const long width = job->size[WIDTH], channels = job->width;
+    const float *kernel = own_kernel(job, task), *plane = plane_of(job, X, task->picture);
+    for (long y = task->top; y < task->bottom; y++) {
+        const Rows rows = rows_reflected(job, plane, y);
+        float *low = pixel(job, OUT, channels, task->picture, y), *high = pixel(job, OUT1, channels, task->picture, y);
+        convolve_row(rows, kernel, 0, width, channels, low);
+        add_taps(rows, 1, kernel, left, channels, low);
+        add_taps(rows, width - 2, kernel, right, channels, low + (width - 1) * channels);
+        for (long i = 0; i < width * channels; i += LANES) store(high + i, load(rows.at[1] + i) - load(low + i));
+    }
+}
+
+/* A row of the padded picture's gradient; what falls on its columns beyond the edges is that of the columns they show. */
+static void reflected_row_back(Rows rows, const float *kernel, long width, long channels, float *out) {
+    static const int left[3] = {6, 3, 0}, right[3] = {8, 5, 2};
+    convolve_row(rows, kernel, 1, width, channels, out);
+    add_taps(rows, 0, kernel, left, channels, out + channels);
+    add_taps(rows, width - 1, kernel, right, channels, out + (width - 2) * channels);
+}
+
+/* Adds what the columns beyond the edges give to the kernel's gradient. */
+static void kernel_edges(Rows rows, const float *gradient, long width, long channels, float *of_kernel) {
+    const long last = (width - 1) * channels;
+    for (int r = 0; r < 3; r++)
+        for (long c = 0; c < channels; c += LANES) {
+            float *left = of_kernel + 3 * r * channels + c, *right = left + 2 * channels;
+            store(left, load(left) + load(rows.at[r] + channels + c) * load(gradient + c));
+            store(right, load(right) + load(rows.at[r] + last - channels + c) * load(gradient + last + c));
+        }
+}
+
+static void add_row(const float *from, long count, float *to) {
+    for (long i = 0; i < count; i += LANES) store(to + i, load(to + i) + load(from + i));
+}
+
+static void low_pass_back(const Job *job, const Task *task) {
+    const long height = job->size[HEIGHT], width = job->size[WIDTH], channels = job->width, row = row_size(job, channels);
+    const float *zeros = zeros_of(job), *kernel = own_kernel(job, task), *plane = plane_of(job, X, task->picture);
+    const float *of_low = plane_of(job, GRADIENT, task->picture), *of_high = plane_of(job, PLANE0, task->picture);
+    float *ring = take(&scratch, 3 * row), *beyond = take(&scratch, row);
+    float *of_kernel = job->at[OF_KERNEL] + task->index * TAPS * channels;
+    long next = task->top > 0 ? task->top - 1 : 0;
+    for (long y = task->top; y < task->bottom; y++) {
+        for (; next < height && next <= y + 1; next++)
+            for (long i = 0; i < row; i += LANES)
+                store(ring + next % 3 * row + i, load(of_low + next * row + i) - load(of_high + next * row + i));
+        const Rows around = rows_around(job, ring, 3, y, channels, zeros);
+        float *out = pixel(job, OUT, channels, task->picture, y);
+        reflected_row_back(around, kernel, width, channels, out);
+        if (y == 1) { /* it stands above the first row, too */
+            reflected_row_back((Rows){{zeros, zeros, ring}}, kernel, width, channels, beyond);
+            add_row(beyond, row, out);
+        }
+        if (y == height - 2) { /* and this one below the last */
+            reflected_row_back((Rows){{ring + (height - 1) % 3 * row, zeros, zeros}}, kernel, width, channels, beyond);
+            add_row(beyond, row, out);
+        }
+        add_row(of_high + y * row, row, out);
+        const Rows rows = rows_reflected(job, plane, y);
+        kernel_row(rows, around.at[1], width, channels, of_kernel);
+        kernel_edges(rows, around.at[1], width, channels, of_kernel);
+    }
+}
+
 /* What is projected: the normalised input where there is a norm, else the input or gelu of it; in `room` if it is computed. */
 static const float *prepare(const Job *job, const float *x, long count, float *room) {
     if (job->at[WEIGHT])
@@ -833,9 +923,23 @@ static void mix_back(const Job *job, const Task *task) {
 /* --- Preparing and sharing out --- */
 
 typedef void Work(const Job *, const Task *);
-enum { CONVOLVE, CONVOLVE_BACK, EXPAND, PROJECT_BACK, GATE, GATE_BACK, CORRELATE, CORRELATE_BACK, MIX, MIX_BACK, KINDS };
-static Work *const work_of[KINDS] = {convolve,  convolve_back, expand,         project_back, gate,
-                                     gate_back, correlate,     correlate_back, mix,          mix_back};
+enum {
+    CONVOLVE,
+    CONVOLVE_BACK,
+    EXPAND,
+    PROJECT_BACK,
+    GATE,
+    GATE_BACK,
+    CORRELATE,
+    CORRELATE_BACK,
+    MIX,
+    MIX_BACK,
+    LOW_PASS,
+    LOW_PASS_BACK,
+    KINDS
+};
+static Work *const work_of[KINDS] = {convolve,       convolve_back, expand,   project_back, gate,          gate_back, correlate,
+                                     correlate_back, mix,           mix_back, low_pass,     low_pass_back};
 
 static void add_pack(Job *job, const float *from, long rows, long columns, int turned, long depth, long to_columns) {
     job->pack[job->packs++] = (Pack){from, rows, columns, columns, turned, {NULL, depth, to_columns}};
@@ -955,7 +1059,34 @@ static PyObject *run(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-static PyMethodDef methods[] = {{"run", run, METH_VARARGS, NULL}, {NULL, NULL, 0, NULL}};
+/* sum_shares(from, to, groups, shares, count, threads): from (groups, shares, count) is added up to (groups, count), the
+ * shares one after the other. */
+static PyObject *sum_shares(PyObject *self, PyObject *args) {
+    (void)self;
+    unsigned long long from_address, to_address;
+    long groups, shares, count;
+    int threads;
+    if (!PyArg_ParseTuple(args, "KKllli", &from_address, &to_address, &groups, &shares, &count, &threads)) return NULL;
+    const float *from = (const float *)(uintptr_t)from_address;
+    float *to = (float *)(uintptr_t)to_address;
+    const long chunk = 4096, chunks = (count + chunk - 1) / chunk;
+    Py_BEGIN_ALLOW_THREADS
+#pragma omp parallel for schedule(static) num_threads(threads) if (groups * chunks * shares > 16)
+    for (long index = 0; index < groups * chunks; index++) {
+        const long group = index / chunks, first = index % chunks * chunk;
+        const long length = first + chunk < count ? chunk : count - first;
+        float *sums = to + group * count + first;
+        const float *share = from + group * shares * count + first;
+        memcpy(sums, share, (size_t)length * sizeof *sums);
+        for (long s = 1; s < shares; s++)
+            for (long i = 0; i < length; i++) sums[i] += share[s * count + i];
+    }
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"run", run, METH_VARARGS, NULL}, {"sum_shares", sum_shares, METH_VARARGS, NULL}, {NULL, NULL, 0, NULL}};
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, MODULE, NULL, -1, methods, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC INIT(void) {

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from measnet import kernels
 from measnet.convolution import convolve, pointwise
 from measnet.experts import ExpertPath, resolve_path, scatter_gates
 from measnet.transformer import Merge, weight
@@ -130,17 +131,32 @@ class FrequencySplit(nn.Module):
             pooled_bc = x_bhwc.mean((1, 2), dtype=torch.float32)
             taps = self.norm(F.linear(pooled_bc, self.predict.float()), defer)
             kernel = torch.softmax(taps.view(batch, GROUPS, TAPS), dim=-1)
-        kernel = kernel.to(x_bhwc.dtype).view(batch, GROUPS, 1, 3, 3)
-        kernel = kernel.repeat_interleave(channels // GROUPS, dim=1)  # (B, C, 1, 3, 3)
-        padded = F.pad(x_bhwc.permute(0, 3, 1, 2), (1, 1, 1, 1), mode="reflect")
-        # One depth-wise convolution per picture: each has kernels of its own.
-        low = torch.cat(
-            [
-                F.conv2d(one, its_kernel, groups=channels)
-                for one, its_kernel in zip(padded.split(1), kernel.unbind(), strict=True)
-            ]
-        ).permute(0, 2, 3, 1)
-        return low, x_bhwc - low
+        return low_pass(
+            x_bhwc, kernel.to(x_bhwc.dtype).repeat_interleave(channels // GROUPS, dim=1)
+        )
+
+
+def low_pass(x_bhwc: Tensor, taps_bc9: Tensor) -> tuple[Tensor, Tensor]:
+    """Each picture convolved with kernels of its own, reflecting at the edges, and the rest of it.
+
+    Args:
+        x_bhwc: (B, H, W, C); H and W are 2 or more.
+        taps_bc9: (B, C, 9), 3×3 kernels row by row.
+
+    Returns:
+        Two of (B, H, W, C), whose sum is the input.
+    """
+    if kernels.fit(x_bhwc):
+        return kernels.low_pass(x_bhwc, taps_bc9.transpose(1, 2))
+    padded = F.pad(x_bhwc.permute(0, 3, 1, 2), (1, 1, 1, 1), mode="reflect")
+    kernel_bc133 = taps_bc9.unflatten(2, (1, 3, 3))
+    low = torch.cat(
+        [
+            F.conv2d(one, its_kernel, groups=len(its_kernel))
+            for one, its_kernel in zip(padded.split(1), kernel_bc133.unbind(), strict=True)
+        ]
+    ).permute(0, 2, 3, 1)
+    return low, x_bhwc - low
 
 
 class PictureExperts(nn.Module):

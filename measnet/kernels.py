@@ -10,9 +10,10 @@ compiler, on a GPU, under autocast, `torch.compile` and in exports, torch does t
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,12 +22,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def _built() -> dict[int, Callable[..., None]]:
+def _built() -> dict[int, ModuleType]:
     """Floats per vector -> the kernels for it, the widest that this processor has first."""
     found = {}
     for lanes in (16, 8):
         try:
-            found[lanes] = import_module(f"measnet._kernels{lanes}").run
+            found[lanes] = import_module(f"measnet._kernels{lanes}")
         except ImportError:
             continue  # no compiler at installation, or a processor without such vectors
     return found
@@ -43,7 +44,7 @@ SHARES = 8
 """Most shares of such a sum."""
 KINDS = (
     *("convolve", "convolve_back", "expand", "project_back", "gate", "gate_back"),
-    *("correlate", "correlate_back", "mix", "mix_back"),
+    *("correlate", "correlate_back", "mix", "mix_back", "low_pass", "low_pass_back"),
 )
 ADDRESSES = (
     *("x", "weight", "bias", "matrix0", "matrix1", "matrix2", "plane0", "plane1", "plane2"),
@@ -223,6 +224,20 @@ def mix(x_bhwc: Tensor | None, v_bhwc: Tensor, matrix_boc: Tensor) -> Tensor:
     return out
 
 
+def low_pass(x_bhwc: Tensor, taps_b9c: Tensor) -> tuple[Tensor, Tensor]:
+    """x ⊛ its own picture's kernel, reflecting at the edges, and what that leaves of x.
+
+    Args:
+        x_bhwc: (B, H, W, C); H and W are 2 or more.
+        taps_b9c: (B, 9, C), 3×3 kernels row by row.
+
+    Returns:
+        Two of (B, H, W, C), whose sum is x.
+    """
+    result: tuple[Tensor, Tensor] = _LowPass.apply(x_bhwc, taps_b9c)
+    return result
+
+
 class _Depthwise(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -258,7 +273,7 @@ class _Depthwise(torch.autograd.Function):
             },
             activated=ctx.gelu,
         )
-        of_offset = None if of_offset is None else of_offset.sum(0)
+        of_offset = None if of_offset is None else _total(of_offset)
         return of_x, _kernels(of_kernel, channels)[0], of_offset, None
 
 
@@ -306,8 +321,8 @@ class _Project(torch.autograd.Function):
             **sizes,
             activated=ctx.gelu,
         )
-        of_offsets = () if of_offset is None else of_offset.sum(0).unbind()
-        return of_x, None, None, *of_matrix.sum(0).unbind(), *of_offsets
+        of_offsets = () if of_offset is None else _total(of_offset).unbind()
+        return of_x, None, None, *_total(of_matrix).unbind(), *of_offsets
 
 
 class _FeedForward(torch.autograd.Function):
@@ -373,8 +388,8 @@ class _FeedForward(torch.autograd.Function):
             hidden=hidden,
             epsilon=ctx.epsilon,
         )
-        of_weight, of_bias = of_norm.sum(0)
-        of_in, of_out = of_matrix.sum(0)[:, :hidden], of_last.sum(0)[:, :hidden]
+        of_weight, of_bias = _total(of_norm)
+        of_in, of_out = _total(of_matrix)[:, :hidden], _total(of_last)[:, :hidden]
         return of_x, of_weight, of_bias, None, of_in, _kernels(of_kernel, hidden), of_out
 
 
@@ -441,9 +456,9 @@ class _Correlate(torch.autograd.Function):
             heads=ctx.heads,
             epsilon=ctx.epsilon,
         )
-        of_weight, of_bias = of_norm.sum(0)
+        of_weight, of_bias = _total(of_norm)
         of_depthwise = _kernels(of_kernel, channels)
-        return of_x, of_weight, of_bias, None, of_matrix.sum(0), of_depthwise, None
+        return of_x, of_weight, of_bias, None, _total(of_matrix), of_depthwise, None
 
 
 class _CorrelatePlanes(torch.autograd.Function):
@@ -513,7 +528,33 @@ class _Mix(torch.autograd.Function):
             },
         )
         of_x = gradient if ctx.adds else None
-        return of_x, of_v, of_matrix.unflatten(0, (len(v), -1)).sum(1)
+        return of_x, of_v, _totals(of_matrix, len(v))
+
+
+class _LowPass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_bhwc: Tensor, taps_b9c: Tensor) -> tuple[Tensor, Tensor]:
+        x, taps = x_bhwc.contiguous(), taps_b9c.contiguous()
+        low, high = torch.empty_like(x), torch.empty_like(x)
+        given = {"kernel0": taps, "out": low, "out1": high}
+        _compute("low_pass", x, given, part=_straight_part(x.shape[1]))
+        ctx.save_for_backward(x, taps)
+        return low, high
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_low: Tensor, of_high: Tensor) -> tuple[Tensor, Tensor]:
+        x, taps = ctx.saved_tensors
+        of_x, of_taps = torch.empty_like(x), _shares(x, *taps.shape[1:])
+        given = {
+            "kernel0": taps,
+            "gradient": of_low.contiguous(),
+            "plane0": of_high.contiguous(),
+            "out": of_x,
+            "of_kernel": of_taps,
+        }
+        _compute("low_pass_back", x, given)
+        return of_x, _totals(of_taps, len(x))
 
 
 def _column(x: Tensor) -> Tensor:
@@ -539,7 +580,7 @@ def _correlated(x_bhwc: Tensor, heads: int, part: int = PART) -> dict[str, Tenso
 
 
 def _summed(outputs: dict[str, Tensor], batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    gram, squares = (outputs[name].unflatten(0, (batch, -1)).sum(1) for name in ("gram", "squares"))
+    gram, squares = (_totals(outputs[name], batch) for name in ("gram", "squares"))
     return outputs["out"], gram, squares
 
 
@@ -581,7 +622,7 @@ def _compute(
     padded = hidden + -hidden % lanes
     sizes = (*x_bhwc.shape, hidden, padded, heads, part, int(activated), streams)
     addresses = [given[name].data_ptr() if name in given else 0 for name in ADDRESSES]
-    KERNELS[lanes](KINDS.index(kind), addresses, sizes, epsilon, torch.get_num_threads())
+    KERNELS[lanes].run(KINDS.index(kind), addresses, sizes, epsilon, torch.get_num_threads())
 
 
 def _weights(
@@ -611,10 +652,26 @@ def _taps(kernels: Tensor, padded: int | None = None) -> Tensor:
 
 def _kernels(shares: Tensor, channels: int) -> Tensor:
     """(tasks, S, 9, padded) -> (S, C, 1, 3, 3), summed in a fixed order."""
-    taps = shares.sum(0)[..., :channels].transpose(1, 2)
+    taps = _total(shares)[..., :channels].transpose(1, 2)
     return taps.reshape(*taps.shape[:2], 1, 3, 3)
 
 
 def _shares(x_bhwc: Tensor, *shape: int, part: int = PART) -> Tensor:
     """Room for a sum from each part of the rows of each picture."""
     return x_bhwc.new_zeros(len(x_bhwc) * -(-x_bhwc.shape[1] // part), *shape)
+
+
+def _total(shares: Tensor) -> Tensor:
+    """Sum over the first dimension, in its order."""
+    return _totals(shares, 1)[0]
+
+
+def _totals(shares: Tensor, groups: int) -> Tensor:
+    """(groups · S, ...) -> (groups, ...), the sums of S that follow each other, in their order."""
+    each = len(shares) // groups
+    if each == 1:
+        return shares
+    totals = shares.new_empty(groups, *shares.shape[1:])
+    sizes = (groups, each, totals[0].numel(), torch.get_num_threads())
+    next(iter(KERNELS.values())).sum_shares(shares.data_ptr(), totals.data_ptr(), *sizes)
+    return totals

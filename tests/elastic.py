@@ -29,7 +29,7 @@ from tests.chaos import BATCH, Cluster, Run
 from tests.photographs import pack_photographs
 from tests.test_train import losses
 
-WINDOW = 50
+WINDOW = 250
 """Steps over which the curves are averaged before they are compared."""
 
 
@@ -43,7 +43,7 @@ class Arguments:
     """Seconds between two draws."""
     nodes: int = 3
     """Most nodes, of one CPU each; at least one is always there."""
-    steps: int = 3000
+    steps: int = 6500
     """Steps of the run."""
     seed: int = 0
     """Draws the nodes."""

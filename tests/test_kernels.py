@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from measnet import kernels
 from measnet.convolution import convolve, project
+from measnet.frequency import low_pass
 from measnet.transformer import TransformerBlock, attend_planes
 
 compiled = pytest.mark.skipif(not kernels.KERNELS, reason="no compiler at installation")
@@ -141,6 +142,16 @@ def test_attention_of_given_planes_agrees_with_torch(shape) -> None:
 
 
 @compiled
+@pytest.mark.parametrize("size", [(2, 2), (3, 2), (2, 5), (32, 7), (33, 8), (34, 3), (70, 9)])
+def test_a_low_pass_agrees_with_torch(size) -> None:
+    """Small ones, where a row stands beyond both edges, and several parts."""
+    x, taps = numbers((2, *size, 16), (2, 16, 9))
+    assert_agree_with_torch(low_pass, [x, taps])
+    low, high = low_pass(x, taps)
+    torch.testing.assert_close(low + high, x)
+
+
+@compiled
 def test_any_memory_layout_and_number_of_threads_gives_the_same() -> None:
     block, x = block_and_input((2, 40, 36, 48, 1))
     straight = trained(block, x)
@@ -197,7 +208,7 @@ def test_damage_is_not_hidden() -> None:
 
 @compiled
 def test_bad_arguments_are_refused() -> None:
-    for lanes, run in kernels.KERNELS.items():
+    for lanes, run in ((lanes, module.run) for lanes, module in kernels.KERNELS.items()):
         nothing = [0] * len(kernels.ADDRESSES)
         with pytest.raises(ValueError, match=f"multiple of {lanes}"):
             run(0, nothing, (1, 2, 2, 7, 7, 7, 1, 1, 0, 1), 0.0, 1)
