@@ -247,7 +247,7 @@ class _Depthwise(torch.autograd.Function):
         offset = None if offset is None else offset.contiguous()
         out = torch.empty_like(x)
         given = {"plane0": x, "kernel0": kernels, "offset0": offset, "out": out}
-        _compute("convolve", x, given, activated=gelu)
+        _compute("convolve", x, given, activated=gelu, part=_straight_part(x.shape[1]))
         ctx.save_for_backward(x, kernels, offset)
         ctx.gelu = gelu
         return out
@@ -639,7 +639,8 @@ def _each(name: str, ones: Iterable[Tensor]) -> dict[str, Tensor]:
 
 
 def _straight_part(height: int) -> int:
-    """Without gradients little is shared, so that small pictures are cut into smaller parts."""
+    """Where nothing is summed over the parts, or no gradient is wanted, small pictures are cut into
+    smaller ones."""
     return min(PART, max(LEAST_PART, -(-height // 2)))
 
 
