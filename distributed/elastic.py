@@ -19,7 +19,10 @@ class NodeWatch:
 
     def look(self) -> bool:
         """Count anew if nodes have come or gone since the last look; whether they have."""
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        try:
+            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        except ray.exceptions.RayError:
+            return False  # the head does not answer; the run itself says what happened to it
         changed, self._alive = alive != self._alive, alive
         if changed:
             # Asked for nobody in particular: the counting is what is wanted.
