@@ -8,6 +8,7 @@ where the device supports it; weights, their average and the optimizer state are
 import importlib
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -145,12 +146,13 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> GuardedAdam:
 def initialize(config: TrainConfig, decisions: Decisions, model: nn.Module) -> Any:
     """A DeepSpeed engine around `model`, in the process group that is already there."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    deepspeed = importlib.import_module("deepspeed")  # a second: not when this module is imported
-    if os.environ["DS_ACCELERATOR"] == "cpu":
-        # A shared-memory kernel for inference that would be compiled at start-up, and is not used
-        # here.
-        importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
-    with _without_compiler():
+    with _only_what_is_used():
+        deepspeed = importlib.import_module("deepspeed")  # not when this module is imported
+        if os.environ["DS_ACCELERATOR"] == "cpu":
+            # A shared-memory kernel for inference that would be compiled at start-up, and is not
+            # used here.
+            operations = importlib.import_module("deepspeed.ops").__compatible_ops__
+            operations["deepspeed_shm_comm"] = False
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, config.recipe),
@@ -163,18 +165,21 @@ def initialize(config: TrainConfig, decisions: Decisions, model: nn.Module) -> A
 
 
 @contextmanager
-def _without_compiler() -> Iterator[None]:
-    """DeepSpeed imports an optimizer that compiles itself, and with it all of torch's compiler: a
-    second of each start for something that is not used here."""
-    name = "TORCHDYNAMO_DISABLE"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+def _only_what_is_used() -> Iterator[None]:
+    """Spares each start two seconds: DeepSpeed would import an optimizer that compiles itself, and
+    with it all of torch's compiler, and MLflow for a tuner."""
+    switch, unused = "TORCHDYNAMO_DISABLE", "mlflow"
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    hidden = sys.modules.setdefault(unused, None) is None  # type: ignore[arg-type]
     try:
         yield
     finally:
-        del os.environ[name]
+        del os.environ[switch]
         if before is not None:
-            os.environ[name] = before
+            os.environ[switch] = before
+        if hidden:
+            del sys.modules[unused]
 
 
 def guarded_optimizer(engine: Any) -> GuardedAdam:
