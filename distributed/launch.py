@@ -411,6 +411,7 @@ def start_local_ray(**options: Any) -> None:
     from ray._private import services
 
     # Ray would put the machine's outward address in the place of 127.0.0.1, and listen there.
+    outward = services.resolve_ip_for_localhost
     services.resolve_ip_for_localhost = lambda host: host
     # Ray Train's helpers ask the cluster that RAY_ADDRESS names, else any that they find on this
     # machine; another one does not know this run, and they would take its workers for orphans.
@@ -428,6 +429,7 @@ def start_local_ray(**options: Any) -> None:
             **options,
         )
     finally:
+        services.resolve_ip_for_localhost = outward
         for name in pinned:  # for Ray's own processes only
             del os.environ[name]
 
