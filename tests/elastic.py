@@ -5,7 +5,7 @@
 A run that takes any number of workers from one to `--nodes` trains on a cluster of this machine,
 whose nodes are drawn anew again and again: lost ones are killed, others join. It must finish, on
 the samples of an undisturbed run in their order, with its curve. Goodput is the time of the steps
-that were kept, as a share of all the time since the first step.
+that were kept, as a share of all the time since the first step and while nodes were redrawn.
 """
 
 import itertools
@@ -58,7 +58,7 @@ class Goodput:
     kept_s: float
     """Seconds of the steps that were kept."""
     all_s: float
-    """Seconds from the first step to the last."""
+    """Seconds from the first step to the last one looked at."""
     starts: int
     """How often the workers were started anew."""
     again: int
@@ -143,13 +143,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = Run(base / "disturbed", data, cluster.environment, *options)
         run.wait_for_step(1)
         drawn = redraw(cluster, run, given, console)
+        until = time.time()
         code = run.process.wait()
     finally:
         cluster.close()
     console.print("the same run undisturbed")
     undisturbed = Run(base / "undisturbed", data, {}, *options, "--scaling.workers", "2")
     undisturbed.process.wait()
-    told = goodput(run.consumed())
+    told = goodput([line for line in run.consumed() if line["time"] <= until])
     same, apart = differences(undisturbed, run)
     summary = {
         "finished": code == 0,
