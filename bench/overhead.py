@@ -65,7 +65,7 @@ def configuration(folder: Path, steps: int) -> TrainConfig:
             checkpoint=CHECKPOINT_EVERY * batch,
             validate=0,
             validation_pictures=1,
-            log=batch,
+            log=10 * batch,
         ),
         tracking=TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db"),
     )
