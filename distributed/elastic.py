@@ -17,16 +17,15 @@ class NodeWatch:
         """Nothing is known yet."""
         self._alive: set[str] = set()
 
-    def look(self) -> bool:
-        """Count anew if nodes have come or gone since the last look; whether they have."""
+    def look(self) -> None:
+        """Have Ray count anew if nodes have come or gone since the last look."""
         try:
             alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         except ray.exceptions.RayError:
-            return False  # the head does not answer; the run itself says what happened to it
-        changed, self._alive = alive != self._alive, alive
-        if changed:
+            return  # the head does not answer; the run itself says what happened to it
+        if alive != self._alive:
+            self._alive = alive
             # Asked for nobody in particular: the counting is what is wanted.
             get_or_create_autoscaling_coordinator().get_reserved_resources.remote(
                 "", recompute=True
             )
-        return changed

@@ -631,10 +631,6 @@ static void kernel_edges(Rows rows, const float *gradient, long width, long chan
         }
 }
 
-static void add_row(const float *from, long count, float *to) {
-    for (long i = 0; i < count; i += LANES) store(to + i, load(to + i) + load(from + i));
-}
-
 static void low_pass_back(const Job *job, const Task *task) {
     const long height = job->size[HEIGHT], width = job->size[WIDTH], channels = job->width, row = row_size(job, channels);
     const float *zeros = zeros_of(job), *kernel = own_kernel(job, task), *plane = plane_of(job, X, task->picture);
@@ -651,13 +647,13 @@ static void low_pass_back(const Job *job, const Task *task) {
         reflected_row_back(around, kernel, width, channels, out);
         if (y == 1) { /* it stands above the first row, too */
             reflected_row_back((Rows){{zeros, zeros, ring}}, kernel, width, channels, beyond);
-            add_row(beyond, row, out);
+            add_up(beyond, 1, row, out);
         }
         if (y == height - 2) { /* and this one below the last */
             reflected_row_back((Rows){{ring + (height - 1) % 3 * row, zeros, zeros}}, kernel, width, channels, beyond);
-            add_row(beyond, row, out);
+            add_up(beyond, 1, row, out);
         }
-        add_row(of_high + y * row, row, out);
+        add_up(of_high + y * row, 1, row, out);
         const Rows rows = rows_reflected(job, plane, y);
         kernel_row(rows, around.at[1], width, channels, of_kernel);
         kernel_edges(rows, around.at[1], width, channels, of_kernel);
@@ -1047,6 +1043,10 @@ static PyObject *run(PyObject *self, PyObject *args) {
     if (size[BATCH] < 1 || size[HEIGHT] < 1 || size[WIDTH] < 1 || size[HEADS] < 1 || size[PART] < 1 || size[CHANNELS] % (size[HEADS] * LANES) ||
         size[PADDED] % LANES || size[PADDED] < size[HIDDEN] || size[COUNT_OF_STREAMS] > STREAMS) {
         PyErr_Format(PyExc_ValueError, "channels that are no multiple of %d, or no pixels", LANES);
+        return NULL;
+    }
+    if ((kind == LOW_PASS || kind == LOW_PASS_BACK) && (size[HEIGHT] < 2 || size[WIDTH] < 2)) {
+        PyErr_Format(PyExc_ValueError, "%ldx%ld pixels have none to reflect; a low-pass needs 2x2", size[HEIGHT], size[WIDTH]);
         return NULL;
     }
     job.norm = (Norm){job.at[WEIGHT], job.at[BIAS], job.epsilon, size[CHANNELS]};

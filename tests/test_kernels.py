@@ -152,6 +152,14 @@ def test_a_low_pass_agrees_with_torch(size) -> None:
 
 
 @compiled
+@pytest.mark.parametrize("size", [(1, 5), (5, 1)])
+def test_a_single_row_or_column_has_nothing_to_reflect(size) -> None:
+    x, taps = numbers((1, *size, 16), (1, 16, 9))
+    with pytest.raises(ValueError, match="a low-pass needs 2x2"):
+        low_pass(x, taps)
+
+
+@compiled
 def test_any_memory_layout_and_number_of_threads_gives_the_same() -> None:
     block, x = block_and_input((2, 40, 36, 48, 1))
     straight = trained(block, x)
