@@ -4,10 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# Threads that wait asleep: spinning ones starve each other where several processes share the cores.
-export OMP_WAIT_POLICY := PASSIVE
-export GOMP_SPINCOUNT := 0
-
 .PHONY: demo test test-slow lint bench clean
 .DELETE_ON_ERROR:
 

@@ -9,7 +9,6 @@ are held out: never trained on, and all figures are measured on them.
 
 import json
 import logging
-import os
 import shutil
 import sys
 import time
@@ -57,8 +56,6 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; 2 after a message where pictures cannot be used, 130 where it was stopped."""
     given = tyro.cli(Arguments, args=argv, prog="python -m distributed.demo")
-    # Threads that wait for each other by spinning stand still where other programs are at work too.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         return run(given.pictures, Console())

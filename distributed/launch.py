@@ -52,6 +52,16 @@ LEAVE_S = "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"
 """Environment variable: how long the workers' process group may take its leave. A hung worker never
 does, and Ray would wait 30 s before it replaces it."""
 
+LOCAL_ENVIRONMENT = {
+    "GOMP_SPINCOUNT": "20000",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+}
+"""What a Ray of this machine alone runs with, unless the caller's environment says otherwise.
+
+Threads that wait for work stay awake for a fraction of a millisecond: from one operation to the
+next, yet not so long that the loader and other workers miss the core. Nobody announces that one's
+own machine will be taken away, and the watcher for it is a process."""
+
 _QUIET: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
 """What people need to see comes through the monitor; Ray keeps the workers' own logs."""
 
@@ -358,9 +368,6 @@ def ray_cluster(config: TrainConfig, console: Console) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing phones home
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it prints each line twice
-    # Threads that wait for work stay awake for a fraction of a millisecond: from one operation to
-    # the next, yet not so long that the loader and other workers miss the core.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # How often Ray Train looks at its workers: the lower, the sooner a lost one is replaced.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault(LEAVE_S, "5")
@@ -381,8 +388,6 @@ def ray_cluster(config: TrainConfig, console: Console) -> Iterator[None]:
         console.print(f"connecting to the Ray cluster at {elsewhere}")
         ray.init(runtime_env={"env_vars": {LEAVE_S: os.environ[LEAVE_S]}}, **_QUIET)
     else:
-        # Nobody announces that one's own machine will be taken away; the watcher is a process.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # More workers than cores is slow, not wrong: how else to try a cluster's run at home?
         wanted = config.scaling.bounds[1] * _cpus_per_worker(config, local=True, use_gpu=False)
         start_local_ray(num_cpus=max(os.cpu_count() or 1, wanted))
@@ -409,7 +414,9 @@ def _require_token() -> None:
 
 
 def start_local_ray(**options: Any) -> None:
-    """Start Ray on this machine alone, bound to 127.0.0.1."""
+    """Start Ray on this machine alone, bound to 127.0.0.1, its cores for the training steps."""
+    for name, value in LOCAL_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     import ray
     from ray._private import services
 
