@@ -145,8 +145,8 @@ static void pack_panel(const Pack *pack, long index) {
 
 INLINE void tile(int pixels, int width, const float *a, long lda, const float *b, long depth, float *out, long ldo,
                  int add) {
-    Lanes sums[TILE][PANEL];
-#pragma GCC unroll 8
+    Lanes sums[TILE + TILE / 2][PANEL];
+#pragma GCC unroll 12
     for (int i = 0; i < pixels; i++)
 #pragma GCC unroll 3
         for (int j = 0; j < width; j++) sums[i][j] = (Lanes){0};
@@ -154,14 +154,14 @@ INLINE void tile(int pixels, int width, const float *a, long lda, const float *b
         Lanes row[PANEL];
 #pragma GCC unroll 3
         for (int j = 0; j < width; j++) row[j] = load(b + j * LANES);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int i = 0; i < pixels; i++) {
             const float value = a[i * lda + k];
 #pragma GCC unroll 3
             for (int j = 0; j < width; j++) sums[i][j] += value * row[j];
         }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < pixels; i++)
 #pragma GCC unroll 3
         for (int j = 0; j < width; j++) { /* added last: small terms are not lost on a large one */
@@ -170,9 +170,12 @@ INLINE void tile(int pixels, int width, const float *a, long lda, const float *b
         }
 }
 
+/* As many pixels at once as keep the multipliers busy: fewer vectors of columns leave registers for more. */
 INLINE void tiles(int width, const float *a, long lda, long count, const float *b, long depth, float *out, long ldo,
                   int add) {
+    const int wide = width < PANEL ? TILE + TILE / 2 : TILE;
     long i = 0;
+    for (; i + wide <= count; i += wide) tile(wide, width, a + i * lda, lda, b, depth, out + i * ldo, ldo, add);
     for (; i + TILE <= count; i += TILE) tile(TILE, width, a + i * lda, lda, b, depth, out + i * ldo, ldo, add);
     for (; i < count; i++) tile(1, width, a + i * lda, lda, b, depth, out + i * ldo, ldo, add);
 }

@@ -52,6 +52,8 @@ ADDRESSES = (
     *("of_gram", "of_squares", "out", "out1", "out2", "of_norm", "of_matrix", "of_kernel"),
     *("of_offset", "of_last", "gram", "squares"),
 )
+_INDEX = {name: at for at, name in enumerate(ADDRESSES)}
+_STREAMS = (_INDEX["plane0"], _INDEX["matrix0"])
 _allowed = True
 
 
@@ -91,7 +93,7 @@ def fit(x: Tensor, *weights: Tensor | None, heads: int = 1, out: int | None = No
 
 def padding(x: Tensor, width: int) -> int:
     """Channels to be added to `width` for these features' kernels; none where torch computes."""
-    return -width % 16 if fit(x) else 0
+    return -width % next(iter(KERNELS)) if fit(x) else 0
 
 
 def _is_whole(weight: Tensor) -> bool:
@@ -614,14 +616,16 @@ def _compute(
     epsilon: float = 0.0,
 ) -> None:
     """Call the C file; `tensors` are contiguous fp32 or None, by the names in `ADDRESSES`."""
-    given = {name: one for name, one in {"x": x_bhwc, **tensors}.items() if one is not None}
+    addresses = [0] * len(ADDRESSES)
+    for name, one in {"x": x_bhwc, **tensors}.items():
+        if one is not None:
+            addresses[_INDEX[name]] = one.data_ptr()
     channels = x_bhwc.shape[-1]
     lanes = _lanes(channels, heads) if lanes is None else lanes
     hidden = channels if hidden is None else hidden
-    streams = max(sum(f"{name}{i}" in given for i in range(3)) for name in ("plane", "matrix"))
+    streams = max(sum(map(bool, addresses[first : first + 3])) for first in _STREAMS)
     padded = hidden + -hidden % lanes
     sizes = (*x_bhwc.shape, hidden, padded, heads, part, int(activated), streams)
-    addresses = [given[name].data_ptr() if name in given else 0 for name in ADDRESSES]
     KERNELS[lanes].run(KINDS.index(kind), addresses, sizes, epsilon, torch.get_num_threads())
 
 
@@ -659,7 +663,7 @@ def _kernels(shares: Tensor, channels: int) -> Tensor:
 
 def _shares(x_bhwc: Tensor, *shape: int, part: int = PART) -> Tensor:
     """Room for a sum from each part of the rows of each picture."""
-    return x_bhwc.new_zeros(len(x_bhwc) * -(-x_bhwc.shape[1] // part), *shape)
+    return x_bhwc.new_zeros(x_bhwc.shape[0] * -(-x_bhwc.shape[1] // part), *shape)
 
 
 def _total(shares: Tensor) -> Tensor:
@@ -669,10 +673,10 @@ def _total(shares: Tensor) -> Tensor:
 
 def _totals(shares: Tensor, groups: int) -> Tensor:
     """(groups · S, ...) -> (groups, ...), the sums of S that follow each other, in their order."""
-    each = len(shares) // groups
+    each = shares.shape[0] // groups
     if each == 1:
         return shares
     totals = shares.new_empty(groups, *shares.shape[1:])
-    sizes = (groups, each, totals[0].numel(), torch.get_num_threads())
+    sizes = (groups, each, totals.numel() // groups, torch.get_num_threads())
     next(iter(KERNELS.values())).sum_shares(shares.data_ptr(), totals.data_ptr(), *sizes)
     return totals
