@@ -55,7 +55,7 @@ def finished(packed: Path, ray_local: None, tmp_path_factory: pytest.TempPathFac
     before = Path.cwd()
     os.chdir(folder)
     try:
-        more = ("--trials", "2", "--keep", "1", "--cost", "parameters", "--register", "net")
+        more = ("--trials", "2", "--keep", "1", "--cost", "latency", "--register", "net")
         assert main(command(packed, *more)) == 0
     finally:
         os.chdir(before)
@@ -81,6 +81,7 @@ def test_a_search_leaves_what_is_needed(finished: Path) -> None:
         assert sum(trial["tasks"].values()) / 5 == pytest.approx(trial["psnr"])
         model = MEASNet(replace_dotted(demo(), trial["changes"] | {"model.dim": 8}).model)
         assert trial["costs"]["parameters"] == sum(p.numel() for p in model.parameters())
+        assert trial["costs"]["latency"] > 0
     best = max((first, second), key=lambda t: t["psnr"])
     assert search["champion"] == best["number"] and best["number"] in search["front"]
     folder = finished / "runs" / "s"
@@ -149,7 +150,7 @@ def test_a_finished_search_says_so_and_another_one_of_its_name_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(finished)
-    more = ("--trials", "2", "--keep", "1", "--cost", "parameters", "--register", "net")
+    more = ("--trials", "2", "--keep", "1", "--cost", "latency", "--register", "net")
     before = read(finished)["trials"]
     assert main(command(packed, *more)) == 0
     assert "is finished: 2 trials" in capsys.readouterr().out

@@ -80,6 +80,7 @@ class Trial(tune.Trainable):
             return self._step()
         except Exception as error:
             fs, root = open_folder(self._config.folder)
+            fs.makedirs(root, exist_ok=True)  # it may have failed before the run made its folder
             write_json(fs, f"{root}/{FAILURE}", {"reason": str(error)[:1000]})
             raise
 
@@ -196,7 +197,9 @@ class Trial(tune.Trainable):
         if self._options["cost"] == "latency":
             use_gpu = self._options["gpu"]
             timed = ray.remote(costs.latency_ms).options(
-                num_cpus=self._options["cpus"], num_gpus=1 if use_gpu else 0
+                num_cpus=self._options["cpus"],
+                num_gpus=1 if use_gpu else 0,
+                scheduling_strategy="DEFAULT",  # not in the trial's own room, which holds no CPU
             )
             device = "cuda" if use_gpu else "cpu"
             counted["latency"] = ray.get(timed.remote(self._config.model, device))
