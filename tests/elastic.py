@@ -159,6 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         cluster.close()
     if code:
         console.print(f"the disturbed run failed; it is kept in {base}", highlight=False)
+        if given.json:
+            print(json.dumps({"finished": False}))
         return 1
     undisturbed = []
     for workers in "12":
