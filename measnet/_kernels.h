@@ -6,9 +6,10 @@
  *   expand                        layer norm or gelu or neither, then one to three 1×1 convolutions and their offsets
  *   project_back                  the gradients of all that but the norm
  *   gate, gate_back               x + W (gelu(dw a) · dw b), a and b expanded; the gradients of both
- *   correlate, correlate_back     from expanded q, k, v: dw v, per head qᵀk, and the squares of q and k; the gradients of
- *                                 these, and of the expansion where there is one
- *   mix, mix_back                 x + M v with a matrix per picture; its gradients
+ *   correlate, correlate_back     from expanded q, k, v: dw v, and what attention does to it, the mixer: a matrix per picture
+ *                                 from qᵀk of each head and the squares of q and k; the gradients of all that, and of the
+ *                                 expansion where there is one
+ *   mix, mix_back                 x + M v with the mixer M; its gradients
  *
  * Without expanded planes gate and correlate expand x themselves, and keep a few rows (inference).
  *
@@ -16,8 +17,7 @@
  * over a library call per operation. Numbers of channels are multiples of LANES; hidden ones are padded.
  *
  * Work is cut into parts of rows of a picture, in the same way for any number of threads; sums over pixels
- * (gradients of weights, qᵀk) are given per part and added in the parts' order (sum_shares): results do not depend on
- * threads. Those shares must be zeros at the start. Threads are those of the OpenMP runtime that torch has loaded; a
+ * (gradients of weights, qᵀk) are given per part and added in the parts' order: results do not depend on threads. Threads are those of the OpenMP runtime that torch has loaded; a
  * second runtime would compete for the same cores.
  *
  * Legend: `count` pixels, `depth` channels that are summed over, `ld…` numbers from a pixel to the next. */
@@ -41,6 +41,8 @@ enum {
     STREAMS = 3,
     LARGE_PAGE = 2 << 20,
 };
+
+#define LEAST_SQUARES 1e-24f /* of a query's or key's least norm, transformer.EPSILON */
 
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t Whole __attribute__((vector_size(4 * LANES)));
@@ -449,8 +451,8 @@ static void add_up(const float *from, long count, long channels, float *sums) {
 
 /* Addresses and sizes in the order in which the caller gives them. */
 enum { X, WEIGHT, BIAS, MATRIX0, MATRIX1, MATRIX2, PLANE0, PLANE1, PLANE2, KERNEL0, KERNEL1, KERNEL2,
-       OFFSET0, OFFSET1, OFFSET2, LAST, GRADIENT, OF_GRAM, OF_SQUARES, OUT, OUT1, OUT2, OF_NORM, OF_MATRIX, OF_KERNEL,
-       OF_OFFSET, OF_LAST, GRAM, SQUARES, ADDRESSES };
+       OFFSET0, OFFSET1, OFFSET2, LAST, TEMPERATURE, PROJECT_OUT, GRADIENT, BESIDES, OF_MIXER, OUT, OUT1, OUT2, MIXER,
+       GRAM, SQUARES, OF_NORM, OF_MATRIX, OF_KERNEL, OF_OFFSET, OF_LAST, OF_TEMPERATURE, OF_PROJECT_OUT, ADDRESSES };
 enum { BATCH, HEIGHT, WIDTH, CHANNELS, HIDDEN, PADDED, HEADS, PART, ACTIVATED, COUNT_OF_STREAMS, SIZES };
 
 /* One of the convolved planes: a and b of the gate, or q, k and v. */
@@ -461,21 +463,41 @@ typedef struct {
     Packed matrix;
 } Stream;
 
+/* A sum over the tasks, or over those of each picture: of `planes` matrices, whose shares may have padded rows and columns. */
+typedef struct {
+    int address, per_picture;
+    int turned; /* the sum lies column by column */
+    long planes, rows, columns, padded_rows, padded_columns;
+    float *shares; /* one after the other */
+} Sum;
+
 typedef struct {
     float *at[ADDRESSES];
     long size[SIZES];
     float epsilon;
     Norm norm;
     long parts, planes, width; /* parts of a picture; streams; channels of a plane */
-    int packs;
+    int packs, sums;
     Pack pack[2 * STREAMS + 1];
-    Packed *head; /* correlate_back: two for each head of each picture; mix: one for each picture */
+    Sum sum[ADDRESSES];
+    const float *taps[STREAMS]; /* (9, width) each; low_pass: one for each picture */
+    Packed *head;               /* correlate_back: two for each head of each picture; mix: one for each picture */
     long heads;
+    float *of_gram, *of_squares; /* correlate_back */
 } Job;
 
 typedef struct {
     long picture, top, bottom, index;
 } Task;
+
+INLINE long size_of_share(const Sum *sum) { return sum->planes * sum->padded_rows * sum->padded_columns; }
+
+/* A task's own share of a sum; NULL where it is not asked for. */
+static float *share_of(const Job *job, const Task *task, int address) {
+    for (const Sum *sum = job->sum; sum < job->sum + job->sums; sum++)
+        if (sum->address == address) return sum->shares + task->index * size_of_share(sum);
+    return NULL;
+}
 
 INLINE long row_size(const Job *job, long channels) { return job->size[WIDTH] * channels; }
 
@@ -514,11 +536,11 @@ static float *zeros_of(const Job *job) {
 static void plane_back(const Job *job, const Task *task, const Stream *streams, long s, long y0, long y1, const float *zeros,
                        float *of_plane) {
     const long width = job->size[WIDTH], hidden = job->width;
+    float *of_kernel = share_of(job, task, OF_KERNEL) + s * TAPS * hidden;
     for (long y = y0; y < y1; y++) {
         const Rows ring = rows_around(job, streams[s].ring, streams[s].rows, y, hidden, zeros);
         convolve_row(ring, streams[s].kernel, 1, width, hidden, of_plane + (y - y0) * width * hidden);
-        kernel_row(rows_around(job, streams[s].plane, job->size[HEIGHT], y, hidden, zeros), ring.at[1], width, hidden,
-                   job->at[OF_KERNEL] + (task->index * job->planes + s) * TAPS * hidden);
+        kernel_row(rows_around(job, streams[s].plane, job->size[HEIGHT], y, hidden, zeros), ring.at[1], width, hidden, of_kernel);
     }
 }
 
@@ -528,21 +550,20 @@ static void expand_back(const Job *job, const Task *task, const Stream *streams,
     const long channels = job->size[CHANNELS], width = job->size[WIDTH], hidden = job->width, height = job->size[HEIGHT];
     const long count = (y1 - y0) * width, first = task->picture * height + y0;
     const float *x = job->at[X] + first * width * channels;
+    float *of_matrix = share_of(job, task, OF_MATRIX), *of_norm = share_of(job, task, OF_NORM);
     normalise(x, count, &job->norm, normalised);
     for (long s = 0; s < job->planes; s++) {
         plane_back(job, task, streams, s, y0, y1, zeros, of_plane);
-        outer(of_plane, hidden, hidden, normalised, channels, channels, count,
-              job->at[OF_MATRIX] + (task->index * job->planes + s) * hidden * channels);
+        outer(of_plane, hidden, hidden, normalised, channels, channels, count, of_matrix + s * hidden * channels);
         multiply(of_plane, hidden, count, streams[s].matrix, of_normalised, channels, s > 0);
     }
-    float *of_norm = job->at[OF_NORM] + task->index * 2 * channels;
     normalise_back(x, of_normalised, besides, count, &job->norm, job->at[OUT] + first * width * channels, of_norm,
                    of_norm + channels);
 }
 
 /* Row y of a plane convolved, plus the offset. */
 INLINE void convolve_plane(const Job *job, const float *plane, long y, const float *zeros, float *out) {
-    convolve_row(rows_around(job, plane, job->size[HEIGHT], y, job->width, zeros), job->at[KERNEL0], 0, job->size[WIDTH],
+    convolve_row(rows_around(job, plane, job->size[HEIGHT], y, job->width, zeros), job->taps[0], 0, job->size[WIDTH],
                  job->width, out);
     add_offset(job->at[OFFSET0], job->size[WIDTH], job->width, out);
 }
@@ -564,6 +585,7 @@ static void convolve_back(const Job *job, const Task *task) {
     const long rows = activated ? 3 : height;
     float *ring = activated ? take(&scratch, 3 * row) : NULL;
     const float *of_convolved = activated ? ring : gradient;
+    float *of_kernel = share_of(job, task, OF_KERNEL), *of_offset = share_of(job, task, OF_OFFSET);
     long next = task->top > 0 ? task->top - 1 : 0;
     for (long y = task->top; y < task->bottom; y++) {
         for (; activated && next < height && next <= y + 1; next++) {
@@ -572,10 +594,9 @@ static void convolve_back(const Job *job, const Task *task) {
             gelu_row_back(here, gradient + next * row, row, here);
         }
         const Rows around = rows_around(job, of_convolved, rows, y, job->width, zeros);
-        convolve_row(around, job->at[KERNEL0], 1, width, job->width, pixel(job, OUT, job->width, task->picture, y));
-        kernel_row(rows_around(job, plane, height, y, job->width, zeros), around.at[1], width, job->width,
-                   job->at[OF_KERNEL] + task->index * TAPS * job->width);
-        if (job->at[OF_OFFSET]) add_up(around.at[1], width, job->width, job->at[OF_OFFSET] + task->index * job->width);
+        convolve_row(around, job->taps[0], 1, width, job->width, pixel(job, OUT, job->width, task->picture, y));
+        kernel_row(rows_around(job, plane, height, y, job->width, zeros), around.at[1], width, job->width, of_kernel);
+        if (of_offset) add_up(around.at[1], width, job->width, of_offset);
     }
 }
 
@@ -589,7 +610,7 @@ static Rows rows_reflected(const Job *job, const float *plane, long y) {
 }
 
 static const float *own_kernel(const Job *job, const Task *task) {
-    return job->at[KERNEL0] + task->picture * TAPS * job->width;
+    return job->taps[0] + task->picture * TAPS * job->width;
 }
 
 /* to += taps i of three rows' pixels. */
@@ -639,7 +660,7 @@ static void low_pass_back(const Job *job, const Task *task) {
     const float *zeros = zeros_of(job), *kernel = own_kernel(job, task), *plane = plane_of(job, X, task->picture);
     const float *of_low = plane_of(job, GRADIENT, task->picture), *of_high = plane_of(job, PLANE0, task->picture);
     float *ring = take(&scratch, 3 * row), *beyond = take(&scratch, row);
-    float *of_kernel = job->at[OF_KERNEL] + task->index * TAPS * channels;
+    float *of_kernel = share_of(job, task, OF_KERNEL);
     long next = task->top > 0 ? task->top - 1 : 0;
     for (long y = task->top; y < task->bottom; y++) {
         for (; next < height && next <= y + 1; next++)
@@ -696,17 +717,16 @@ static void project_back(const Job *job, const Task *task) {
     const long first = (task->picture * job->size[HEIGHT] + task->top) * width;
     const long last = first + (task->bottom - task->top) * width;
     float *room = take(&scratch, BLOCK * channels);
+    float *of_matrix = share_of(job, task, OF_MATRIX), *of_offset = share_of(job, task, OF_OFFSET);
     for (long p = first; p < last; p += BLOCK) {
         const long count = p + BLOCK < last ? BLOCK : last - p;
         const float *x = job->at[X] + p * channels, *from = prepare(job, x, count, room);
         float *out = job->at[OUT] + p * channels;
         for (long s = 0; s < job->planes; s++) {
-            const long share = task->index * job->planes + s;
             const float *gradient = job->at[PLANE0 + s] + p * columns;
             multiply(gradient, columns, count, job->pack[s].to, out, channels, s > 0);
-            outer(gradient, columns, columns, from, channels, channels, count,
-                  job->at[OF_MATRIX] + share * columns * channels);
-            if (job->at[OF_OFFSET]) add_up(gradient, count, columns, job->at[OF_OFFSET] + share * columns);
+            outer(gradient, columns, columns, from, channels, channels, count, of_matrix + s * columns * channels);
+            if (of_offset) add_up(gradient, count, columns, of_offset + s * columns);
         }
         if (job->size[ACTIVATED]) gelu_row_back(x, out, count * channels, out);
     }
@@ -764,9 +784,9 @@ static void gate(const Job *job, const Task *task) {
         if (straight) expand_to(job, task, &ring, y1);
         for (long y = y0; y < y1; y++) {
             float *here = of_a + (y - y0) * row;
-            convolve_row(rows_around(job, ring.plane[0], ring.rows, y, job->width, zeros), job->at[KERNEL0], 0, width,
+            convolve_row(rows_around(job, ring.plane[0], ring.rows, y, job->width, zeros), job->taps[0], 0, width,
                          job->width, here);
-            convolve_row(rows_around(job, ring.plane[1], ring.rows, y, job->width, zeros), job->at[KERNEL1], 0, width,
+            convolve_row(rows_around(job, ring.plane[1], ring.rows, y, job->width, zeros), job->taps[1], 0, width,
                          job->width, of_b);
             gate_row(here, of_b, row);
         }
@@ -782,7 +802,7 @@ static void gate_back(const Job *job, const Task *task) {
     float *normalised = take(&scratch, band * width * channels), *of_normalised = take(&scratch, band * width * channels);
     Stream streams[STREAMS];
     for (int s = 0; s < 2; s++)
-        streams[s] = (Stream){plane_of(job, PLANE0 + s, task->picture), job->at[KERNEL0 + s],
+        streams[s] = (Stream){plane_of(job, PLANE0 + s, task->picture), job->taps[s],
                               take(&scratch, ring * row), ring, job->pack[s].to};
     long next = task->top > 0 ? task->top - 1 : 0; /* a convolution's gradient needs one more row on either side */
     for (long y0 = task->top; y0 < task->bottom; y0 += band) {
@@ -802,7 +822,7 @@ static void gate_back(const Job *job, const Task *task) {
         const long own = from > task->top ? from : task->top, end = to < task->bottom ? to : task->bottom;
         if (end > own)
             outer(gradient + own * width * channels, channels, channels, gated + (own - from) * row, job->width, job->width,
-                  (end - own) * width, job->at[OF_LAST] + task->index * channels * job->width);
+                  (end - own) * width, share_of(job, task, OF_LAST));
         expand_back(job, task, streams, y0, y1, gradient + y0 * width * channels, zeros, of_plane, normalised,
                     of_normalised);
     }
@@ -811,11 +831,11 @@ static void gate_back(const Job *job, const Task *task) {
 /* Adds what `count` pixels of q and k give to the sums of a part. */
 static void correlate_pixels(const Job *job, const Task *task, float *const both[2], long count) {
     const long channels = job->size[CHANNELS], heads = job->size[HEADS], each = channels / heads;
-    float *gram = job->at[GRAM] + task->index * channels * each;
+    float *gram = share_of(job, task, GRAM);
     for (long h = 0; h < heads; h++)
         outer(both[0] + h * each, channels, each, both[1] + h * each, channels, each, count, gram + h * each * each);
     for (int s = 0; s < 2; s++) {
-        float *squares = job->at[SQUARES] + (task->index * 2 + s) * channels;
+        float *squares = share_of(job, task, SQUARES) + s * channels;
         for (long c = 0; c < channels; c += LANES) {
             Lanes sum = {0};
             for (long p = 0; p < count; p++) {
@@ -845,7 +865,7 @@ static void correlate(const Job *job, const Task *task) {
         for (long y = y0; y < y1; y++)
             for (int s = 0; s < 3; s++) {
                 float *to = s < 2 ? both[s] + (y - y0) * row : pixel(job, OUT, channels, task->picture, y);
-                convolve_row(rows_around(job, ring.plane[s], ring.rows, y, channels, zeros), job->at[KERNEL0 + s], 0, width,
+                convolve_row(rows_around(job, ring.plane[s], ring.rows, y, channels, zeros), job->taps[s], 0, width,
                              channels, to);
             }
         correlate_pixels(job, task, both, (y1 - y0) * width);
@@ -863,7 +883,7 @@ static void correlate_back(const Job *job, const Task *task) {
     float *normalised = take(&scratch, band * row), *of_normalised = take(&scratch, band * row);
     Stream streams[STREAMS];
     for (int s = 0; s < 3; s++)
-        streams[s] = (Stream){plane_of(job, PLANE0 + s, task->picture), job->at[KERNEL0 + s],
+        streams[s] = (Stream){plane_of(job, PLANE0 + s, task->picture), job->taps[s],
                               s < 2 ? take(&scratch, ring * row) : pixel(job, GRADIENT, channels, task->picture, 0),
                               s < 2 ? ring : height, job->pack[s].to};
     long next = task->top > 0 ? task->top - 1 : 0;
@@ -876,7 +896,7 @@ static void correlate_back(const Job *job, const Task *task) {
                              channels, both[s]);
             for (int s = 0; s < 2; s++) { /* 2 q d(squares of q) + k d(gram)ᵀ, and the other way round */
                 float *here = streams[s].ring + y % ring * row;
-                const float *of_squares = job->at[OF_SQUARES] + (task->picture * 2 + s) * channels;
+                const float *of_squares = job->of_squares + (task->picture * 2 + s) * channels;
                 for (long p = 0; p < width; p++)
                     for (long c = 0; c < channels; c += LANES)
                         store(here + p * channels + c, 2 * load(both[s] + p * channels + c) * load(of_squares + c));
@@ -886,10 +906,109 @@ static void correlate_back(const Job *job, const Task *task) {
             }
         }
         next = to;
-        if (through) expand_back(job, task, streams, y0, y1, NULL, zeros, of_plane, normalised, of_normalised);
+        const float *besides = job->at[BESIDES] ? pixel(job, BESIDES, channels, task->picture, y0) : NULL;
+        if (through) expand_back(job, task, streams, y0, y1, besides, zeros, of_plane, normalised, of_normalised);
         for (long s = 0; !through && s < 3; s++)
             plane_back(job, task, streams, s, y0, y1, zeros, pixel(job, OUT + s, channels, task->picture, y0));
     }
+}
+
+/* --- What attention does to v, from the sums over q and k --- */
+
+/* Where a head begins in a picture's q · kᵀ, and in its mixer or its projection. */
+INLINE long gram_at(const Job *job, long picture, long head) {
+    const long channels = job->size[CHANNELS], each = channels / job->size[HEADS];
+    return (picture * channels + head * each) * each;
+}
+
+INLINE long mixer_at(const Job *job, long picture, long head) {
+    const long channels = job->size[CHANNELS];
+    return picture * channels * channels + head * (channels / job->size[HEADS]);
+}
+
+/* A head's cosines of q and k, and softmax(temperature · cosine), each × each; in `norms` those of q and of k. */
+static void attend(const Job *job, long picture, long head, float *norms, float *cosines, float *attention) {
+    const long channels = job->size[CHANNELS], each = channels / job->size[HEADS];
+    const float *gram = job->at[GRAM] + gram_at(job, picture, head), temperature = job->at[TEMPERATURE][head];
+    for (long s = 0; s < 2; s++)
+        for (long i = 0; i < each; i++) {
+            const float squares = job->at[SQUARES][(picture * 2 + s) * channels + head * each + i];
+            norms[s * each + i] = sqrtf(squares < LEAST_SQUARES ? LEAST_SQUARES : squares);
+        }
+    for (long i = 0; i < each; i++, gram += each, cosines += each, attention += each) {
+        float most = -INFINITY;
+        for (long j = 0; j < each; j++) {
+            cosines[j] = gram[j] / norms[i] / norms[each + j];
+            most = cosines[j] * temperature > most ? cosines[j] * temperature : most;
+        }
+        Lanes sum = {0};
+        for (long j = 0; j < each; j += LANES) {
+            const Lanes power = exponential(load(cosines + j) * temperature - most);
+            store(attention + j, power);
+            sum += power;
+        }
+        const float scale = 1 / total(sum);
+        for (long j = 0; j < each; j += LANES) store(attention + j, load(attention + j) * scale);
+    }
+}
+
+/* Room that the following two take. */
+static long attention_size(const Job *job) {
+    const long each = job->size[CHANNELS] / job->size[HEADS];
+    return 4 * each * each + 2 * each;
+}
+
+static Packed packed(const float *from, long size, int turned, float *to) {
+    const Pack pack = {from, size, size, size, turned, {to, size, size}};
+    for (long panel = 0; panel < panels_of(size); panel++) pack_panel(&pack, panel);
+    return pack.to;
+}
+
+/* A head's columns of the mixer: projection · attention. */
+static void mixer_of(const Job *job, long picture, long head) {
+    const long channels = job->size[CHANNELS], each = channels / job->size[HEADS];
+    float *norms = take(&scratch, 2 * each), *cosines = take(&scratch, each * each);
+    float *attention = take(&scratch, each * each), *room = take(&scratch, each * each);
+    attend(job, picture, head, norms, cosines, attention);
+    multiply(job->at[PROJECT_OUT] + mixer_at(job, 0, head), channels, channels, packed(attention, each, 0, room),
+             job->at[MIXER] + mixer_at(job, picture, head), channels, 0);
+}
+
+/* From the mixer's gradient: of a head's q · kᵀ and squares; adds to those of projection and temperature. */
+static void mixer_back(const Job *job, long picture, long head) {
+    const long channels = job->size[CHANNELS], each = channels / job->size[HEADS];
+    const float *of_mixer = job->at[OF_MIXER] + mixer_at(job, picture, head), temperature = job->at[TEMPERATURE][head];
+    const float *project_out = job->at[PROJECT_OUT] + mixer_at(job, 0, head);
+    float *norms = take(&scratch, 2 * each), *cosines = take(&scratch, each * each);
+    float *attention = take(&scratch, each * each), *of_attention = take(&scratch, each * each);
+    attend(job, picture, head, norms, cosines, attention);
+    multiply(of_mixer, channels, channels, packed(attention, each, 1, take(&scratch, each * each)),
+             job->at[OF_PROJECT_OUT] + mixer_at(job, 0, head), channels, picture > 0);
+    memset(of_attention, 0, (size_t)(each * each) * sizeof *of_attention);
+    outer(project_out, channels, each, of_mixer, channels, each, channels, of_attention);
+    float *of_gram = job->of_gram + gram_at(job, picture, head), sum = 0;
+    float *of_squares = job->of_squares + picture * 2 * channels + head * each;
+    memset(of_squares + channels, 0, (size_t)each * sizeof *of_squares);
+    for (long i = 0; i < each; i++) {
+        const float *a = attention + i * each, *of_a = of_attention + i * each, *cosine = cosines + i * each;
+        Lanes products = {0}, along = {0};
+        for (long j = 0; j < each; j += LANES) products += load(a + j) * load(of_a + j);
+        const float common = total(products);
+        for (long j = 0; j < each; j += LANES) {
+            const Lanes of_logit = load(a + j) * (load(of_a + j) - common), share = of_logit * load(cosine + j);
+            along += share;
+            store(of_gram + i * each + j, of_logit * temperature / norms[i] / load(norms + each + j));
+            store(of_squares + channels + j, load(of_squares + channels + j) - share * (temperature * 0.5f));
+        }
+        of_squares[i] = -0.5f * temperature * total(along);
+        sum += total(along);
+    }
+    job->at[OF_TEMPERATURE][head] = sum + (picture > 0 ? job->at[OF_TEMPERATURE][head] : 0);
+    for (long s = 0; s < 2; s++)
+        for (long i = 0; i < each; i++) { /* a norm that was raised to the least one does not follow its squares */
+            const float squares = job->at[SQUARES][(picture * 2 + s) * channels + head * each + i];
+            of_squares[s * channels + i] = squares < LEAST_SQUARES ? 0 : of_squares[s * channels + i] / squares;
+        }
 }
 
 static void mix(const Job *job, const Task *task) {
@@ -910,12 +1029,13 @@ static void mix_back(const Job *job, const Task *task) {
     const long channels = job->size[CHANNELS], width = job->size[WIDTH];
     const long first = (task->picture * job->size[HEIGHT] + task->top) * width;
     const long count = (task->bottom - task->top) * width;
+    float *of_mixer = share_of(job, task, OF_MIXER);
     for (long p = first; p < first + count; p += BLOCK) {
         const long pixels = p + BLOCK < first + count ? BLOCK : first + count - p;
         const float *gradient = job->at[GRADIENT] + p * channels;
         multiply(gradient, channels, pixels, job->head[task->picture], job->at[OUT] + p * channels, channels, 0);
         outer(gradient, channels, channels, job->at[PLANE0] + p * channels, channels, channels, pixels,
-              job->at[OF_MATRIX] + task->index * channels * channels);
+              of_mixer);
     }
 }
 
@@ -944,79 +1064,168 @@ static void add_pack(Job *job, const float *from, long rows, long columns, int t
     job->pack[job->packs++] = (Pack){from, rows, columns, columns, turned, {NULL, depth, to_columns}};
 }
 
-/* Which matrices a kind needs, and how they lie. */
+static void add_sum(Job *job, int address, long planes, long rows, long padded_rows, long columns, long padded_columns) {
+    const Sum sum = {address, 0, 0, planes, rows, columns, padded_rows, padded_columns, NULL};
+    if (job->at[address]) job->sum[job->sums++] = sum;
+}
+
+/* Which matrices a kind needs, and how they lie; which sums it gives. */
 static void plan(Job *job, int kind) {
-    const long channels = job->size[CHANNELS], hidden = job->size[HIDDEN], padded = job->width;
+    const long channels = job->size[CHANNELS], hidden = job->size[HIDDEN], padded = job->width, planes = job->planes;
     const int back = kind == GATE_BACK || kind == CORRELATE_BACK || kind == PROJECT_BACK;
     for (long s = 0; s < STREAMS; s++)
         if (job->at[MATRIX0 + s])
             add_pack(job, job->at[MATRIX0 + s], hidden, channels, !back, back ? hidden : channels, back ? channels : padded);
     if (kind == GATE) add_pack(job, job->at[LAST], channels, hidden, 1, hidden, channels);
     if (kind == GATE_BACK) add_pack(job, job->at[LAST], channels, hidden, 0, channels, padded);
+    if (kind == CORRELATE) {
+        const long each = channels / job->size[HEADS];
+        add_sum(job, GRAM, 1, channels, channels, each, each);
+        add_sum(job, SQUARES, 1, 2, 2, channels, channels);
+    }
+    if (kind == MIX_BACK) add_sum(job, OF_MIXER, 1, channels, channels, channels, channels);
+    add_sum(job, OF_NORM, 1, 2, 2, channels, channels);
+    add_sum(job, OF_MATRIX, planes, hidden, padded, channels, channels);
+    add_sum(job, OF_OFFSET, planes, 1, 1, hidden, padded);
+    add_sum(job, OF_LAST, 1, channels, channels, hidden, padded);
+    add_sum(job, OF_KERNEL, planes, TAPS, TAPS, hidden, padded);
+    for (Sum *sum = job->sum; sum < job->sum + job->sums; sum++) {
+        sum->per_picture = kind == CORRELATE || kind == MIX_BACK || kind == LOW_PASS_BACK;
+        sum->turned = sum->address == OF_KERNEL && kind != LOW_PASS_BACK;
+    }
 }
 
-/* The small matrices of each picture, packed by the thread that will share the work out. */
-static void pack_heads(Job *job, int kind) {
-    const int correlates = kind == CORRELATE_BACK, ways = correlates ? 2 : 1;
-    const long channels = job->size[CHANNELS], each = correlates ? channels / job->size[HEADS] : channels;
-    for (long h = 0; h < job->heads; h++)
-        for (int way = 0; way < ways; way++) {
-            Packed to = {take(&packed_matrices, each * each), each, each};
-            const int turned = correlates ? way == 0 : kind == MIX;
-            const float *from = job->at[correlates ? OF_GRAM : LAST] + h * each * each;
-            const Pack pack = {from, each, each, each, turned, to};
-            for (long panel = 0; panel < panels_of(each); panel++) pack_panel(&pack, panel);
-            job->head[h * ways + way] = to;
+/* The small matrices of each picture: MIX's own, or what CORRELATE_BACK makes of the mixer's gradient, head by head. */
+static void prepare_head(const Job *job, int kind, long index, float *room) {
+    const long channels = job->size[CHANNELS], heads = job->size[HEADS], each = channels / heads;
+    if (kind == MIX || kind == MIX_BACK)
+        job->head[index] = packed(job->at[MIXER] + index * channels * channels, channels, kind == MIX,
+                                  room + index * channels * channels);
+    for (long picture = 0; kind == CORRELATE_BACK && picture < job->size[BATCH]; picture++) {
+        scratch.used = 0;
+        mixer_back(job, picture, index);
+        for (long way = 0; way < 2; way++) {
+            const long at = (picture * heads + index) * 2 + way;
+            job->head[at] = packed(job->of_gram + gram_at(job, picture, index), each, way == 0, room + at * each * each);
         }
+    }
+}
+
+/* (channels, 9) -> (9, padded). */
+static void turn_taps(const float *from, long channels, long padded, float *to) {
+    memset(to, 0, (size_t)(TAPS * padded) * sizeof *to);
+    for (long c = 0; c < channels; c++)
+        for (long i = 0; i < TAPS; i++) to[i * padded + c] = from[c * TAPS + i];
+}
+
+/* A row of a sum: the tasks' shares one after the other, so that it does not depend on threads. */
+static void add_shares(const Job *job, const Sum *sum, long index) {
+    const long rows = sum->planes * sum->rows, group = index / rows, row = index % rows;
+    const long plane = row / sum->rows, tasks = sum->per_picture ? job->parts : job->parts * job->size[BATCH];
+    const long size = size_of_share(sum), columns = sum->columns, rows_apart = plane * sum->padded_rows + row % sum->rows;
+    const float *share = sum->shares + group * tasks * size + rows_apart * sum->padded_columns;
+    float *to = job->at[sum->address];
+    if (sum->turned)
+        for (long c = 0; c < columns; c++) {
+            float value = share[c];
+            for (long t = 1; t < tasks; t++) value += share[t * size + c];
+            to[(plane * columns + c) * sum->rows + row % sum->rows] = value;
+        }
+    else {
+        to += index * columns;
+        memcpy(to, share, (size_t)columns * sizeof *to);
+        for (long t = 1; t < tasks; t++)
+            for (long c = 0; c < columns; c++) to[c] += share[t * size + c];
+    }
 }
 
 /* More than any kind takes from a thread's scratch. */
 static size_t scratch_size(const Job *job) {
     const long band = band_of(job), row = row_size(job, job->width), channels = job->size[CHANNELS];
-    return (size_t)((5 * band + 14) * row + (2 * band * job->size[WIDTH] + BLOCK) * channels);
+    const long most = (5 * band + 14) * row + (2 * band * job->size[WIDTH] + BLOCK) * channels;
+    return (size_t)(most > attention_size(job) ? most : attention_size(job));
 }
 
 /* 0 where there is no memory. */
 static int compute(Job *job, int kind, int threads) {
-    const long each = job->size[CHANNELS] / job->size[HEADS], tasks = job->size[BATCH] * job->parts;
-    size_t packed = 0;
+    const long channels = job->size[CHANNELS], heads = job->size[HEADS], batch = job->size[BATCH], each = channels / heads;
+    const long tasks = batch * job->parts;
+    const int low_passes = kind == LOW_PASS || kind == LOW_PASS_BACK;
+    long kept = 0, size = 0;
     int failed = 0;
     plan(job, kind);
-    if (kind == CORRELATE_BACK)
-        job->heads = job->size[BATCH] * job->size[HEADS], packed = (size_t)(2 * job->heads * each * each);
-    if (kind == MIX || kind == MIX_BACK)
-        job->heads = job->size[BATCH], packed = (size_t)(job->heads * job->size[CHANNELS] * job->size[CHANNELS]);
-    for (int i = 0; i < job->packs; i++) packed += (size_t)(job->pack[i].to.depth * job->pack[i].to.columns);
-    if (!reserve(&packed_matrices, packed)) return 0;
-    if (job->heads && !(job->head = malloc((size_t)(2 * job->heads) * sizeof *job->head))) return 0;
+    if (kind == CORRELATE_BACK) job->heads = 2 * batch * heads, kept = job->heads * each * each;
+    if (kind == MIX || kind == MIX_BACK) job->heads = batch, kept = batch * channels * channels;
+    const long of_heads = kept, taps = job->at[KERNEL0] && !low_passes ? job->planes : 0;
+    for (int i = 0; i < job->packs; i++) kept += job->pack[i].to.depth * job->pack[i].to.columns;
+    kept += taps * TAPS * job->width;
+    if (!reserve(&packed_matrices, (size_t)kept)) return 0;
+    float *room_of_heads = take(&packed_matrices, (size_t)of_heads);
     for (int i = 0; i < job->packs; i++)
         job->pack[i].to.at = take(&packed_matrices, (size_t)(job->pack[i].to.depth * job->pack[i].to.columns));
-    if (job->heads) pack_heads(job, kind);
-    const size_t pixels = (size_t)(job->size[BATCH] * job->size[HEIGHT] * job->size[WIDTH]);
-    expect(job->at[OUT], pixels * (size_t)job->size[CHANNELS]);
+    float *const turned = take(&packed_matrices, (size_t)(taps * TAPS * job->width));
+    for (long s = 0; s < taps; s++) job->taps[s] = turned + s * TAPS * job->width;
+    if (low_passes) job->taps[0] = job->at[KERNEL0];
+
+    for (int i = 0; i < job->sums; i++) size += tasks * size_of_share(&job->sum[i]);
+    if (kind == CORRELATE_BACK) size += batch * channels * (each + 2);
+    float *const room = malloc((size_t)(size + 1) * sizeof *room), *at = room;
+    job->head = malloc((size_t)(job->heads + 1) * sizeof *job->head);
+    if (!room || !job->head) {
+        free(room), free(job->head);
+        return 0;
+    }
+    for (int i = 0; i < job->sums; i++) job->sum[i].shares = at, at += tasks * size_of_share(&job->sum[i]);
+    if (kind == CORRELATE_BACK) job->of_gram = at, job->of_squares = at + batch * channels * each;
+
+    const size_t pixels = (size_t)(batch * job->size[HEIGHT] * job->size[WIDTH]);
+    expect(job->at[OUT], pixels * (size_t)channels);
     for (long s = 0; kind == EXPAND && s < job->planes; s++) expect(job->at[PLANE0 + s], pixels * (size_t)job->width);
 #pragma omp parallel num_threads(threads)
     {
+        const int ready = reserve(&scratch, scratch_size(job));
+        if (!ready)
+#pragma omp atomic write
+            failed = 1;
         for (int i = 0; i < job->packs; i++) {
             const long panels = panels_of(job->pack[i].to.columns);
 #pragma omp for schedule(static) nowait
             for (long panel = 0; panel < panels; panel++) pack_panel(&job->pack[i], panel);
         }
-        const int ready = reserve(&scratch, scratch_size(job));
-#pragma omp barrier
+#pragma omp for schedule(static) nowait
+        for (long s = 0; s < taps; s++)
+            turn_taps(job->at[KERNEL0 + s], job->size[HIDDEN], job->width, turned + s * TAPS * job->width);
+#pragma omp for schedule(dynamic)
+        for (long index = 0; index < (kind == CORRELATE_BACK ? heads : job->heads); index++)
+            if (ready) prepare_head(job, kind, index, room_of_heads);
 #pragma omp for schedule(dynamic)
         for (long index = 0; index < tasks; index++) {
             const long part = job->size[PART], top = index % job->parts * part, height = job->size[HEIGHT];
             const Task task = {index / job->parts, top, top + part < height ? top + part : height, index};
-            if (ready) {
-                scratch.used = 0;
-                work_of[kind](job, &task);
-            } else
-#pragma omp atomic write
-                failed = 1;
+            if (!ready) continue;
+            for (const Sum *sum = job->sum; sum < job->sum + job->sums; sum++) {
+                const long numbers = size_of_share(sum);
+                memset(sum->shares + index * numbers, 0, (size_t)numbers * sizeof *sum->shares);
+            }
+            scratch.used = 0;
+            work_of[kind](job, &task);
+        }
+        for (const Sum *sum = job->sum; sum < job->sum + job->sums; sum++) {
+            const long rows = (sum->per_picture ? batch : 1) * sum->planes * sum->rows;
+#pragma omp for schedule(static) nowait
+            for (long row = 0; row < rows; row++) add_shares(job, sum, row);
+        }
+        if (kind == CORRELATE) {
+#pragma omp barrier
+#pragma omp for schedule(dynamic)
+            for (long index = 0; index < batch * heads; index++)
+                if (ready) {
+                    scratch.used = 0;
+                    mixer_of(job, index / heads, index % heads);
+                }
         }
     }
-    free(job->head);
+    free(room), free(job->head);
     return !failed;
 }
 
@@ -1062,34 +1271,7 @@ static PyObject *run(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
-/* sum_shares(from, to, groups, shares, count, threads): from (groups, shares, count) is added up to (groups, count), the
- * shares one after the other. */
-static PyObject *sum_shares(PyObject *self, PyObject *args) {
-    (void)self;
-    unsigned long long from_address, to_address;
-    long groups, shares, count;
-    int threads;
-    if (!PyArg_ParseTuple(args, "KKllli", &from_address, &to_address, &groups, &shares, &count, &threads)) return NULL;
-    const float *from = (const float *)(uintptr_t)from_address;
-    float *to = (float *)(uintptr_t)to_address;
-    const long chunk = 4096, chunks = (count + chunk - 1) / chunk;
-    Py_BEGIN_ALLOW_THREADS
-#pragma omp parallel for schedule(static) num_threads(threads) if (groups * chunks * shares > 16)
-    for (long index = 0; index < groups * chunks; index++) {
-        const long group = index / chunks, first = index % chunks * chunk;
-        const long length = first + chunk < count ? chunk : count - first;
-        float *sums = to + group * count + first;
-        const float *share = from + group * shares * count + first;
-        memcpy(sums, share, (size_t)length * sizeof *sums);
-        for (long s = 1; s < shares; s++)
-            for (long i = 0; i < length; i++) sums[i] += share[s * count + i];
-    }
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
-}
-
-static PyMethodDef methods[] = {
-    {"run", run, METH_VARARGS, NULL}, {"sum_shares", sum_shares, METH_VARARGS, NULL}, {NULL, NULL, 0, NULL}};
+static PyMethodDef methods[] = {{"run", run, METH_VARARGS, NULL}, {NULL, NULL, 0, NULL}};
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, MODULE, NULL, -1, methods, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC INIT(void) {

@@ -9,8 +9,7 @@ compiler, on a GPU, under autocast, `torch.compile` and in exports, torch does t
 (transformer.py, convolution.py).
 """
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
@@ -47,13 +46,15 @@ KINDS = (
     *("correlate", "correlate_back", "mix", "mix_back", "low_pass", "low_pass_back"),
 )
 ADDRESSES = (
-    *("x", "weight", "bias", "matrix0", "matrix1", "matrix2", "plane0", "plane1", "plane2"),
-    *("kernel0", "kernel1", "kernel2", "offset0", "offset1", "offset2", "last", "gradient"),
-    *("of_gram", "of_squares", "out", "out1", "out2", "of_norm", "of_matrix", "of_kernel"),
-    *("of_offset", "of_last", "gram", "squares"),
+    *("x", "weight", "bias", "matrix", "matrix1", "matrix2", "plane", "plane1", "plane2"),
+    *("kernel", "kernel1", "kernel2", "offset", "offset1", "offset2", "last", "temperature"),
+    *("project_out", "gradient", "besides", "of_mixer", "out", "out1", "out2", "mixer", "gram"),
+    *("squares", "of_norm", "of_matrix", "of_kernel", "of_offset", "of_last", "of_temperature"),
+    "of_project_out",
 )
 _INDEX = {name: at for at, name in enumerate(ADDRESSES)}
-_STREAMS = (_INDEX["plane0"], _INDEX["matrix0"])
+_STACKED = ("matrix", "plane", "kernel", "offset")
+"""There are one to three of each, at addresses that follow each other."""
 _allowed = True
 
 
@@ -158,15 +159,17 @@ def feed_forward(
     if _trains(*inputs):
         trained: Tensor = _FeedForward.apply(*inputs)
         return trained
-    x, project_in, project_out = (t.contiguous() for t in (x_bhwc, project_in, project_out))
+    x = x_bhwc.contiguous()
     out = torch.empty_like(x)
-    kernels = _taps(depthwise, _padded(x, depthwise.shape[1]))
     _compute(
         "gate",
         x,
         {
-            **_weights(norm.weight, norm.bias, project_in, kernels),
-            "last": project_out,
+            "weight": norm.weight,
+            "bias": norm.bias,
+            "matrix": project_in.contiguous(),
+            "kernel": depthwise.contiguous(),
+            "last": project_out.contiguous(),
             "out": out,
         },
         hidden=depthwise.shape[1],
@@ -176,53 +179,46 @@ def feed_forward(
     return out
 
 
-def correlate(
-    x_bhwc: Tensor, norm: torch.nn.LayerNorm, qkv: Tensor, depthwise: Tensor, heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What channel attention needs of q, k and v, which are norm(x) projected and convolved.
+def attention(
+    x_bhwc: Tensor,
+    norm: torch.nn.LayerNorm,
+    qkv: Tensor,
+    depthwise: Tensor,
+    temperature: Tensor,
+    project_out: Tensor,
+) -> Tensor:
+    """x + channel attention of q, k and v, which are norm(x) projected and convolved.
 
     Args:
         x_bhwc: (B, H, W, C).
         norm: over the channels.
         qkv: (3, C, C).
         depthwise: (3, C, 1, 3, 3).
-        heads: they split the channels.
-
-    Returns:
-        v (B, H, W, C); qᵀk summed over the pixels (B, heads, C/heads, C/heads); the squares of q
-        and of k summed over the pixels (B, 2, C).
+        temperature: (heads, 1, 1); the heads split the channels.
+        project_out: (C, C).
     """
-    inputs = (x_bhwc, norm.weight, norm.bias, norm.eps, qkv, depthwise)
+    inputs = (x_bhwc, norm.weight, norm.bias, norm.eps, qkv, depthwise, temperature, project_out)
     if _trains(*inputs):
-        trained: tuple[Tensor, Tensor, Tensor] = _Correlate.apply(*inputs, heads)
+        trained: Tensor = _Attention.apply(*inputs)
         return trained
-    x, qkv = x_bhwc.contiguous(), qkv.contiguous()
+    x = x_bhwc.contiguous()
+    given = {"weight": norm.weight, "bias": norm.bias, "matrix": qkv.contiguous()}
     part = _straight_part(x.shape[1])
-    outputs = _correlated(x, heads, part)
-    _compute(
-        "correlate",
-        x,
-        _weights(norm.weight, norm.bias, qkv, _taps(depthwise)) | outputs,
-        heads=heads,
-        part=part,
-        epsilon=norm.eps,
-    )
-    return _summed(outputs, len(x))
+    kept = _correlate(x, given, depthwise, temperature, project_out, part, norm.eps)
+    return _mix(x, kept["out"], kept["mixer"])
 
 
-def correlate_planes(
-    q_bhwc: Tensor, k_bhwc: Tensor, v_bhwc: Tensor, depthwise: Tensor, heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`correlate` of q, k and v that are projected already, from anything."""
-    result: tuple[Tensor, Tensor, Tensor] = _CorrelatePlanes.apply(
-        q_bhwc, k_bhwc, v_bhwc, depthwise, heads
-    )
-    return result
-
-
-def mix(x_bhwc: Tensor | None, v_bhwc: Tensor, matrix_boc: Tensor) -> Tensor:
-    """x + v · matrixᵀ, with a matrix (C, C) for each picture; without x: v · matrixᵀ."""
-    out: Tensor = _Mix.apply(x_bhwc, v_bhwc, matrix_boc)
+def attend_planes(
+    q_bhwc: Tensor,
+    k_bhwc: Tensor,
+    v_bhwc: Tensor,
+    depthwise: Tensor,
+    temperature: Tensor,
+    project_out: Tensor,
+) -> Tensor:
+    """Channel attention of q, k and v that are projected already, from anything; without x."""
+    planes = (q_bhwc, k_bhwc, v_bhwc)
+    out: Tensor = _AttendPlanes.apply(*planes, depthwise, temperature, project_out)
     return out
 
 
@@ -245,29 +241,27 @@ class _Depthwise(torch.autograd.Function):
     def forward(
         ctx: Any, x_bhwc: Tensor, kernel: Tensor, offset: Tensor | None, gelu: bool
     ) -> Tensor:
-        x, kernels = x_bhwc.contiguous(), _taps(kernel[None])
+        x, kernel = x_bhwc.contiguous(), kernel.contiguous()
         offset = None if offset is None else offset.contiguous()
         out = torch.empty_like(x)
-        given = {"plane0": x, "kernel0": kernels, "offset0": offset, "out": out}
+        given = {"plane": (x,), "kernel": (kernel,), "offset": (offset,), "out": out}
         _compute("convolve", x, given, activated=gelu, part=_straight_part(x.shape[1]))
-        ctx.save_for_backward(x, kernels, offset)
+        ctx.save_for_backward(x, kernel, offset)
         ctx.gelu = gelu
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, kernels, offset = ctx.saved_tensors
-        channels = x.shape[-1]
-        of_x, of_kernel = torch.empty_like(x), _shares(x, 1, 9, channels)
-        of_offset = None if offset is None else _shares(x, channels)
+        x, kernel, offset = ctx.saved_tensors
+        of_x, of_kernel, of_offset = _room(x, kernel, offset)
         _compute(
             "convolve_back",
             x,
             {
-                "plane0": x,
-                "kernel0": kernels,
-                "offset0": offset,
+                "plane": (x,),
+                "kernel": (kernel,),
+                "offset": (offset,),
                 "gradient": gradient.contiguous(),
                 "out": of_x,
                 "of_kernel": of_kernel,
@@ -275,8 +269,7 @@ class _Depthwise(torch.autograd.Function):
             },
             activated=ctx.gelu,
         )
-        of_offset = None if of_offset is None else _total(of_offset)
-        return of_x, _kernels(of_kernel, channels)[0], of_offset, None
+        return of_x, of_kernel, of_offset, None
 
 
 class _Project(torch.autograd.Function):
@@ -289,42 +282,39 @@ class _Project(torch.autograd.Function):
         x = x.contiguous()
         matrices = [one.contiguous() for one in weights[:count]]
         offsets = [one.contiguous() for one in weights[count:]]
-        planes = [x.new_empty(*x.shape[:-1], len(one)) for one in matrices]
+        planes = tuple(x.new_empty(*x.shape[:-1], one.shape[0]) for one in matrices)
         _compute(
             "expand",
             _column(x),
-            {**_each("matrix", matrices), **_each("offset", offsets), **_each("plane", planes)},
+            {"matrix": matrices, "offset": offsets, "plane": planes},
             **_project_sizes(x, matrices),
             activated=gelu,
         )
         ctx.save_for_backward(x, *matrices)
         ctx.gelu, ctx.has_offsets = gelu, bool(offsets)
-        return tuple(planes)
+        return planes
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *matrices = ctx.saved_tensors
-        sizes = _project_sizes(x, matrices)
-        column, (out, channels) = _column(x), matrices[0].shape
-        shares = -(-len(column[0]) // sizes["part"])
-        of_x, of_matrix = torch.empty_like(x), x.new_zeros(shares, len(matrices), out, channels)
-        of_offset = x.new_zeros(shares, len(matrices), out) if ctx.has_offsets else None
+        of_x, of_matrix = torch.empty_like(x), x.new_empty(len(matrices), *matrices[0].shape)
+        of_offset = x.new_empty(of_matrix.shape[:2]) if ctx.has_offsets else None
         _compute(
             "project_back",
-            column,
+            _column(x),
             {
-                **_each("matrix", matrices),
-                **_each("plane", [one.contiguous() for one in gradients]),
+                "matrix": matrices,
+                "plane": [one.contiguous() for one in gradients],
                 "out": of_x,
                 "of_matrix": of_matrix,
                 "of_offset": of_offset,
             },
-            **sizes,
+            **_project_sizes(x, matrices),
             activated=ctx.gelu,
         )
-        of_offsets = () if of_offset is None else _total(of_offset).unbind()
-        return of_x, None, None, *_total(of_matrix).unbind(), *of_offsets
+        of_offsets = () if of_offset is None else of_offset.unbind()
+        return of_x, None, None, *of_matrix.unbind(), *of_offsets
 
 
 class _FeedForward(torch.autograd.Function):
@@ -341,62 +331,51 @@ class _FeedForward(torch.autograd.Function):
         depthwise: Tensor,
         project_out: Tensor,
     ) -> Tensor:
-        x, project_in, project_out = (t.contiguous() for t in (x_bhwc, project_in, project_out))
+        x, project_in, depthwise, project_out = (
+            one.contiguous() for one in (x_bhwc, project_in, depthwise, project_out)
+        )
         hidden = project_in.shape[1]
         planes = x.new_empty(2, *x.shape[:-1], _padded(x, hidden))
-        kernels, out = _taps(depthwise, planes.shape[-1]), torch.empty_like(x)
-        norm = {"weight": weight, "bias": bias}
-        _compute(
-            "expand",
-            x,
-            {**norm, **_each("matrix", project_in), **_each("plane", planes)},
-            hidden=hidden,
-            epsilon=epsilon,
-        )
-        kept = _each("plane", planes) | _each("kernel", kernels)
-        _compute(
-            "gate",
-            x,
-            {**norm, **kept, "last": project_out, "out": out},
-            hidden=hidden,
-            epsilon=epsilon,
-        )
-        ctx.save_for_backward(x, weight, bias, project_in, project_out, planes, kernels)
-        ctx.epsilon = epsilon
+        given = {"weight": weight, "bias": bias, "plane": planes}
+        sizes: dict[str, Any] = {"hidden": hidden, "epsilon": epsilon}
+        _compute("expand", x, {**given, "matrix": project_in}, **sizes)
+        out = torch.empty_like(x)
+        kept = {**given, "kernel": depthwise, "last": project_out, "out": out}
+        _compute("gate", x, kept, **sizes)
+        ctx.save_for_backward(x, weight, bias, project_in, depthwise, project_out, planes)
+        ctx.sizes = sizes
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, project_in, project_out, planes, kernels = ctx.saved_tensors
-        hidden, padded, channels = project_in.shape[1], planes.shape[-1], x.shape[-1]
-        of_x, of_norm = torch.empty_like(x), _shares(x, 2, channels)
-        of_kernel, of_last = _shares(x, 2, 9, padded), _shares(x, channels, padded)
-        of_matrix = _shares(x, 2, padded, channels)
+        x, weight, bias, project_in, depthwise, project_out, planes = ctx.saved_tensors
+        of_x, of_in, of_depthwise, of_out = _room(x, project_in, depthwise, project_out)
+        of_norm = x.new_empty(2, x.shape[-1])
         _compute(
             "gate_back",
             x,
             {
-                **_weights(weight, bias, project_in, kernels),
-                **_each("plane", planes),
+                "weight": weight,
+                "bias": bias,
+                "matrix": project_in,
+                "plane": planes,
+                "kernel": depthwise,
                 "last": project_out,
                 "gradient": gradient.contiguous(),
                 "out": of_x,
                 "of_norm": of_norm,
-                "of_matrix": of_matrix,
-                "of_kernel": of_kernel,
-                "of_last": of_last,
+                "of_matrix": of_in,
+                "of_kernel": of_depthwise,
+                "of_last": of_out,
             },
-            hidden=hidden,
-            epsilon=ctx.epsilon,
+            **ctx.sizes,
         )
-        of_weight, of_bias = _total(of_norm)
-        of_in, of_out = _total(of_matrix)[:, :hidden], _total(of_last)[:, :hidden]
-        return of_x, of_weight, of_bias, None, of_in, _kernels(of_kernel, hidden), of_out
+        return of_x, *of_norm.unbind(), None, of_in, of_depthwise, of_out
 
 
-class _Correlate(torch.autograd.Function):
-    """Keeps the input and its three projections; convolves q and k again."""
+class _Attention(torch.autograd.Function):
+    """Keeps the input, its three projections and v; convolves q and k again."""
 
     @staticmethod
     def forward(
@@ -407,138 +386,119 @@ class _Correlate(torch.autograd.Function):
         epsilon: float,
         qkv: Tensor,
         depthwise: Tensor,
-        heads: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        temperature: Tensor,
+        project_out: Tensor,
+    ) -> Tensor:
         x, qkv = x_bhwc.contiguous(), qkv.contiguous()
-        planes, kernels = x.new_empty(3, *x.shape), _taps(depthwise)
-        outputs = _correlated(x, heads)
-        norm = {"weight": weight, "bias": bias}
-        _compute(
-            "expand",
-            x,
-            {**norm, **_each("matrix", qkv), **_each("plane", planes)},
-            heads=heads,
-            epsilon=epsilon,
-        )
-        kept = _each("plane", planes) | _each("kernel", kernels)
-        _compute(
-            "correlate",
-            x,
-            {**norm, **kept, **outputs},
-            heads=heads,
-            epsilon=epsilon,
-        )
-        ctx.save_for_backward(x, weight, bias, qkv, planes, kernels)
-        ctx.epsilon, ctx.heads = epsilon, heads
-        return _summed(outputs, len(x))
+        given = {"weight": weight, "bias": bias, "plane": x.new_empty(3, *x.shape)}
+        _compute("expand", x, {**given, "matrix": qkv}, epsilon=epsilon)
+        kept = _correlate(x, given, depthwise, temperature, project_out)
+        ctx.save_for_backward(x, qkv, *kept.values())
+        ctx.names, ctx.epsilon = tuple(kept), epsilon
+        return _mix(x, kept["out"], kept["mixer"])
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, of_v: Tensor, of_gram: Tensor, of_squares: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        x, weight, bias, qkv, planes, kernels = ctx.saved_tensors
-        channels = x.shape[-1]
-        of_x, of_norm = torch.empty_like(x), _shares(x, 2, channels)
-        of_matrix, of_kernel = _shares(x, 3, channels, channels), _shares(x, 3, 9, channels)
-        _compute(
-            "correlate_back",
-            x,
-            {
-                **_weights(weight, bias, qkv, kernels),
-                **_each("plane", planes),
-                "gradient": of_v.contiguous(),
-                "of_gram": of_gram.contiguous(),
-                "of_squares": of_squares.contiguous(),
-                "out": of_x,
-                "of_norm": of_norm,
-                "of_matrix": of_matrix,
-                "of_kernel": of_kernel,
-            },
-            heads=ctx.heads,
-            epsilon=ctx.epsilon,
-        )
-        of_weight, of_bias = _total(of_norm)
-        of_depthwise = _kernels(of_kernel, channels)
-        return of_x, of_weight, of_bias, None, _total(of_matrix), of_depthwise, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, qkv, *tensors = ctx.saved_tensors
+        kept = dict(zip(ctx.names, tensors, strict=True))
+        gradient = gradient.contiguous()
+        of_x, of_qkv = _room(x, qkv)
+        of_norm = x.new_empty(2, x.shape[-1])
+        to = {"matrix": qkv, "besides": gradient, "out": of_x}
+        to |= {"of_norm": of_norm, "of_matrix": of_qkv}
+        of_attention = _correlate_back(x, kept, gradient, to, ctx.epsilon)
+        return of_x, *of_norm.unbind(), None, of_qkv, *of_attention
 
 
-class _CorrelatePlanes(torch.autograd.Function):
+class _AttendPlanes(torch.autograd.Function):
+    """Keeps q, k and v, and v convolved; convolves q and k again."""
+
     @staticmethod
     def forward(
-        ctx: Any, q_bhwc: Tensor, k_bhwc: Tensor, v_bhwc: Tensor, depthwise: Tensor, heads: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any,
+        q_bhwc: Tensor,
+        k_bhwc: Tensor,
+        v_bhwc: Tensor,
+        depthwise: Tensor,
+        temperature: Tensor,
+        project_out: Tensor,
+    ) -> Tensor:
         planes = [one.contiguous() for one in (q_bhwc, k_bhwc, v_bhwc)]
-        kernels, outputs = _taps(depthwise), _correlated(planes[2], heads)
-        given = _each("plane", planes) | _each("kernel", kernels)
-        _compute("correlate", planes[2], {**given, **outputs}, heads=heads)
-        ctx.save_for_backward(*planes, kernels)
-        ctx.heads = heads
-        return _summed(outputs, len(v_bhwc))
+        kept = _correlate(planes[2], {"plane": planes}, depthwise, temperature, project_out)
+        del kept["plane"]
+        ctx.save_for_backward(*planes, *kept.values())
+        ctx.names = tuple(kept)
+        return _mix(None, kept["out"], kept["mixer"])
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, of_v: Tensor, of_gram: Tensor, of_squares: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        *planes, kernels = ctx.saved_tensors
-        of_planes = [torch.empty_like(one) for one in planes]
-        of_kernel = _shares(planes[0], 3, 9, planes[0].shape[-1])
-        _compute(
-            "correlate_back",
-            planes[2],
-            {
-                **_each("plane", planes),
-                **_each("kernel", kernels),
-                "gradient": of_v.contiguous(),
-                "of_gram": of_gram.contiguous(),
-                "of_squares": of_squares.contiguous(),
-                **dict(zip(("out", "out1", "out2"), of_planes, strict=True)),
-                "of_kernel": of_kernel,
-            },
-            heads=ctx.heads,
-        )
-        return *of_planes, _kernels(of_kernel, planes[0].shape[-1]), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        planes, tensors = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        kept = dict(zip(ctx.names, tensors, strict=True)) | {"plane": planes}
+        of_planes = _room(*planes)
+        to = {"out": of_planes}
+        return *of_planes, *_correlate_back(planes[2], kept, gradient.contiguous(), to)
 
 
-class _Mix(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_bhwc: Tensor | None, v_bhwc: Tensor, matrix_boc: Tensor) -> Tensor:
-        x = None if x_bhwc is None else x_bhwc.contiguous()
-        v, matrix = v_bhwc.contiguous(), matrix_boc.contiguous()
-        out = torch.empty_like(v)
-        _compute("mix", v, {"x": x, "plane0": v, "last": matrix, "out": out}, part=LEAST_PART)
-        ctx.save_for_backward(v, matrix)
-        ctx.adds = x is not None
-        return out
+def _correlate(
+    x: Tensor,
+    given: Mapping[str, Any],
+    depthwise: Tensor,
+    temperature: Tensor,
+    project_out: Tensor,
+    part: int = PART,
+    epsilon: float = 0.0,
+) -> dict[str, Any]:
+    """`given` and what attention needs and gives: v convolved as `out`, and the `mixer`."""
+    channels, heads = x.shape[-1], temperature.shape[0]
+    kept = {
+        **given,
+        "kernel": depthwise.contiguous(),
+        "temperature": temperature.contiguous(),
+        "project_out": project_out.contiguous(),
+        "out": torch.empty_like(x),
+        "mixer": x.new_empty(x.shape[0], channels, channels),
+        "gram": x.new_empty(x.shape[0], channels, channels // heads),
+        "squares": x.new_empty(x.shape[0], 2, channels),
+    }
+    _compute("correlate", x, kept, heads=heads, part=part, epsilon=epsilon)
+    return kept
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        v, matrix = ctx.saved_tensors
-        gradient, of_v = gradient.contiguous(), torch.empty_like(v)
-        of_matrix = _shares(v, *matrix.shape[1:])
-        _compute(
-            "mix_back",
-            v,
-            {
-                "plane0": v,
-                "last": matrix,
-                "gradient": gradient,
-                "out": of_v,
-                "of_matrix": of_matrix,
-            },
-        )
-        of_x = gradient if ctx.adds else None
-        return of_x, of_v, _totals(of_matrix, len(v))
+
+def _correlate_back(
+    x: Tensor,
+    kept: Mapping[str, Any],
+    gradient: Tensor,
+    to: Mapping[str, Any],
+    epsilon: float = 0.0,
+) -> list[Tensor]:
+    """From the gradient of what is mixed; those of the convolutions, temperature and projection."""
+    v, mixer, temperature = kept["out"], kept["mixer"], kept["temperature"]
+    of_v, of_mixer = _room(v, mixer)
+    given = {"plane": (v,), "mixer": mixer, "gradient": gradient}
+    _compute("mix_back", v, {**given, "out": of_v, "of_mixer": of_mixer})
+    of_attention = _room(kept["kernel"], temperature, kept["project_out"])
+    names = ("of_kernel", "of_temperature", "of_project_out")
+    given = {**kept, "gradient": of_v, "of_mixer": of_mixer, **to}
+    given |= dict(zip(names, of_attention, strict=True))
+    _compute("correlate_back", x, given, heads=temperature.shape[0], epsilon=epsilon)
+    return of_attention
+
+
+def _mix(x: Tensor | None, v: Tensor, mixer: Tensor) -> Tensor:
+    out = torch.empty_like(v)
+    given = {"x": x, "plane": (v,), "mixer": mixer, "out": out}
+    _compute("mix", v, given, part=LEAST_PART)
+    return out
 
 
 class _LowPass(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_bhwc: Tensor, taps_b9c: Tensor) -> tuple[Tensor, Tensor]:
         x, taps = x_bhwc.contiguous(), taps_b9c.contiguous()
-        low, high = torch.empty_like(x), torch.empty_like(x)
-        given = {"kernel0": taps, "out": low, "out1": high}
+        low, high = _room(x, x)
+        given = {"kernel": (taps,), "out": (low, high)}
         _compute("low_pass", x, given, part=_straight_part(x.shape[1]))
         ctx.save_for_backward(x, taps)
         return low, high
@@ -547,16 +507,16 @@ class _LowPass(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, of_low: Tensor, of_high: Tensor) -> tuple[Tensor, Tensor]:
         x, taps = ctx.saved_tensors
-        of_x, of_taps = torch.empty_like(x), _shares(x, *taps.shape[1:])
+        of_x, of_taps = _room(x, taps)
         given = {
-            "kernel0": taps,
+            "kernel": (taps,),
             "gradient": of_low.contiguous(),
-            "plane0": of_high.contiguous(),
+            "plane": (of_high.contiguous(),),
             "out": of_x,
             "of_kernel": of_taps,
         }
         _compute("low_pass_back", x, given)
-        return of_x, _totals(of_taps, len(x))
+        return of_x, of_taps
 
 
 def _column(x: Tensor) -> Tensor:
@@ -570,26 +530,12 @@ def _project_sizes(x: Tensor, matrices: Sequence[Tensor]) -> dict[str, int]:
     return {"hidden": out, "part": part, "lanes": _lanes(channels, 1, out)}
 
 
-def _correlated(x_bhwc: Tensor, heads: int, part: int = PART) -> dict[str, Tensor]:
-    """Room for what `correlate` gives."""
-    channels = x_bhwc.shape[-1]
-    each = channels // heads
-    return {
-        "out": torch.empty_like(x_bhwc),
-        "gram": _shares(x_bhwc, heads, each, each, part=part),
-        "squares": _shares(x_bhwc, 2, channels, part=part),
-    }
-
-
-def _summed(outputs: dict[str, Tensor], batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    gram, squares = (_totals(outputs[name], batch) for name in ("gram", "squares"))
-    return outputs["out"], gram, squares
-
-
 def _lanes(channels: int, heads: int = 1, out: int | None = None) -> int:
     """The widest vectors that these channels fill, split among the heads; 0: none."""
-    even = math.gcd(channels, channels if out is None else out)
-    return next((lanes for lanes in KERNELS if even % (heads * lanes) == 0), 0)
+    for lanes in KERNELS:
+        if channels % (heads * lanes) == 0 and (out is None or out % (heads * lanes) == 0):
+            return lanes
+    return 0
 
 
 def _padded(x_bhwc: Tensor, hidden: int) -> int:
@@ -603,10 +549,15 @@ def _trains(*inputs: object) -> bool:
     )
 
 
+def _room(*like: Any) -> list[Any]:
+    """Where gradients of these go; None for None."""
+    return [None if one is None else torch.empty_like(one) for one in like]
+
+
 def _compute(
     kind: str,
     x_bhwc: Tensor,
-    tensors: Mapping[str, Tensor | None],
+    tensors: Mapping[str, Any],
     *,
     hidden: int | None = None,
     heads: int = 1,
@@ -615,68 +566,48 @@ def _compute(
     activated: bool = False,
     epsilon: float = 0.0,
 ) -> None:
-    """Call the C file; `tensors` are contiguous fp32 or None, by the names in `ADDRESSES`."""
+    """Call the C file.
+
+    Args:
+        kind: one of `KINDS`.
+        x_bhwc: its sizes are those of the work.
+        tensors: contiguous fp32 or None, by the names in `ADDRESSES`; of what `_STACKED` names
+            either a sequence, or one tensor that holds them along its first dimension.
+        hidden: channels that x is expanded to, if not as many as it has.
+        heads: they split the channels.
+        part: rows of a picture that are one piece of work.
+        lanes: floats per vector, if not the most that fit.
+        activated: gelu.
+        epsilon: of the norm.
+    """
     addresses = [0] * len(ADDRESSES)
-    for name, one in {"x": x_bhwc, **tensors}.items():
-        if one is not None:
-            addresses[_INDEX[name]] = one.data_ptr()
+    addresses[0] = x_bhwc.data_ptr()
+    streams = 0
+    for name, one in tensors.items():
+        at = _INDEX[name]
+        if one is None:
+            addresses[at] = 0
+        elif isinstance(one, Tensor):
+            addresses[at] = one.data_ptr()
+            if name in _STACKED:
+                count, apart = one.shape[0], 4 * one.stride(0)
+                for i in range(1, count):
+                    addresses[at + i] = addresses[at] + i * apart
+                streams = max(streams, count)
+        else:
+            for i, each in enumerate(one):
+                addresses[at + i] = 0 if each is None else each.data_ptr()
+            if name in _STACKED:
+                streams = max(streams, len(one))
     channels = x_bhwc.shape[-1]
     lanes = _lanes(channels, heads) if lanes is None else lanes
     hidden = channels if hidden is None else hidden
-    streams = max(sum(map(bool, addresses[first : first + 3])) for first in _STREAMS)
     padded = hidden + -hidden % lanes
     sizes = (*x_bhwc.shape, hidden, padded, heads, part, int(activated), streams)
     KERNELS[lanes].run(KINDS.index(kind), addresses, sizes, epsilon, torch.get_num_threads())
-
-
-def _weights(
-    weight: Tensor, bias: Tensor, matrices: Iterable[Tensor], kernels: Iterable[Tensor]
-) -> dict[str, Tensor]:
-    """The norm's, the expansion's and the depth-wise convolutions'."""
-    norm = {"weight": weight, "bias": bias}
-    return norm | _each("matrix", matrices) | _each("kernel", kernels)
-
-
-def _each(name: str, ones: Iterable[Tensor]) -> dict[str, Tensor]:
-    """`matrix0`, `matrix1`, ..."""
-    return {f"{name}{i}": one for i, one in enumerate(ones)}
 
 
 def _straight_part(height: int) -> int:
     """Where nothing is summed over the parts, or no gradient is wanted, small pictures are cut into
     smaller ones."""
     return min(PART, max(LEAST_PART, -(-height // 2)))
-
-
-def _taps(kernels: Tensor, padded: int | None = None) -> Tensor:
-    """(S, C, 1, 3, 3) -> (S, 9, C), with zeros up to `padded` channels."""
-    taps = kernels.flatten(2).transpose(1, 2)
-    missing = 0 if padded is None else padded - taps.shape[-1]
-    return F.pad(taps, (0, missing)) if missing else taps.contiguous()
-
-
-def _kernels(shares: Tensor, channels: int) -> Tensor:
-    """(tasks, S, 9, padded) -> (S, C, 1, 3, 3), summed in a fixed order."""
-    taps = _total(shares)[..., :channels].transpose(1, 2)
-    return taps.reshape(*taps.shape[:2], 1, 3, 3)
-
-
-def _shares(x_bhwc: Tensor, *shape: int, part: int = PART) -> Tensor:
-    """Room for a sum from each part of the rows of each picture."""
-    return x_bhwc.new_zeros(x_bhwc.shape[0] * -(-x_bhwc.shape[1] // part), *shape)
-
-
-def _total(shares: Tensor) -> Tensor:
-    """Sum over the first dimension, in its order."""
-    return _totals(shares, 1)[0]
-
-
-def _totals(shares: Tensor, groups: int) -> Tensor:
-    """(groups · S, ...) -> (groups, ...), the sums of S that follow each other, in their order."""
-    each = shares.shape[0] // groups
-    if each == 1:
-        return shares
-    totals = shares.new_empty(groups, *shares.shape[1:])
-    sizes = (groups, each, totals.numel() // groups, torch.get_num_threads())
-    next(iter(KERNELS.values())).sum_shares(shares.data_ptr(), totals.data_ptr(), *sizes)
-    return totals

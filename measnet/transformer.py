@@ -70,22 +70,14 @@ def attend_planes(
     """Channel attention after each plane's own of the depth-wise convolutions (3, C, 1, 3, 3)."""
     heads = len(temperature)
     if kernels.fit(v_bhwc, depthwise, temperature, project_out, heads=heads):
-        v, gram, squares = kernels.correlate_planes(q_bhwc, k_bhwc, v_bhwc, depthwise, heads)
-        return kernels.mix(None, v, attention_matrix(gram, squares, temperature, project_out))
+        planes = (q_bhwc, k_bhwc, v_bhwc)
+        return kernels.attend_planes(*planes, depthwise, temperature, project_out)
     q_bpc, k_bpc, v_bpc = (
         convolve(plane, kernel, groups=len(kernel)).flatten(1, 2)
         for plane, kernel in zip((q_bhwc, k_bhwc, v_bhwc), depthwise, strict=True)
     )
     out = attend_channels(q_bpc, k_bpc, v_bpc, temperature, project_out)
     return out.view(v_bhwc.shape)
-
-
-def attention_matrix(
-    gram: Tensor, squares_b2c: Tensor, temperature: Tensor, project_out: Tensor
-) -> Tensor:
-    """`channel_matrix` from what `kernels.correlate` gives."""
-    q_norm, k_norm = squares_b2c.clamp_min(EPSILON**2).sqrt().unbind(1)
-    return channel_matrix(gram, q_norm, k_norm, temperature, project_out)
 
 
 def attend_channels(
@@ -175,18 +167,18 @@ class TransformerBlock(nn.Module):
     def forward(self, x_bhwc: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
         attention, ffn = self.attention, self.feed_forward
+        for_attention = (
+            *(attention.qkv, attention.qkv_depthwise),
+            *(attention.temperature, attention.project_out),
+        )
+        for_ffn = (ffn.project_in, ffn.depthwise, ffn.project_out)
+        norms = (self.norm1.weight, self.norm1.bias, self.norm2.weight, self.norm2.bias)
         heads = len(attention.temperature)
-        if not kernels.fit(x_bhwc, *self.parameters(), heads=heads):
+        if not kernels.fit(x_bhwc, *norms, *for_attention, *for_ffn, heads=heads):
             x_bhwc = x_bhwc + attention(self.norm1(x_bhwc))
             return x_bhwc + ffn(self.norm2(x_bhwc))
-        v_bhwc, gram, squares = kernels.correlate(
-            x_bhwc, self.norm1, attention.qkv, attention.qkv_depthwise, heads
-        )
-        matrix = attention_matrix(gram, squares, attention.temperature, attention.project_out)
-        x_bhwc = kernels.mix(x_bhwc, v_bhwc, matrix)
-        return kernels.feed_forward(
-            x_bhwc, self.norm2, ffn.project_in, ffn.depthwise, ffn.project_out
-        )
+        x_bhwc = kernels.attention(x_bhwc, self.norm1, *for_attention)
+        return kernels.feed_forward(x_bhwc, self.norm2, *for_ffn)
 
 
 class Downsample(nn.Module):
