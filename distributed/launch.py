@@ -247,10 +247,11 @@ def _fit(
     """Start the workers and watch them; a signal asks them to stop, a second one ends them."""
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
-    from distributed.elastic import NodeWatch
+    from distributed.elastic import CountBeforeStart, NodeWatch
     from distributed.monitor import Display, start_monitor
+    from distributed.trainer import ShardTrainer
     from distributed.worker import train_loop
     from measnet.config import to_dict
 
@@ -262,7 +263,7 @@ def _fit(
     cpus = _cpus_per_worker(config, local=not os.environ.get("RAY_ADDRESS"), use_gpu=use_gpu)
     wanted = f"{scaling.workers} workers of {cpus} CPUs" + (" and 1 GPU" if use_gpu else "")
     _forget_listed_checkpoints(config)
-    trainer = TorchTrainer(
+    trainer = ShardTrainer(
         train_loop,
         train_loop_config={
             "config": to_dict(config),
@@ -284,7 +285,7 @@ def _fit(
             failure_config=FailureConfig(
                 max_failures=scaling.max_failures, controller_failure_limit=-1
             ),
-            callbacks=list(callbacks),
+            callbacks=[*callbacks, *([CountBeforeStart()] if scaling.elastic else [])],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )

@@ -128,12 +128,15 @@ class Run:
         return int(self.process.wait(LIMIT_S))
 
 
-NODE_HEALTH = {
-    "RAY_health_check_period_ms": "1000",
+CLUSTER = {
+    # When a head takes a node for lost, as in deploy/node/head.sh.
+    "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "5000",
     "RAY_health_check_failure_threshold": "5",
+    # On a real head this process is one of many; here it would take a worker's core at each start.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
-"""When a head takes a node for lost, as in deploy/node/head.sh."""
+"""Environment of a cluster's nodes."""
 
 
 class Cluster:
@@ -144,7 +147,7 @@ class Cluster:
         self._cpus = cpus
         from ray.cluster_utils import Cluster as LocalCluster
 
-        os.environ.update(NODE_HEALTH)
+        os.environ.update(CLUSTER)
         self._cluster = LocalCluster(
             initialize_head=True,
             head_node_args={"num_cpus": 0, "include_dashboard": False},
