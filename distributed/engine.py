@@ -6,6 +6,7 @@ where the device supports it; weights, their average and the optimizer state are
 """
 
 import importlib
+import inspect
 import math
 import os
 import sys
@@ -112,6 +113,13 @@ class GuardedAdam(torch.optim.Adam):
     for good.
     """
 
+    # As torch has them, but for a wrapper that keeps its compiler out of them. To say so it imports
+    # all of the compiler: two seconds of every start, of a run that lost a worker too.
+    add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Adam.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Adam.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Adam.load_state_dict)
+
     @property
     def updates(self) -> int:
         """Updates made so far; less than the steps asked for where some were skipped."""
@@ -166,20 +174,22 @@ def initialize(config: TrainConfig, decisions: Decisions, model: nn.Module) -> A
 
 @contextmanager
 def _only_what_is_used() -> Iterator[None]:
-    """Spares each start two seconds: DeepSpeed would import an optimizer that compiles itself, and
+    """Spares each start some seconds: DeepSpeed would import an optimizer that compiles itself, and
     with it all of torch's compiler, and MLflow for a tuner."""
-    switch, unused = "TORCHDYNAMO_DISABLE", "mlflow"
-    before = os.environ.get(switch)
-    os.environ[switch] = "1"
+    compile_, unused = torch.compile, "mlflow"
+    torch.compile = _as_it_is  # type: ignore[assignment]
     hidden = sys.modules.setdefault(unused, None) is None  # type: ignore[arg-type]
     try:
         yield
     finally:
-        del os.environ[switch]
-        if before is not None:
-            os.environ[switch] = before
+        torch.compile = compile_
         if hidden:
             del sys.modules[unused]
+
+
+def _as_it_is(function: Any = None, **options: Any) -> Any:
+    """In the place of `torch.compile`, as a function or a decorator."""
+    return (lambda decorated: decorated) if function is None else function
 
 
 def guarded_optimizer(engine: Any) -> GuardedAdam:
