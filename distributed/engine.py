@@ -113,12 +113,13 @@ class GuardedAdam(torch.optim.Adam):
     for good.
     """
 
-    # As torch has them, but for a wrapper that keeps its compiler out of them. To say so it imports
+    # As torch has them, but for wrappers that keep its compiler out of them. To say so they import
     # all of the compiler: two seconds of every start, of a run that lost a worker too.
     add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Adam.zero_grad)
     state_dict = inspect.unwrap(torch.optim.Adam.state_dict)
     load_state_dict = inspect.unwrap(torch.optim.Adam.load_state_dict)
+    _update = inspect.unwrap(torch.optim.Adam.step)
 
     @property
     def updates(self) -> int:
@@ -137,7 +138,7 @@ class GuardedAdam(torch.optim.Adam):
         if dist.is_initialized():
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if finite.item():
-            super().step(closure)
+            self._update(closure)
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> GuardedAdam:

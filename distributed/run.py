@@ -51,6 +51,9 @@ CONSUMED = "consumed.jsonl"
 """File of a run: a line per step, what was trained on."""
 EVENTS = "events.log"
 """File of a run: a line per thing that went wrong, and what was done about it."""
+RESUMED_S = 60.0
+"""Seconds until a run that goes on tells MLflow more. It has what was before, and to import it takes
+seconds of the workers' time: after a loss they train first."""
 
 
 def gate_noise(seed: int, step: int, micro_batch: int, device: torch.device) -> torch.Generator:
@@ -188,7 +191,8 @@ class TrainRun:
         self._local = Path(settings["tracking_folder"])
         self._tracker: Tracker | None = None
         if self.rank == 0:
-            self._tracker = Tracker(self._local, settings["tracking"])
+            first_s = RESUMED_S if found else None
+            self._tracker = Tracker(self._local, settings["tracking"], first_s=first_s)
         self._say_start(decisions._asdict(), found)
 
     @property

@@ -285,7 +285,13 @@ class Tracker:
     """
 
     def __init__(
-        self, folder: Path, run: Run | None, *, every_s: float = 2.0, retry_s: float = 15.0
+        self,
+        folder: Path,
+        run: Run | None,
+        *,
+        every_s: float = 2.0,
+        retry_s: float = 15.0,
+        first_s: float | None = None,
     ):
         """Go on in `folder`, which may hold the file of an earlier attempt.
 
@@ -294,6 +300,7 @@ class Tracker:
             run: from `prepare`; None keeps the file only.
             every_s: seconds between two batches.
             retry_s: seconds to wait after MLflow did not answer.
+            first_s: seconds to the first batch, if not `every_s`.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / METRICS_FILE
@@ -306,6 +313,7 @@ class Tracker:
         self._file.truncate(end)  # half a line, where a writer was killed
         self._run, self._sent = run, 0
         self._every_s, self._retry_s = every_s, retry_s
+        self._first_s = every_s if first_s is None else first_s
         self._artifacts: queue.SimpleQueue[tuple[Path, str]] = queue.SimpleQueue()
         self._waiting: list[tuple[Path, str]] = []
         self._lock, self._stop = threading.Lock(), threading.Event()
@@ -342,7 +350,7 @@ class Tracker:
         return done or self._run is None
 
     def _work(self) -> None:
-        wait = self._every_s
+        wait = self._first_s
         while not self._stop.wait(wait):
             wait = self._every_s if self._send() else self._retry_s
         self._send()
