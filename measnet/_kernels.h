@@ -16,9 +16,9 @@
  * What a 1×1 convolution gives is used a few rows later, while it is in the cache: that is what is gained
  * over a library call per operation. Numbers of channels are multiples of LANES; hidden ones are padded.
  *
- * Work is cut into parts of rows of a picture, in the same way for any number of threads; sums over pixels
- * (gradients of weights, qᵀk) are given per part and added in the parts' order: results do not depend on threads. Threads are those of the OpenMP runtime that torch has loaded; a
- * second runtime would compete for the same cores.
+ * Work is cut into parts of rows of a picture, in the same way for any number of threads; sums over pixels (gradients of
+ * weights, qᵀk) are given per part and added in the parts' order: results do not depend on threads. Threads are those of
+ * the OpenMP runtime that torch has loaded; a second runtime would compete for the same cores.
  *
  * Legend: `count` pixels, `depth` channels that are summed over, `ld…` numbers from a pixel to the next. */
 #define PY_SSIZE_T_CLEAN
@@ -463,7 +463,7 @@ typedef struct {
     Packed matrix;
 } Stream;
 
-/* A sum over the tasks, or over those of each picture: of `planes` matrices, whose shares may have padded rows and columns. */
+/* A sum over the tasks, or over those of each picture: `planes` matrices, whose shares may be padded. */
 typedef struct {
     int address, per_picture;
     int turned; /* the sum lies column by column */
@@ -540,7 +540,8 @@ static void plane_back(const Job *job, const Task *task, const Stream *streams, 
     for (long y = y0; y < y1; y++) {
         const Rows ring = rows_around(job, streams[s].ring, streams[s].rows, y, hidden, zeros);
         convolve_row(ring, streams[s].kernel, 1, width, hidden, of_plane + (y - y0) * width * hidden);
-        kernel_row(rows_around(job, streams[s].plane, job->size[HEIGHT], y, hidden, zeros), ring.at[1], width, hidden, of_kernel);
+        kernel_row(rows_around(job, streams[s].plane, job->size[HEIGHT], y, hidden, zeros), ring.at[1], width, hidden,
+                   of_kernel);
     }
 }
 

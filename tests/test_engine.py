@@ -1,5 +1,6 @@
 import itertools
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -171,3 +172,21 @@ def _load_foreign_state() -> None:
     decisions = engines.decide(config, 1, torch.device("cpu"))
     engine = engines.initialize(config, decisions, _network())
     engines.load_optimizer_state(engine, {"exp_avg.other": torch.zeros(1)}, 1)
+
+
+def test_no_start_waits_for_torchs_compiler() -> None:
+    """Nothing of the engine, of a step and of its update imports it: that takes two seconds."""
+    (steps,) = run_ranks(1, _compilers_after_steps)
+    assert steps == {0: [], 1: [], 2: []}
+
+
+def _compilers_after_steps() -> dict[int, list[str]]:
+    found = {}
+    for stage in (0, 1, 2):
+        config = TrainConfig(recipe=RECIPE, engine=EngineConfig(zero_stage=stage))
+        engine = engines.initialize(
+            config, engines.decide(config, 1, torch.device("cpu")), _network()
+        )
+        _steps(engine, engines.WeightAverage(engine, RECIPE.ema_decay), range(2), poison=-1)
+        found[stage] = sorted({"torch._dynamo", "torch._inductor", "mlflow"} & set(sys.modules))
+    return found
