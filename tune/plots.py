@@ -89,6 +89,7 @@ def curves(record: Record) -> str | None:
             *zip(*points, strict=True),
             color=colour(record, row),
             linewidth=2.2 if special else 1.2,
+            marker="o" if len(points) == 1 else None,  # a line of one point is not seen
             zorder=3 if special else 2,
         )
         if row.state == "stopped":

@@ -215,7 +215,8 @@ def _table(record: Record, config: SearchConfig) -> str:
             + "".join(f"<td>{c if c.startswith('<b>') else _text(c)}</td>" for c in cells)
             + "</tr>"
         )
-    top = "".join(f"<th>{_text(h)}</th>" for h in head)
+    words = ("state", "row")
+    top = "".join(f"<th{' class=left' * (h in words)}>{_text(h)}</th>" for h in head)
     return (
         f'<div class="wide"><table class="sort"><thead><tr>{top}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
@@ -274,7 +275,8 @@ def _single_tasks(record: Record) -> str:
             + "</tr>"
         )
     return (
-        "<table><thead><tr><th>task</th><th>all in one</th><th>alone</th><th>difference</th></tr>"
+        "<table><thead><tr><th class=left>task</th><th>all in one</th><th>alone</th>"
+        "<th>difference</th></tr>"
         f"</thead><tbody>{''.join(lines)}</tbody></table>"
         "<p>PSNR in dB on the task's own pictures. Each network was trained on the same number of "
         "samples, so a network for one task saw more of that task.</p>"
@@ -430,8 +432,7 @@ pre { background: #f4f6f8; padding: 10px 12px; border-radius: 6px; overflow-x: a
   font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 4px 8px; border-bottom: 1px solid #edf0f3;
   white-space: nowrap; }
-td.left { text-align: left; }
-th:nth-child(2) { text-align: left; }
+td.left, th.left { text-align: left; }
 th { color: #5f7285; font-weight: 600; } table.sort th { cursor: pointer; }
 tr.best td { background: #e8f1fb; } tr.stopped td, tr.waiting td { color: #7c8a97; }
 tr.failed td { color: #b23b3b; }
