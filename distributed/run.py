@@ -52,8 +52,8 @@ CONSUMED = "consumed.jsonl"
 EVENTS = "events.log"
 """File of a run: a line per thing that went wrong, and what was done about it."""
 RESUMED_S = 60.0
-"""Seconds until a run that goes on tells MLflow more. It has what was before, and importing it takes
-seconds of the workers' time: after a loss they train first."""
+"""Seconds until a run that goes on tells MLflow more. MLflow has what was before, and to import it
+takes seconds of the workers' time: after a loss they train first."""
 
 
 def gate_noise(seed: int, step: int, micro_batch: int, device: torch.device) -> torch.Generator:
