@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distributed import checkpoint as checkpoints
+from distributed.launch import LOCAL_ENVIRONMENT
 from distributed.run import CONSUMED
 from tests.photographs import pack_photographs
 
@@ -128,15 +129,12 @@ class Run:
         return int(self.process.wait(LIMIT_S))
 
 
-CLUSTER = {
-    # When a head takes a node for lost, as in deploy/node/head.sh.
+NODE_HEALTH = {
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "5000",
     "RAY_health_check_failure_threshold": "5",
-    # On a real head this process is one of many; here it would take a worker's core at each start.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
-"""Environment of a cluster's nodes."""
+"""When a head takes a node for lost, as in deploy/node/head.sh."""
 
 
 class Cluster:
@@ -147,7 +145,7 @@ class Cluster:
         self._cpus = cpus
         from ray.cluster_utils import Cluster as LocalCluster
 
-        os.environ.update(CLUSTER)
+        os.environ.update(NODE_HEALTH | LOCAL_ENVIRONMENT)
         self._cluster = LocalCluster(
             initialize_head=True,
             head_node_args={"num_cpus": 0, "include_dashboard": False},

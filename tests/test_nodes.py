@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from distributed import checkpoint as checkpoints
-from tests.chaos import CLUSTER
+from tests.chaos import NODE_HEALTH
 from tests.test_train import command, losses
 
 pytestmark = pytest.mark.slow
@@ -68,7 +68,7 @@ def on_node(name: str, *arguments: str, log: Path) -> subprocess.Popen[bytes]:
         "RAY_AUTH_MODE": "disabled",  # nobody else is on this network
         "RAY_USAGE_STATS_ENABLED": "0",
         "GLOO_SOCKET_IFNAME": "ray0",
-        **CLUSTER,
+        **NODE_HEALTH,
     }
     if arguments[0] == "python":
         environment["RAY_ADDRESS"] = f"{NODES[HEAD]}:{PORT}"
