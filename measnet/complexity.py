@@ -14,7 +14,7 @@ import logging
 import re
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, Literal, NamedTuple
@@ -187,12 +187,16 @@ Precision = Literal["fp32", "bf16"]
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of all tensors that live, and the most there were; each storage counts once."""
+    """Bytes of all tensors that live, and the most there were; each storage counts once.
 
-    def __init__(self) -> None:
+    Those of `besides` do not count: a weight or gradient that an operation gives back, as when it
+    is added to in place, was there before.
+    """
+
+    def __init__(self, besides: Iterable[Tensor]) -> None:
         super().__init__()
         self.bytes = self.peak = 0
-        self._known: set[int] = set()
+        self._known = {tensor.untyped_storage()._cdata for tensor in besides}
 
     def __torch_dispatch__(  # type: ignore[no-untyped-def]
         self, func, types, args=(), kwargs=None
@@ -260,10 +264,12 @@ def predict(
 
 
 def _peak(model: MEASNet, crop: int, precision: Precision) -> int:
+    state = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # counted as state
+        parameter.grad = torch.zeros_like(parameter)
+        state.append(parameter.grad)
     image = torch.rand(1, 3, crop, crop)
-    with _Live() as live:
+    with _Live(besides=state) as live:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
             restoration = model(image)
         restoration_loss(restoration, image, 1e-4).total.backward()

@@ -133,6 +133,16 @@ def test_memory_prediction() -> None:
     check_memory("tiny", False, "fp32", 2, 128)
 
 
+def test_weights_and_gradients_are_state_and_not_counted_again() -> None:
+    weight = torch.zeros(1000)
+    with complexity._Live(besides=[weight]) as live:
+        weight.add_(1)
+        weight.view(10, 100).mul_(2)
+        assert live.peak == 0
+        assert (weight + 1).nbytes == live.peak == 4000
+    assert live.bytes == 0
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
