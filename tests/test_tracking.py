@@ -55,6 +55,17 @@ def test_metrics_reach_the_file_and_mlflow(tmp_path: Path, run: Run) -> None:
     assert len(history(run, "system/cpu_utilization_percentage")) == 1
 
 
+def test_the_first_batch_may_wait_and_the_end_does_not(tmp_path: Path, run: Run) -> None:
+    tracker = Tracker(tmp_path, run, every_s=0.01, first_s=60)
+    tracker.metrics({"train/loss": 0.5}, 8)
+    time.sleep(0.3)
+    assert history(run, "train/loss") == []
+    start = time.monotonic()
+    assert tracker.close(deadline_s=30)
+    assert time.monotonic() - start < 30
+    assert history(run, "train/loss") == [(8, 0.5)]
+
+
 def test_replays_add_nothing(tmp_path: Path, run: Run) -> None:
     tracker = Tracker(tmp_path, run)
     tracker.metrics({"train/loss": 0.5}, 8)
