@@ -100,6 +100,7 @@ def test_the_page_is_whole_and_loads_nothing(more: tuple[str, ...]) -> None:
     assert not tags.open
     assert all(link.startswith(("#", "data:image/png;")) for link in tags.links)
     assert "url(http" not in text and "@import" not in text
+    assert ("every row trained to the end" in text) == bool(more)
     for row in record.rows:
         assert f"<td>{row.number}" in text
 

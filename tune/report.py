@@ -386,12 +386,15 @@ def _protocol(record: Record, config: SearchConfig) -> str:
     train = config.train
     limit = train.every.validation_pictures
     pictures = f"{limit} per degradation" if limit else "all"
+    method = f"{config.algorithm}, {config.scheduler}, seed {config.search_seed}"
+    if config.fixed:
+        method = "a fixed list, every row trained to the end"
     return (
         f"<p>PSNR in RGB, range [0, 1], no border cut, on whole pictures of "
         f"<code>{_text(train.data.validation)}</code> ({pictures}), averaged weights, seed "
         f"{train.seed}. Multiply-adds: one multiply and add counts 1, one picture of 256×256, "
-        f"without activations and norms. Search: {config.algorithm}, {config.scheduler}, seed "
-        f"{config.search_seed}.</p><p>The same search again, or on with it:</p>"
+        f"without activations and norms. Search: {method}.</p>"
+        f"<p>The same search again, or on with it:</p>"
         f"<pre>{_text(record.command)}</pre>"
     )
 
