@@ -1,11 +1,12 @@
 """What Ray and DeepSpeed add to a step, and what a checkpoint costs: ratios within one run.
 
-    python bench/overhead.py [--steps 40] [--rounds 2] [--json]
+    python bench/overhead.py [--steps 24] [--rounds 4] [--json]
 
 The same network on the same samples, in turn: a bare PyTorch loop in this process, and the whole
-system on one worker with a checkpoint every few steps. Once the steps leave one core free, where
-Ray's processes find room as they do beside a GPU; once the steps take all cores, and each of Ray's
-processes that wakes up stops them for a moment.
+system on one worker with a checkpoint every few steps. The speed of a machine drifts, so each turn
+of the system is compared with the bare loops right before and after it. Once the steps leave one
+core free, where Ray's processes find room as they do beside a GPU; once the steps take all cores,
+and each of Ray's processes that wakes up stops them for a moment.
 """
 
 import itertools
@@ -51,9 +52,9 @@ MINUTE = 60.0
 class Arguments:
     """Overhead of the system over a bare loop, and of checkpoints over none."""
 
-    steps: int = 40
+    steps: int = 24
     """Steps of the whole system in each round; the bare loop makes half as many."""
-    rounds: int = 2
+    rounds: int = 4
     """Turns of bare loop and system; the bare loop runs once more at the end."""
     json: bool = False
     """Print JSON."""
@@ -134,27 +135,32 @@ def system(config: TrainConfig) -> tuple[list[float], list[float]]:
 def measure(folder: Path, given: Arguments, cores: int) -> dict[str, float]:
     """Medians over all rounds, with `cores` cores for the steps."""
     torch.set_num_threads(cores)
-    loops: list[list[float]] = []
-    plain: list[float] = []
+    loops: list[float] = []
+    plain: list[list[float]] = []
     saving: list[float] = []
     for turn in range(given.rounds):
         config = configuration(folder, f"{cores}-cores-{turn}", given.steps, cores)
-        loops.append(bare(config, given.steps // 2))
+        loops.append(statistics.median(bare(config, given.steps // 2)))
         without, with_checkpoint = system(config)
-        plain += without
+        plain.append(without)
         saving += with_checkpoint
-    loops.append(bare(config, given.steps // 2))
-    loop, step = statistics.median(itertools.chain(*loops)), statistics.median(plain)
+    loops.append(statistics.median(bare(config, given.steps // 2)))
+    step = statistics.median(itertools.chain(*plain))
+    overheads = [
+        statistics.median(own) / statistics.fmean(beside) - 1
+        for own, beside in zip(plain, itertools.pairwise(loops), strict=True)
+    ]
     stall = statistics.median(saving) - step
-    each = [statistics.median(seconds) for seconds in loops]
     return {
         "cores": cores,
-        "bare_step_s": round(loop, 4),
+        "bare_step_s": round(statistics.median(loops), 4),
         "system_step_s": round(step, 4),
-        "overhead": round(step / loop - 1, 4),
+        "overhead": round(statistics.median(overheads), 4),
+        "overhead_least": round(min(overheads), 4),
+        "overhead_most": round(max(overheads), 4),
         "checkpoint_stall_s": round(stall, 4),
         "checkpoint_stall_share": round(stall / MINUTE, 5),
-        "noise": round(max(each) / min(each) - 1, 4),
+        "noise": round(max(loops) / min(loops) - 1, 4),
     }
 
 
@@ -181,7 +187,8 @@ def main() -> int:
     for title, r in results.items():
         print(
             f"{title.replace('_', ' ')}: step bare {r['bare_step_s']:.3f} s, "
-            f"system {r['system_step_s']:.3f} s: overhead {r['overhead']:+.1%}; "
+            f"system {r['system_step_s']:.3f} s: overhead {r['overhead']:+.1%} "
+            f"({r['overhead_least']:+.1%} to {r['overhead_most']:+.1%} in each turn); "
             f"a checkpoint stalls it by {r['checkpoint_stall_s'] * 1000:+.0f} ms, "
             f"{r['checkpoint_stall_share']:+.2%} of the time at one a minute; "
             f"bare loops among themselves {r['noise']:.1%} (the noise)"

@@ -5,8 +5,8 @@ A checkpoint is a folder `RUN/checkpoints/SAMPLES-ATTEMPT` of
     weights.safetensors     the network as it trains
     ema.safetensors         its average, with the configuration: what is evaluated and exported
     optimizer.safetensors   Adam's moments, whole tensors by parameter name
-    state.json              samples consumed, updates made, configuration, data, best score, MLflow
-    run checkpoint.json         the marker, written last: size and sha256 of each file above
+    state.json              samples, updates, configuration, data, best score, MLflow's run
+    checkpoint.json         the marker, written last: size and sha256 of each file above
 
 A folder without its marker, or one whose files do not agree with it, is not a checkpoint. No name
 is used twice, so whatever a dead process left behind cannot mix with what its successor writes.
@@ -20,6 +20,7 @@ of the gates are functions of the seed and the count of samples, not the state o
 import dataclasses
 import hashlib
 import json
+import re
 import secrets
 import sys
 import time
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 MARKER = "checkpoint.json"
 STATE = "state.json"
 VERSION = 1
+WEIGHTS, EMA, OPTIMIZER = (f"{kind}.safetensors" for kind in ("weights", "ema", "optimizer"))
+FILES = {WEIGHTS, EMA, OPTIMIZER, STATE}
+UNFINISHED = "it has no marker: being written, or never finished"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +74,14 @@ class RunState:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that has a marker; `problem` says whether it is whole."""
+    """A folder of a run's checkpoints; `problem` says whether it is whole."""
 
     fs: fsspec.AbstractFileSystem
     path: str
     marker: dict[str, Any]
+    """What the marker says; empty where `flaw` says why it says nothing."""
+    flaw: str | None = None
+    """Why there is no marker to be had."""
 
     @property
     def name(self) -> str:
@@ -84,7 +91,7 @@ class Checkpoint:
     @property
     def samples(self) -> int:
         """Samples consumed when it was taken."""
-        return int(self.marker["samples"])
+        return int(self.name.partition("-")[0])
 
     @property
     def score(self) -> float | None:
@@ -94,6 +101,8 @@ class Checkpoint:
 
     def problem(self, *, hashes: bool = True) -> str | None:
         """What is wrong with it, or None where every file is there and as it was written."""
+        if self.flaw:
+            return self.flaw
         for name, expected in self.marker["files"].items():
             file = f"{self.path}/{name}"
             if not self.fs.exists(file):
@@ -143,9 +152,9 @@ class Snapshot:
         fs.makedirs(path, exist_ok=True)
         model = {"format": FORMAT, "config": json.dumps(self.state.config["model"])}
         files = {
-            "weights.safetensors": save(dict(self.weights)),
-            "ema.safetensors": save(dict(self.ema), model),
-            "optimizer.safetensors": save(dict(self.optimizer)),
+            WEIGHTS: save(dict(self.weights)),
+            EMA: save(dict(self.ema), model),
+            OPTIMIZER: save(dict(self.optimizer)),
             STATE: json.dumps(dataclasses.asdict(self.state), indent=2).encode(),
         }
         listed = {}
@@ -167,23 +176,26 @@ class Snapshot:
 
 def listed(run: str) -> list[Checkpoint]:
     """All checkpoints of a run that have a marker, oldest first."""
+    return [c for c in _all(run) if not c.flaw]
+
+
+def _all(run: str) -> list[Checkpoint]:
+    """With those that have none, the last among those of as many samples."""
     fs, root = open_folder(run)
-    found = []
-    for folder in _folders(fs, root):
-        marker = _read_marker(fs, folder)
-        if marker is not None:
-            found.append(Checkpoint(fs, folder, marker))
-    return sorted(found, key=lambda c: (c.samples, c.marker["written"]))
+    found = [_read(fs, folder) for folder in _folders(fs, root)]
+    return sorted(found, key=lambda c: (c.samples, c.marker.get("written", float("inf"))))
 
 
 def newest_whole(run: str, say: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
-    """The newest checkpoint that is whole; damaged ones are passed over, and `say` is told of
-    each."""
-    for checkpoint in reversed(listed(run)):
+    """The newest checkpoint that is whole; others are passed over, and `say` is told of each."""
+    there = _all(run)
+    for checkpoint in reversed(there):
         problem = checkpoint.problem()
         if problem is None:
             return checkpoint
-        say(f"checkpoint {checkpoint.name} is damaged ({problem}); going back to the one before")
+        say(f"checkpoint {checkpoint.name} is not whole ({problem}); going back to the one before")
+    if there:
+        say("no checkpoint is whole; starting from the beginning")
     return None
 
 
@@ -221,20 +233,33 @@ def _folders(fs: fsspec.AbstractFileSystem, root: str) -> list[str]:
     folder = f"{root}/checkpoints"
     if not fs.exists(folder):
         return []
-    return sorted(
-        e["name"].rstrip("/") for e in fs.ls(folder, detail=True) if e["type"] == "directory"
-    )
+    paths = [e["name"].rstrip("/") for e in fs.ls(folder, detail=True) if e["type"] == "directory"]
+    return sorted(p for p in paths if re.fullmatch(r"\d{12}-[0-9a-f]{6}", PurePosixPath(p).name))
 
 
-def _read_marker(fs: fsspec.AbstractFileSystem, folder: str) -> dict[str, Any] | None:
-    """The marker, or None where there is none or it is not one (cut short, say)."""
+def _read(fs: fsspec.AbstractFileSystem, folder: str) -> Checkpoint:
     try:
         marker = read_json(fs, f"{folder}/{MARKER}")
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
-        return None
-    return (
-        marker if isinstance(marker, dict) and "files" in marker and "samples" in marker else None
-    )
+    except FileNotFoundError:
+        return Checkpoint(fs, folder, {}, UNFINISHED)
+    except ValueError:  # neither JSON nor text
+        return Checkpoint(fs, folder, {}, f"{MARKER} cannot be read")
+    flaw = _flaw(marker)
+    return Checkpoint(fs, folder, {}, flaw) if flaw else Checkpoint(fs, folder, marker)
+
+
+def _flaw(marker: Any) -> str | None:
+    """Why a marker is none that was written here."""
+    if not isinstance(marker, dict) or not isinstance(marker.get("files"), dict):
+        return f"{MARKER} lists no files"
+    if marker.get("version") != VERSION:
+        return f"{MARKER} has version {marker.get('version')}, but {VERSION} is read here"
+    if missing := sorted(FILES - set(marker["files"])):
+        return f"{MARKER} does not list {', '.join(missing)}"
+    for name, of_file in marker["files"].items():
+        if not isinstance(of_file, dict) or not {"bytes", "sha256"} <= set(of_file):
+            return f"{MARKER} gives no size and sha256 of {name}"
+    return None if isinstance(marker.get("written"), (int, float)) else f"{MARKER} has no date"
 
 
 def _sha256(fs: fsspec.AbstractFileSystem, path: str) -> str:
@@ -266,7 +291,8 @@ class Show(_Command):
 
 @dataclass(frozen=True)
 class Verify(_Command):
-    """Read every byte of every checkpoint; exit code 1 where one is damaged."""
+    """Read every byte of every checkpoint; exit code 1 where one is damaged. One that is still
+    being written, or never was finished, is shown, but is not damage."""
 
 
 @dataclass(frozen=True)
@@ -302,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: List | Show | Verify | Export | Prune) -> int:
-    checkpoints = listed(command.run)
+    checkpoints = _all(command.run)
     if not checkpoints:
         raise ValueError(
             f"{command.run} holds no checkpoint; `ls {command.run}` shows what is there"
@@ -349,8 +375,8 @@ def _print_table(checkpoints: Sequence[Checkpoint], *, hashes: bool) -> int:
     damaged = 0
     for c in checkpoints:
         problem = c.problem(hashes=hashes)
-        damaged += problem is not None
-        size = sum(f["bytes"] for f in c.marker["files"].values()) / 2**20
+        damaged += problem is not None and problem != UNFINISHED
+        size = sum(f["bytes"] for f in c.marker.get("files", {}).values()) / 2**20
         score = "" if c.score is None else f"{c.score:.2f}"
         state = problem or ("whole" if hashes else "whole (sizes only; `verify` reads every byte)")
         table.add_row(c.name, f"{c.samples:,}", score, f"{size:.1f}", state)

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import nn
 
 from distributed.storage import open_folder, read_json, write_json
@@ -108,6 +109,24 @@ def watch_unused(model: nn.Module) -> Callable[[], list[str]]:
         return sorted(unused)
 
     return finish
+
+
+class RateWatch:
+    """Notices a learning rate of zero in the optimizer: steps that cost their time and learn
+    nothing."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        """Look at all its parameter groups."""
+        self._optimizer = optimizer
+        self._at_zero = False
+
+    def falls_to_zero(self) -> bool:
+        """Whether a group's rate is zero now and none was at the last look."""
+        before, self._at_zero = (
+            self._at_zero,
+            not all(g["lr"] for g in self._optimizer.param_groups),
+        )
+        return self._at_zero and not before
 
 
 def describe_samples(keys: Sequence[str], most: int = 8) -> str:

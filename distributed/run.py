@@ -22,6 +22,7 @@ from distributed.config import TrainConfig
 from distributed.engine import (
     WeightAverage,
     decide,
+    guarded_optimizer,
     initialize,
     load_optimizer_state,
     optimizer_state,
@@ -31,6 +32,7 @@ from distributed.engine import (
 from distributed.evaluate import EvaluationReport, Panels, Score, score, share, write
 from distributed.guard import (
     GoBackError,
+    RateWatch,
     SkipCounter,
     SpikeDetector,
     chain,
@@ -150,6 +152,8 @@ class TrainRun:
         self._folder = self.config.folder
         self._reporter = Reporter(settings["monitor"], speaks=self.rank == 0)
         self._stream = TrainStream(self.config.data, self.config.seed)
+        self._local = Path(settings["tracking_folder"])
+        self._local.mkdir(parents=True, exist_ok=True)
 
         decisions = decide(self.config, self.world, self.device)
         self.accumulation = int(decisions.accumulation.choice)
@@ -177,6 +181,7 @@ class TrainRun:
             self.average.load(found.tensors("ema"))
         self._skips = SkipCounter(self._folder, self.config.guard.skips_in_a_row)
         self._spikes = SpikeDetector(self.config.guard.spike)
+        self._rates = RateWatch(guarded_optimizer(self.engine))
         self.samples = self._skips.behind(state.samples if state else 0)
         self.updates = state.updates if state else 0
         self._consumed = state.consumed if state else ""
@@ -188,7 +193,6 @@ class TrainRun:
         self._damaged = 0
         self.stop_reason = ""
         self._validation: dict[str, Any] = {}
-        self._local = Path(settings["tracking_folder"])
         self._tracker: Tracker | None = None
         if self.rank == 0:
             first_s = RESUMED_S if found else None
@@ -283,7 +287,7 @@ class TrainRun:
         return self.samples // interval > before // interval
 
     def _agree_on_checkpoint(self) -> Checkpoint | None:
-        found = [newest_whole(self._folder, self._reporter.say) if self.rank == 0 else None]
+        found = [newest_whole(self._folder, self._note) if self.rank == 0 else None]
         dist.broadcast_object_list(found, src=0)
         return found[0]
 
@@ -340,6 +344,11 @@ class TrainRun:
             self._name_unused = None
             if unused:
                 self._note(f"warning: no gradient ever reaches {describe_samples(unused)}")
+        if self._rates.falls_to_zero():
+            self._note(
+                f"warning: the learning rate is 0 at {self.samples:,} samples, though the recipe "
+                f"asks for up to {self.config.recipe.lr:g} (recipe.lr) until its end"
+            )
         before, self._sums_before = self._sums_before, sums
         micro_batches = sums[3] - before[3]
         loss = (sums[0] - before[0]) / micro_batches if micro_batches else math.nan

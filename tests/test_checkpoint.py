@@ -33,8 +33,23 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert newest.problem() is None
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "missing", "no marker", "half marker"])
-def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    {
+        "cut": "optimizer.safetensors has",
+        "flip": "optimizer.safetensors was changed",
+        "missing": "optimizer.safetensors is missing",
+        "no marker": "no marker",
+        "half marker": "cannot be read",
+        "bytes for a marker": "cannot be read",
+        "empty marker": "lists no files",
+        "other version": "version 2",
+        "short list": "does not list state.json",
+    }.items(),
+)
+def test_a_damaged_newest_falls_back_to_the_one_before(
+    tmp_path: Path, damage: str, told: str
+) -> None:
     write(tmp_path, 8)
     folder = Path(write(tmp_path, 16).path)
     file, marker = folder / "optimizer.safetensors", folder / checkpoints.MARKER
@@ -51,11 +66,30 @@ def test_a_damaged_newest_falls_back_to_the_one_before(tmp_path: Path, damage: s
             marker.unlink()
         case "half marker":
             marker.write_text(marker.read_text()[:40])
+        case "bytes for a marker":
+            marker.write_bytes(bytes(range(256)))
+        case "empty marker":
+            marker.write_text("{}")
+        case "other version":
+            marker.write_text(marker.read_text().replace('"version": 1', '"version": 2'))
+        case "short list":
+            listed = json.loads(marker.read_text())
+            del listed["files"]["state.json"]
+            marker.write_text(json.dumps(listed))
     said: list[str] = []
     newest = checkpoints.newest_whole(str(tmp_path), said.append)
     assert newest is not None and newest.samples == 8
-    if "marker" not in damage:  # without a marker there is nothing to speak of
-        assert "optimizer.safetensors" in said[0] and "going back" in said[0]
+    assert len(said) == 1 and folder.name in said[0] and "going back" in said[0]
+    assert told in said[0]
+
+
+def test_where_none_is_whole_the_run_begins_anew_and_says_so(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert checkpoints.newest_whole(str(tmp_path), said.append) is None
+    assert not said
+    (Path(write(tmp_path, 8).path) / "weights.safetensors").unlink()
+    assert checkpoints.newest_whole(str(tmp_path), said.append) is None
+    assert "from the beginning" in said[-1]
 
 
 def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
@@ -78,7 +112,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", run]) == 0
     (damaged / "weights.safetensors").write_bytes(b"x")
     assert main(["verify", run]) == 1
-    capsys.readouterr()
+    assert "weights.safetensors" in capsys.readouterr().out
     assert main(["show", run]) == 0
     assert json.loads(capsys.readouterr().out)["samples"] == 8
     out = tmp_path / "model.safetensors"
@@ -87,3 +121,6 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", run, str(out), "--which", "nonsense"]) == 2
     assert main(["prune", run, "--keep", "1"]) == 0
     assert [c.samples for c in checkpoints.listed(run)] == [8]
+    (Path(run) / "checkpoints" / "000000000024-00beef").mkdir()
+    assert main(["verify", run]) == 0  # it may be being written just now
+    assert "no marker" in capsys.readouterr().out

@@ -7,6 +7,7 @@ from torch import nn
 
 from distributed.guard import (
     PASSED_OVER,
+    RateWatch,
     SkipCounter,
     SpikeDetector,
     chain,
@@ -50,6 +51,18 @@ def test_parameters_without_gradient_are_named() -> None:
     network["used"](torch.ones(1, 2)).sum().backward()
     assert finish() == ["forgotten.bias", "forgotten.weight"]
     assert finish() == ["forgotten.bias", "forgotten.weight"]  # the hooks have gone
+
+
+def test_a_learning_rate_of_zero_is_noticed_once() -> None:
+    weights = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+    groups = [{"params": [w], "lr": lr} for w, lr in zip(weights, (1e-3, 1e-4), strict=True)]
+    optimizer = torch.optim.Adam(groups)
+    watch = RateWatch(optimizer)
+    told = []
+    for rate in (1e-4, 0.0, 0.0, 1e-4, 0.0):
+        optimizer.param_groups[1]["lr"] = rate
+        told.append(watch.falls_to_zero())
+    assert told == [False, True, False, False, True]
 
 
 def test_samples_fit_in_a_line() -> None:
