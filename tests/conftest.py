@@ -18,6 +18,12 @@ def pytest_configure(config: pytest.Config) -> None:
         function(torch.ones(4))
 
 
+@pytest.fixture(autouse=True)
+def _own_random_numbers() -> None:
+    """A test draws the same numbers whichever tests ran before it."""
+    torch.manual_seed(0)
+
+
 def _folder(variable: str, default: str) -> Path:
     path = Path(os.environ.get(variable, ROOT / default)).resolve()
     if not path.is_dir():

@@ -42,7 +42,7 @@ def test_equations_7_and_8(training: bool) -> None:
     nn.init.normal_(split.norm.running_mean)
     nn.init.uniform_(split.norm.running_var, 0.5, 2)
     nn.init.normal_(split.norm.weight)
-    x = torch.randn(3, 5, 7, 16, requires_grad=True)
+    x = torch.randn(8, 5, 7, 16, requires_grad=True)  # fewer pictures: a variance may be near 0
     inputs = [x, *split.parameters()]
     theirs = plain_split(x, split)
     ours = split(x)

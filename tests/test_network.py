@@ -196,7 +196,7 @@ def test_activation_checkpointing_changes_nothing(config: ModelConfig) -> None:
 @pytest.mark.parametrize("how", ["autocast", "cast"])
 def test_half_precision_trains(config: ModelConfig, how: str) -> None:
     model = network(config)
-    reference, image = copy.deepcopy(model), torch.rand(2, 3, 64, 64)
+    reference, image = copy.deepcopy(model), torch.rand(4, 3, 64, 64)
     generator = torch.Generator()
     exact = reference(image, generator=generator.manual_seed(2))
     if how == "cast":
@@ -208,8 +208,17 @@ def test_half_precision_trains(config: ModelConfig, how: str) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+    # Where two experts are chosen with nearly the same weight, rounding may choose the other one.
+    flipped_b = torch.stack(
+        [
+            (half.routing[block] != chosen_bn).any(1)
+            for block, chosen_bn in exact.routing.items()
+            if "." in block
+        ]
+    ).any(0)
+    assert not flipped_b.all()
     change = (exact.image - image).abs().mean()  # what the network does to the picture
-    assert (half.image.float() - exact.image).abs().mean() < 0.1 * change
+    assert (half.image.float() - exact.image)[~flipped_b].abs().mean() < 0.1 * change
     torch.testing.assert_close(half.balance_loss, exact.balance_loss, rtol=0.1, atol=0.02)
 
 
