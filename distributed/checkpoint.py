@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import fsspec
 import tyro
 
-from distributed.storage import open_folder, read_json
+from distributed.storage import open_folder, read_json, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -341,11 +341,7 @@ def _run(command: List | Show | Verify | Export | Prune) -> int:
         case Export():
             chosen = _choose(checkpoints, command.which)
             out_fs, out = open_folder(command.out)
-            with (
-                chosen.fs.open(f"{chosen.path}/ema.safetensors", "rb") as source,
-                out_fs.open(out, "wb") as target,
-            ):
-                target.write(source.read())
+            write_whole(out_fs, out, chosen.fs.cat_file(f"{chosen.path}/{EMA}"))
             print(f"wrote {command.out}: the averaged weights after {chosen.samples:,} samples")
         case Prune():
             removed = prune(command.run, command.keep)

@@ -8,7 +8,6 @@ command itself, given again, goes on from the last whole checkpoint.
 import dataclasses
 import os
 import secrets
-import shutil
 import signal
 import socket
 import sys
@@ -23,9 +22,9 @@ from typing import Any
 from rich.console import Console
 
 from distributed import checkpoint as checkpoints
-from distributed.checkpoint import Checkpoint
+from distributed.checkpoint import EMA, Checkpoint
 from distributed.config import TrainConfig, as_metrics, to_yaml
-from distributed.storage import absolute, open_folder, write_json
+from distributed.storage import absolute, open_folder, write_json, write_whole
 from shards.manifest import Manifest
 from shards.manifest import read as read_manifest
 from shards.order import Plan
@@ -190,8 +189,7 @@ def launch(
 
     fs, root = open_folder(config.folder)
     fs.makedirs(root, exist_ok=True)
-    with fs.open(f"{root}/config.yaml", "w") as file:
-        file.write(to_yaml(config))
+    write_whole(fs, f"{root}/config.yaml", to_yaml(config).encode())
     run = tracking.prepare(
         config.tracking, name=config.name, key=tracking.run_key(config.folder), tags=tags
     )
@@ -511,11 +509,8 @@ def _export(config: TrainConfig, run: Any) -> None:
     if newest is None:
         return
     fs, root = open_folder(config.folder)
-    with (
-        newest.fs.open(f"{newest.path}/ema.safetensors", "rb") as source,
-        fs.open(f"{root}/{MODEL}", "wb") as target,
-    ):
-        shutil.copyfileobj(source, target)
+    # Whole or not at all: where it is missing, the same command given again makes it.
+    write_whole(fs, f"{root}/{MODEL}", newest.fs.cat_file(f"{newest.path}/{EMA}"))
     if "file" in fs.protocol:
         tracking.log_model(run, Path(root) / MODEL)
 

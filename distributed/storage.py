@@ -31,13 +31,17 @@ def read_json(fs: fsspec.AbstractFileSystem, path: str) -> Any:
         return json.load(file)
 
 
-def write_json(fs: fsspec.AbstractFileSystem, path: str, data: Any) -> None:
-    """Write one JSON file, so that a reader sees the old one or the new one, never half of it."""
-    text = json.dumps(data, indent=2) + "\n"
+def write_whole(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
+    """Write one file, so that a reader sees the old one or the new one, never half of it."""
     if "file" in fs.protocol:
         aside = Path(path).with_name(f".{Path(path).name}.part")
-        aside.write_text(text)
+        aside.write_bytes(data)
         aside.replace(path)
     else:  # object stores show an object only when it is whole
-        with fs.open(path, "w") as file:
-            file.write(text)
+        with fs.open(path, "wb") as file:
+            file.write(data)
+
+
+def write_json(fs: fsspec.AbstractFileSystem, path: str, data: Any) -> None:
+    """Write one JSON file; see `write_whole`."""
+    write_whole(fs, path, (json.dumps(data, indent=2) + "\n").encode())

@@ -1,4 +1,5 @@
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,19 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (Path(run) / "checkpoints" / "000000000024-00beef").mkdir()
     assert main(["verify", run]) == 0  # it may be being written just now
     assert "no marker" in capsys.readouterr().out
+
+
+def test_an_export_that_fails_leaves_what_was_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, 8)
+    out = tmp_path / "model.safetensors"
+    out.write_bytes(b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))  # as a full disc, for larger files
+    try:
+        status = main(["export", str(tmp_path), str(out)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2 and "File too large" in capsys.readouterr().err
+    assert out.read_bytes() == b"old"
