@@ -53,12 +53,17 @@ does, and Ray would wait 30 s before it replaces it."""
 
 LOCAL_ENVIRONMENT = {
     "GOMP_SPINCOUNT": "20000",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**25),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 """What a Ray of this machine alone runs with, unless the caller's environment says otherwise.
 
 Threads that wait for work stay awake for a fraction of a millisecond: from one operation to the
-next, yet not so long that the loader and other workers miss the core. Nobody announces that one's
+next, yet not so long that the loader and other workers miss the core. Memory of one step stays for
+the next: given back, its pages would have to be zeroed for each step again (malloc's limits; all
+three, for one alone would switch off the others' adjustment). Nobody announces that one's
 own machine will be taken away, and the watcher for it is a process."""
 
 _QUIET: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
