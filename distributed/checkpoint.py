@@ -125,6 +125,11 @@ class Checkpoint:
         with self.fs.open(f"{self.path}/{kind}.safetensors", "rb") as file:
             return load(file.read())
 
+    def export(self, fs: fsspec.AbstractFileSystem, path: str) -> None:
+        """Write the averaged weights, with the configuration inside, to one .safetensors file,
+        whole or not at all."""
+        write_whole(fs, path, self.fs.cat_file(f"{self.path}/{EMA}"))
+
     def remove(self) -> None:
         """Delete it, the marker first, so that no half-deleted checkpoint looks whole."""
         self.fs.rm(f"{self.path}/{MARKER}")
@@ -340,8 +345,7 @@ def _run(command: List | Show | Verify | Export | Prune) -> int:
             print(json.dumps(dataclasses.asdict(_choose(checkpoints, "newest").state()), indent=2))
         case Export():
             chosen = _choose(checkpoints, command.which)
-            out_fs, out = open_folder(command.out)
-            write_whole(out_fs, out, chosen.fs.cat_file(f"{chosen.path}/{EMA}"))
+            chosen.export(*open_folder(command.out))
             print(f"wrote {command.out}: the averaged weights after {chosen.samples:,} samples")
         case Prune():
             removed = prune(command.run, command.keep)

@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from distributed import checkpoint as checkpoints
-from distributed.checkpoint import EMA, Checkpoint
+from distributed.checkpoint import Checkpoint
 from distributed.config import TrainConfig, as_metrics, to_yaml
 from distributed.storage import absolute, open_folder, write_json, write_whole
 from shards.manifest import Manifest
@@ -514,8 +514,7 @@ def _export(config: TrainConfig, run: Any) -> None:
     if newest is None:
         return
     fs, root = open_folder(config.folder)
-    # Whole or not at all: where it is missing, the same command given again makes it.
-    write_whole(fs, f"{root}/{MODEL}", newest.fs.cat_file(f"{newest.path}/{EMA}"))
+    newest.export(fs, f"{root}/{MODEL}")  # where it is missing, the same command makes it
     if "file" in fs.protocol:
         tracking.log_model(run, Path(root) / MODEL)
 

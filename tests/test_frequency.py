@@ -82,7 +82,6 @@ def test_norm_is_batch_norm(batch: int) -> None:
 
 def test_norm_trains_with_single_pictures() -> None:
     """Gradients flow, and the running statistics find mean and variance of the pictures."""
-    torch.manual_seed(0)
     norm = KernelNorm(2)
     spread, centre = torch.tensor([0.5, 3.0]), torch.tensor([-1.0, 4.0])
     means, variances = [], []

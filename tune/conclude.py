@@ -3,14 +3,13 @@ MLflow completed, the page written."""
 
 import dataclasses
 import shlex
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distributed import checkpoint as checkpoints
 from distributed import tracking
 from distributed.config import TrackingConfig, TrainConfig, to_yaml
-from distributed.storage import open_folder
+from distributed.storage import open_folder, write_whole
 from tune.config import SearchConfig
 from tune.owner import OWNER
 from tune.record import Record, Row, is_number
@@ -151,17 +150,12 @@ def _write_best(config: SearchConfig, record: Record) -> None:
         return
     row = record.rows[record.champion]
     fs, root = open_folder(record.folder)
-    with fs.open(f"{root}/{BEST_CONFIG}", "w") as file:
-        file.write(to_yaml(best_config(config, row)))
+    write_whole(fs, f"{root}/{BEST_CONFIG}", to_yaml(best_config(config, row)).encode())
     place = shlex.quote(f"{record.folder}/{BEST_CONFIG}")
     record.best_command = f"python -m distributed.train --config {place}"
     newest = checkpoints.newest_whole(row.folder)
     if newest is not None:
-        with (
-            newest.fs.open(f"{newest.path}/ema.safetensors", "rb") as source,
-            fs.open(f"{root}/{CHAMPION}", "wb") as target,
-        ):
-            shutil.copyfileobj(source, target)
+        newest.export(fs, f"{root}/{CHAMPION}")
 
 
 def _to_mlflow(config: SearchConfig, record: Record) -> None:

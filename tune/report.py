@@ -14,6 +14,7 @@ from typing import Any
 
 import tyro
 
+from distributed.storage import open_folder, write_whole
 from measnet.config import from_dict
 from tune import plots
 from tune.config import SearchConfig
@@ -50,9 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def write(record: Record, path: Path) -> Path:
     """Write the page and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(page(record), encoding="utf-8")
-    aside.replace(path)
+    write_whole(*open_folder(str(path)), page(record).encode())
     return path
 
 
