@@ -1,0 +1,147 @@
+"""What a machine has, and what follows from it: the device, its arithmetic.
+
+The decisions are pure functions of a `Machine`, so that they can be tested for cards that are not
+here. Only `this_machine` and `free_memory` look at the real one.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+DRIVER_OF_CUDA = {13: 580, 12: 525, 11: 450}
+"""CUDA's major version that torch was built with -> oldest driver that runs it (NVIDIA, CUDA
+release notes, minor-version compatibility)."""
+DRIVER_VERSION = Path("/proc/driver/nvidia/version")
+"""Where Linux tells the version of the NVIDIA driver that is loaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One GPU."""
+
+    name: str
+    memory: int
+    """Bytes in all."""
+    capability: tuple[int, int]
+    """CUDA compute capability: (7, 5) is a T4, (8, 9) an RTX 4090, (9, 0) an H100."""
+
+    @property
+    def has_bf16(self) -> bool:
+        """Whether it computes in bf16 itself. torch's own answer also counts emulation."""
+        return self.capability >= (8, 0)
+
+    @property
+    def has_fp16(self) -> bool:
+        """Whether it has tensor cores for fp16."""
+        return self.capability >= (7, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What the decisions depend on."""
+
+    cores: int
+    """CPU cores."""
+    cards: tuple[Card, ...] = ()
+    """GPUs that torch can use."""
+    problem: str = ""
+    """Why a GPU that is there cannot be used, with the ways out; empty where nothing is wrong."""
+
+
+class Decision(NamedTuple):
+    """Something the program chose by itself, with the reason that is shown to the user."""
+
+    choice: str
+    reason: str
+
+    def __str__(self) -> str:
+        """`choice: reason`, as it is printed."""
+        return f"{self.choice}: {self.reason}"
+
+
+def this_machine() -> Machine:
+    """Look at the machine that this process runs on; opens no CUDA context."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cards = []
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            found = torch.cuda.get_device_properties(index)
+            cards.append(
+                Card(
+                    name=found.name,
+                    memory=found.total_memory,
+                    capability=(found.major, found.minor),
+                )
+            )
+    problem = "" if cards else unusable_card(torch.version.cuda, _driver())
+    return Machine(cores=cores or 1, cards=tuple(cards), problem=problem)
+
+
+def _driver() -> str:
+    """The text in which Linux names the loaded NVIDIA driver; empty where there is none."""
+    try:
+        return DRIVER_VERSION.read_text()
+    except OSError:
+        return ""
+
+
+def unusable_card(cuda_of_torch: str | None, driver: str) -> str:
+    """Why torch sees no GPU although a driver is loaded; empty where no driver is loaded.
+
+    Args:
+        cuda_of_torch: `torch.version.cuda`; None for a CPU build.
+        driver: the text of /proc/driver/nvidia/version.
+    """
+    version = next((w for w in driver.split() if w[:1].isdigit() and w.count(".") >= 1), "")
+    if not version:
+        return ""
+    if cuda_of_torch is None:
+        return (
+            f"a GPU driver ({version}) is loaded, but torch {torch.__version__} is a CPU build; "
+            "install the CUDA build: see 'Which card and driver' in docs/gpu.md"
+        )
+    needed = DRIVER_OF_CUDA.get(int(cuda_of_torch.split(".")[0]), 0)
+    if int(version.split(".")[0]) < needed:
+        return (
+            f"the GPU driver is {version}, but torch {torch.__version__} (CUDA {cuda_of_torch}) "
+            f"needs {needed} or newer: update the driver, or install a torch build for an older "
+            "CUDA (docs/gpu.md)"
+        )
+    return (
+        f"a GPU driver ({version}) is loaded, but torch sees no GPU: "
+        "check CUDA_VISIBLE_DEVICES and nvidia-smi"
+    )
+
+
+def choose_device(asked: DeviceChoice, machine: Machine) -> Decision:
+    """`cpu` or `cuda` for a command that runs in one process.
+
+    Raises:
+        ValueError: `cuda` is asked for, and no GPU can be used.
+    """
+    if asked == "cuda":
+        if not machine.cards:
+            problem = machine.problem or "torch sees no GPU on this machine"
+            raise ValueError(f"device is cuda, but {problem}; or use --device cpu")
+        return Decision("cuda", "asked for")
+    if asked == "cpu":
+        return Decision("cpu", "asked for")
+    if machine.cards:
+        return Decision("cuda", machine.cards[0].name)
+    return Decision("cpu", machine.problem or "no GPU")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take on `device`; what torch holds in reserve counts."""
+    if device.type == "cuda":
+        free, _total = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + unused)
+    import psutil
+
+    return int(psutil.virtual_memory().available)
