@@ -1,25 +1,18 @@
-"""`TrainConfig`: all that a training run is made of, its presets, YAML in and out, and the command
-line.
+"""`TrainConfig`: all that a training run is made of, YAML in and out.
 
 Imports neither torch nor Ray: a wrong field is answered in a fraction of a second. Lengths and
 intervals are in samples, never in steps of one machine, so that a recipe means the same on any
 number of workers.
 """
 
-import dataclasses
 import re
-import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import tyro
 import yaml
 
-from measnet.config import ModelConfig, from_dict, tiny, to_dict
-from shards.config import PAPER_REPEATS, DataConfig
-from shards.tasks import DEGRADATIONS, PAPER_TASKS
+from measnet.config import ModelConfig, from_dict, to_dict
+from shards.config import DataConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +94,17 @@ class EngineConfig:
     """What ZeRO shards over the workers: 0 nothing, 1 optimizer state, 2 and gradients, 3 and
     weights."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Arithmetic of the forward pass; weights stay fp32. `auto`: bf16 on a GPU that supports it,
-    else fp32."""
+    """Arithmetic of the forward pass; weights and their gradients stay fp32. `auto`: bf16 on a GPU
+    that has it (RTX 30, A100 and newer), else fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile. `auto`: on with a GPU, off on a CPU, where it does not pay."""
-    activation_checkpointing: bool = False
-    """Recompute transformer blocks in the backward pass: less memory, about a third more time."""
+    """torch.compile of each transformer block. `auto`: off. `on` costs about a minute before the
+    first step, and needs a C compiler and Python's headers on each node."""
+    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Compute transformer blocks again in the backward pass: less memory, about a third more time.
+    `auto`: on where the micro-batch would not fit on the GPU otherwise."""
+    deterministic: Literal["on", "off"] = "off"
+    """`on`: only algorithms that repeat to the bit, so that a resumed run on a GPU equals an
+    undisturbed one exactly; slower. A CPU repeats anyway."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,105 +282,6 @@ class TrainConfig:
         return f"{self.storage.rstrip('/')}/{self.name}"
 
 
-def demo() -> TrainConfig:
-    """All five tasks at tiny width, on the photographs that `make demo` packs.
-
-    Command: `make demo`, or `python -m distributed.train demo` on shards that are already there.
-    """
-    # Blur is weighted most: of the five it is the hardest to tell from a picture without damage.
-    repeats = {"derain": 3, "dehaze": 2, "deblur": 6, "lowlight": 3}
-    return TrainConfig(
-        name="demo",
-        model=tiny(),
-        data=DataConfig(
-            train="data/demo/shards/train",
-            validation="data/demo/shards/test",
-            crop=48,
-            repeats={"denoise_15": 2, "denoise_25": 2, "denoise_50": 2, **repeats},
-            loader_workers=0,
-        ),
-        recipe=Recipe(
-            samples=8_000,
-            global_batch=8,
-            micro_batch=4,
-            lr=3e-3,
-            beta2=0.99,
-            warmup_samples=160,
-            ema_decay=0.98,
-        ),
-        # Two workers of one thread each: small pictures do not fill two threads.
-        scaling=ScalingConfig(workers="2", cpus_per_worker=1),
-        every=IntervalConfig(checkpoint=2_000, validate=4_000, validation_pictures=1, log=80),
-    )
-
-
-def local_4090() -> TrainConfig:
-    """The paper's network and three-task recipe on one RTX 4090, bf16, by accumulation.
-
-    Command: `python -m distributed.train local-4090`. Micro-batches of 8, for which 24 GiB hold
-    room: `python -m measnet.complexity paper --memory 24GiB` predicts that 14 fit. Hours and
-    result: not measured yet; `python -m distributed.cost local-4090` says the hours on your card.
-    """
-    config = paper_3task()
-    recipe = dataclasses.replace(config.recipe, micro_batch=8)
-    return dataclasses.replace(config, name="local-4090", recipe=recipe)
-
-
-def paper_3task() -> TrainConfig:
-    """Noise, rain and haze with the paper's recipe: Adam, 2e-4, cosine, 150 epochs, crops of 128.
-
-    Command: `python -m distributed.train paper-3task`. The paper reports 32.85 dB on average (Table
-    I).
-    """
-    repeats = {
-        name: uses for name, uses in PAPER_REPEATS.items() if name not in ("deblur", "lowlight")
-    }
-    return TrainConfig(
-        name="paper-3task", data=DataConfig(repeats=repeats), recipe=Recipe(samples=150 * 142_431)
-    )
-
-
-def paper_5task() -> TrainConfig:
-    """All five tasks with the paper's recipe.
-
-    Command: `python -m distributed.train paper-5task`. The paper reports 30.64 dB on average (Table
-    II).
-    """
-    return TrainConfig()
-
-
-def _paper_single(task: str) -> Callable[[], TrainConfig]:
-    def preset() -> TrainConfig:
-        names = [name for name, row in DEGRADATIONS.items() if row.task == task]
-        draws = {
-            "denoise": 46_296,
-            "derain": 24_000,
-            "dehaze": 72_135,
-            "deblur": 10_515,
-            "lowlight": 9_700,
-        }[task]
-        return TrainConfig(
-            name=f"paper-single-{task}",
-            data=DataConfig(repeats={name: PAPER_REPEATS[name] for name in names}),
-            recipe=Recipe(samples=150 * draws),
-        )
-
-    preset.__doc__ = (
-        f"The paper's recipe on {task} alone (Fig. 8).\n\n"
-        f"Command: `python -m distributed.train paper-single-{task}`."
-    )
-    return preset
-
-
-PRESETS: dict[str, Callable[[], TrainConfig]] = {
-    "demo": demo,
-    "local-4090": local_4090,
-    "paper-3task": paper_3task,
-    "paper-5task": paper_5task,
-    **{f"paper-single-{task}": _paper_single(task) for task in PAPER_TASKS},
-}
-
-
 def to_yaml(config: TrainConfig) -> str:
     """The configuration as YAML that `from_yaml` reads back."""
     return yaml.safe_dump(to_dict(config), sort_keys=False)
@@ -408,53 +307,6 @@ class _YamlLoader(yaml.SafeLoader):
 _YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
-
-
-def parse(
-    argv: Sequence[str] | None = None, prog: str = "python -m distributed.train"
-) -> TrainConfig:
-    """Read `[preset] [--config FILE.yaml] [--section.field value ...]`.
-
-    Prints one message and exits with code 2 where the command line is wrong.
-    """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        default = starting_point(arguments)
-        return tyro.cli(
-            TrainConfig, default=default, args=arguments, prog=prog, description=_description(prog)
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-
-
-def starting_point(arguments: list[str]) -> TrainConfig:
-    """Take the preset or the --config file off the arguments."""
-    if arguments and not arguments[0].startswith("-"):
-        name = arguments.pop(0)
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
-        return PRESETS[name]()
-    if "--config" in arguments:
-        at = arguments.index("--config")
-        if at + 1 == len(arguments):
-            raise ValueError("--config needs the name of a YAML file")
-        path = Path(arguments[at + 1])
-        del arguments[at : at + 2]
-        try:
-            return from_yaml(path.read_text())
-        except OSError as error:
-            raise ValueError(f"cannot read --config {path}: {error.strerror}") from error
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-    return TrainConfig()
-
-
-def _description(prog: str) -> str:
-    rows = "\n".join(
-        f"  {name:<24}{(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items()
-    )
-    return f"{prog} [PRESET | --config FILE.yaml] [--section.field value ...]\n\nPresets:\n{rows}"
 
 
 def as_metrics(config: Any) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from typing import Annotated
 
 import tyro
 
-from distributed.config import PRESETS, TrainConfig
+from distributed.config import TrainConfig
+from distributed.presets import PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +37,16 @@ def measure(config: TrainConfig, steps: int) -> tuple[float, str]:
     """Seconds per micro-batch of forward, backward and update (median), and on what."""
     import torch
 
-    from distributed.engine import build_optimizer, decide
+    from distributed.decisions import decide
+    from distributed.engine import build_optimizer
+    from measnet.hardware import card_of, choose_device, this_machine
     from measnet.losses import restoration_loss
     from measnet.network import MEASNet
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    decisions = decide(config, 1, device)
+    device = torch.device(choose_device("auto", this_machine()).choice)
+    decisions = decide(config, 1, card_of(device))
     model = MEASNet(config.model).to(device).train()
-    model.activation_checkpointing = config.engine.activation_checkpointing
+    model.activation_checkpointing = decisions.checkpointing.choice == "on"
     optimizer = build_optimizer(model, config.recipe)
     shape = (config.recipe.micro_batch, 3, config.data.crop, config.data.crop)
     pictures = torch.rand(shape, device=device)

@@ -7,6 +7,7 @@ repeat. Without --pictures it takes the photographs that scikit-image and scikit
 are held out: never trained on, and all figures are measured on them.
 """
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -24,7 +25,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 from rich.table import Table
 
-from distributed.config import TrainConfig, demo
+from distributed.config import ScalingConfig, TrainConfig
+from distributed.presets import demo
+from measnet.hardware import Machine, choose_device, this_machine
 from shards import layouts
 
 DATA, RUN = Path("data/demo"), Path("runs/demo")
@@ -80,7 +83,9 @@ def run(source: Path | None, console: Console) -> int:
 
     from distributed.launch import launch
 
-    config = demo()
+    machine = this_machine()
+    config = dataclasses.replace(demo(), scaling=scaling_for(machine))
+    console.print(describe_device(machine), highlight=False, markup=False, soft_wrap=True)
     with _timed(seconds, "train"):
         outcome = launch(config, console=console)
     if outcome.status != "finished":
@@ -90,7 +95,9 @@ def run(source: Path | None, console: Console) -> int:
     from distributed.evaluate import evaluate, load, table
 
     with _timed(seconds, "evaluate"):
-        report = evaluate(load(str(RUN), "cpu"), config.data.validation, RUN / "evaluation")
+        device = choose_device("auto", machine).choice
+        network = load(str(RUN), device)
+        report = evaluate(network, config.data.validation, RUN / "evaluation", device=device)
         _draw_curves()
     _log_evaluation(config, outcome)
     console.print(table(report))
@@ -98,6 +105,23 @@ def run(source: Path | None, console: Console) -> int:
     _write_summary(report, outcome.mlflow_run_id, seconds)
     _where_to_look(console, outcome.tracking_uri, seconds)
     return 0
+
+
+def scaling_for(machine: Machine) -> ScalingConfig:
+    """The workers of the demo: one for each GPU, at most two; without a GPU the preset's two."""
+    if not machine.cards:
+        return demo().scaling
+    return ScalingConfig(workers=str(min(2, len(machine.cards))), device="gpu")
+
+
+def describe_device(machine: Machine) -> str:
+    """What the demo trains on, in words."""
+    scaling = scaling_for(machine)
+    if machine.cards:
+        several = "s" if scaling.bounds[1] > 1 else ""
+        return f"trains on {scaling.workers} GPU{several}: {machine.cards[0].name}"
+    reason = f" ({machine.problem})" if machine.problem else ""
+    return f"trains on the CPU with {scaling.workers} workers{reason}"
 
 
 def packaged_pictures() -> dict[str, dict[str, np.ndarray]]:

@@ -19,65 +19,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distributed.config import Recipe, TrainConfig
+from distributed.decisions import Decisions, choose_precision
+from measnet.config import replace_dotted
+from measnet.hardware import Card
+from measnet.memory import largest_micro_batch, predict
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The tensors that Adam keeps for each parameter."""
 
 
-class Decision(NamedTuple):
-    """Something the program chose by itself, with the reason that is shown to the user."""
-
-    choice: str
-    reason: str
-
-    def __str__(self) -> str:
-        """`choice: reason`, as it is printed."""
-        return f"{self.choice}: {self.reason}"
-
-
-class Decisions(NamedTuple):
-    """All automatic choices of a run."""
-
-    precision: Decision
-    compile: Decision
-    accumulation: Decision
-    zero: Decision
-
-
-def sharing_workers(recipe: Recipe, world: int) -> int:
-    """How many of `world` workers share the micro-batches evenly; the rest stand by.
-
-    Only a run that grows and shrinks meets a number that does not divide: with 8 micro-batches, 5
-    workers are no faster than 4 however the work is dealt out.
-    """
-    return max(n for n in range(1, world + 1) if recipe.micro_batches % n == 0)
-
-
-def decide(config: TrainConfig, world: int, device: torch.device) -> Decisions:
-    """Resolve what the configuration leaves open, for `world` workers on `device`."""
-    engine, recipe = config.engine, config.recipe
-    on_gpu = device.type == "cuda"
-    if engine.precision != "auto":
-        precision = Decision(engine.precision, "engine.precision asks for it")
-    elif on_gpu and torch.cuda.is_bf16_supported():
-        precision = Decision("bf16", "the GPU supports it; weights and optimizer state stay fp32")
-    else:
-        precision = Decision("fp32", "this GPU has no bf16" if on_gpu else "the device is a CPU")
-    if engine.compile != "auto":
-        compiled = Decision(engine.compile, "engine.compile asks for it")
-    else:
-        compiled = Decision(
-            "on" if on_gpu else "off", "a GPU" if on_gpu else "does not pay on a CPU"
-        )
-    sharing = sharing_workers(recipe, world)
-    spare = f", {world - sharing} more stand by" if sharing < world else ""
-    accumulation = Decision(
-        f"{recipe.micro_batches // sharing}",
-        f"global batch {recipe.global_batch} / {sharing} workers / micro-batch "
-        f"{recipe.micro_batch}{spare}",
-    )
-    zero = Decision(f"stage {engine.zero_stage}", "engine.zero_stage")
-    return Decisions(precision, compiled, accumulation, zero)
+BUCKET_ELEMENTS = 2**23
+"""Elements of the buffers in which ZeRO exchanges gradients and weights: 32 MiB. DeepSpeed's own
+5e8 would take 2 GB of the GPU for a network of 30 million parameters."""
 
 
 def deepspeed_config(config: TrainConfig, decisions: Decisions) -> dict[str, Any]:
@@ -86,7 +39,8 @@ def deepspeed_config(config: TrainConfig, decisions: Decisions) -> dict[str, Any
 
     `gradient_clipping` is always written, for DeepSpeed's own default is 1.0. bf16 comes by
     autocast: casting the module makes stage 0 train wrongly (its optimizer starts with an empty
-    step).
+    step). Gradients are exchanged in fp32 also under autocast: no module is named as safe for a
+    lower precision.
     """
     return {
         "train_micro_batch_size_per_gpu": config.recipe.micro_batch,
@@ -96,9 +50,12 @@ def deepspeed_config(config: TrainConfig, decisions: Decisions) -> dict[str, Any
         "torch_autocast": {
             "enabled": decisions.precision.choice == "bf16",
             "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
         },
         "zero_optimization": {
             "stage": config.engine.zero_stage,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
             # The average of the weights is kept on each rank's own part of them, so none may stay
             # whole.
             "stage3_param_persistence_threshold": 0,
@@ -141,6 +98,21 @@ class GuardedAdam(torch.optim.Adam):
             self._update(closure)
 
 
+def largest_micro_batches(config: TrainConfig, card: Card) -> tuple[int, int]:
+    """Largest micro-batches predicted to fit, without and with activation checkpointing."""
+    precision = choose_precision(config.engine.precision, card).choice
+    model = replace_dotted(config.model, {"expert_path": "dense"})
+    without, with_it = (
+        largest_micro_batch(
+            predict(model, precision=precision, checkpointing=checkpointing),  # type: ignore[arg-type]
+            card.memory,
+            config.data.crop,
+        )
+        for checkpointing in (False, True)
+    )
+    return without, with_it
+
+
 def build_optimizer(model: nn.Module, recipe: Recipe) -> GuardedAdam:
     """Adam, or AdamW where the recipe names it, over the parameters that are trained."""
     return GuardedAdam(
@@ -152,9 +124,20 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> GuardedAdam:
     )
 
 
+def use_deterministic_algorithms() -> None:
+    """Have this process repeat to the bit on a GPU; before its first operation there.
+
+    Raises:
+        RuntimeError: later, by an operation that has no such algorithm.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # torch asks for it
+    torch.use_deterministic_algorithms(True)
+
+
 def initialize(config: TrainConfig, decisions: Decisions, model: nn.Module) -> Any:
-    """A DeepSpeed engine around `model`, in the process group that is already there."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    """A DeepSpeed engine around `model`, on its device, in the process group that is there."""
+    # By itself DeepSpeed takes a GPU that is there, also where the run is to use the CPU.
+    os.environ["DS_ACCELERATOR"] = next(model.parameters()).device.type
     with _only_what_is_used():
         deepspeed = importlib.import_module("deepspeed")  # not when this module is imported
         if os.environ["DS_ACCELERATOR"] == "cpu":
@@ -168,8 +151,6 @@ def initialize(config: TrainConfig, decisions: Decisions, model: nn.Module) -> A
             config=deepspeed_config(config, decisions),
             dist_init_required=False,
         )
-    if decisions.compile.choice == "on":
-        engine.compile()
     return engine
 
 

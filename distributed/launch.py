@@ -24,7 +24,9 @@ from rich.console import Console
 from distributed import checkpoint as checkpoints
 from distributed.checkpoint import Checkpoint
 from distributed.config import TrainConfig, as_metrics, to_yaml
+from distributed.decisions import training_device
 from distributed.storage import absolute, open_folder, write_json, write_whole
+from measnet.hardware import Machine, this_machine
 from shards.manifest import Manifest
 from shards.manifest import read as read_manifest
 from shards.order import Plan
@@ -65,6 +67,10 @@ next, yet not so long that the loader and other workers miss the core. Memory of
 the next: given back, its pages would have to be zeroed for each step again (malloc's limits; all
 three, for one alone would switch off the others' adjustment). Nobody announces that one's
 own machine will be taken away, and the watcher for it is a process."""
+
+GPU_ENVIRONMENT = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+"""What workers on GPUs run with. Segments that grow waste less memory when sizes change, as between
+training and the whole pictures of a validation."""
 
 _QUIET: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
 """What people need to see comes through the monitor; Ray keeps the workers' own logs."""
@@ -188,6 +194,11 @@ def launch(
     manifest, plan, found = check(config)
     if found is not None and found.state().finished:
         return _already_finished(config, found, console, export=export)
+    machine = _own_machine()
+    if machine is not None:
+        training_device(config.scaling, len(machine.cards), machine)
+        if machine.problem and config.scaling.device != "cpu":
+            console.print(f"no GPU is used: {machine.problem}", highlight=False, markup=False)
     _show_plan(console, config, manifest, plan)
 
     from distributed import tracking
@@ -260,21 +271,23 @@ def _fit(
 
     monitor = start_monitor()
     scaling, (low, high) = config.scaling, config.scaling.bounds
-    use_gpu = scaling.device == "gpu" or (
-        scaling.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
-    )
-    cpus = _cpus_per_worker(config, local=not os.environ.get("RAY_ADDRESS"), use_gpu=use_gpu)
+    device = training_device(scaling, ray.cluster_resources().get("GPU", 0), _own_machine())
+    use_gpu = device == "cuda"
+    cpus = _cpus_per_worker(config, local=_is_local(), use_gpu=use_gpu)
     wanted = f"{scaling.workers} workers of {cpus} CPUs" + (" and 1 GPU" if use_gpu else "")
     _forget_listed_checkpoints(config)
     trainer = ShardTrainer(
         train_loop,
         train_loop_config={
             "config": to_dict(config),
+            "device": device,
             "monitor": monitor,
             "tracking": run,
             "tracking_folder": str(local_folder),
         },
-        torch_config=TorchConfig(timeout_s=int(scaling.collective_timeout_s)),
+        torch_config=TorchConfig(
+            backend="nccl" if use_gpu else "gloo", timeout_s=int(scaling.collective_timeout_s)
+        ),
         scaling_config=ScalingConfig(
             num_workers=(low, high) if scaling.elastic else high,
             use_gpu=use_gpu,
@@ -284,6 +297,7 @@ def _fit(
         run_config=RunConfig(
             name=config.name,
             **ray_storage(config.storage),
+            worker_runtime_env={"env_vars": GPU_ENVIRONMENT} if use_gpu else None,
             # Waiting for workers is limited by the display, which can tell what is missing.
             failure_config=FailureConfig(
                 max_failures=scaling.max_failures, controller_failure_limit=-1
@@ -399,6 +413,16 @@ def ray_cluster(config: TrainConfig, console: Console) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _is_local() -> bool:
+    """Whether the run stays on this machine: no cluster is named by RAY_ADDRESS."""
+    return not os.environ.get("RAY_ADDRESS")
+
+
+def _own_machine() -> Machine | None:
+    """This machine, where the run stays on it; None where it goes to a cluster."""
+    return this_machine() if _is_local() else None
 
 
 def _cpus_per_worker(config: TrainConfig, *, local: bool, use_gpu: bool) -> int:

@@ -18,15 +18,17 @@ from ray.train import CheckpointUploadMode
 from torch import Tensor
 
 from distributed.checkpoint import Checkpoint, RunState, Snapshot, newest_whole, prune
+from distributed.compilation import compile_blocks
 from distributed.config import TrainConfig
+from distributed.decisions import decide, sharing_workers
 from distributed.engine import (
     WeightAverage,
-    decide,
     guarded_optimizer,
     initialize,
+    largest_micro_batches,
     load_optimizer_state,
     optimizer_state,
-    sharing_workers,
+    use_deterministic_algorithms,
     weights,
 )
 from distributed.evaluate import EvaluationReport, Panels, Score, score, share, write
@@ -43,6 +45,7 @@ from distributed.guard import (
 from distributed.monitor import Reporter
 from distributed.tracking import Tracker
 from measnet.config import from_dict, to_dict
+from measnet.hardware import card_of
 from measnet.losses import Losses
 from measnet.metrics import FIELD
 from measnet.network import MEASNet, Restoration
@@ -56,6 +59,17 @@ EVENTS = "events.log"
 RESUMED_S = 60.0
 """Seconds until a run that goes on tells MLflow more. MLflow has what was before, and to import it
 takes seconds of the workers' time: after a loss they train first."""
+
+
+def _own_device(kind: str) -> torch.device:
+    """The device that the run decided on: this worker's GPU, or the CPU.
+
+    Ray does not hide a GPU from a worker that asked for none, so torch is never asked here.
+    """
+    if kind == "cpu":
+        return torch.device("cpu")
+    device: torch.device = ray.train.torch.get_device()
+    return device
 
 
 def gate_noise(seed: int, step: int, micro_batch: int, device: torch.device) -> torch.Generator:
@@ -145,17 +159,22 @@ class TrainRun:
         4. the average of the weights
         5. the counts of samples and updates; the stream of samples begins at that position
         """
+        self._started: float | None = time.perf_counter()
         self.config = from_dict(TrainConfig, settings["config"])
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.device = ray.train.torch.get_device()
+        self.device = _own_device(settings["device"])
         self._folder = self.config.folder
         self._reporter = Reporter(settings["monitor"], speaks=self.rank == 0)
         self._stream = TrainStream(self.config.data, self.config.seed)
         self._local = Path(settings["tracking_folder"])
         self._local.mkdir(parents=True, exist_ok=True)
 
-        decisions = decide(self.config, self.world, self.device)
+        card = card_of(self.device)
+        fitting = None if card is None else largest_micro_batches(self.config, card)
+        decisions = decide(self.config, self.world, card, fitting)
+        if decisions.deterministic.choice == "on":
+            use_deterministic_algorithms()
         self.accumulation = int(decisions.accumulation.choice)
         # A worker that stands by computes what another one does, with no weight: DeepSpeed's
         # collectives need it, the result does not.
@@ -170,7 +189,9 @@ class TrainRun:
         torch.manual_seed(self.config.seed)
         model = MEASNet(self.config.model).to(self.device)
         model.defer_statistics = True
-        model.activation_checkpointing = self.config.engine.activation_checkpointing
+        model.activation_checkpointing = decisions.checkpointing.choice == "on"
+        if decisions.compile.choice == "on":
+            decisions = decisions._replace(compile=compile_blocks(model, self.device))
         if found:
             model.load_state_dict(found.tensors("weights"))
         self._name_unused: Callable[[], list[str]] | None = watch_unused(model)
@@ -240,6 +261,9 @@ class TrainRun:
             GoBackError: too many steps in a row were skipped.
         """
         every = self.config.every
+        if self._started is not None:
+            seconds, self._started = time.perf_counter() - self._started, None
+            self._reporter.say(f"first step after {seconds:.1f} s of the workers' start")
         sums, stops, digests, keys = self._agree()
         if stops:
             self.stop_reason = self._reporter.stop_reason or "asked to stop"

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from distributed.config import parse
+from distributed.presets import parse
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -226,6 +226,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where)  # type: ignore[arg-type]
     if origin is Literal:
+        if isinstance(value, bool) and {"on", "off"} <= set(args):
+            return "on" if value else "off"  # YAML reads on and off as true and false
         if value not in args:
             raise ValueError(f"{where} is {value!r}; choose one of {', '.join(map(str, args))}")
         return value

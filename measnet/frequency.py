@@ -148,7 +148,7 @@ def low_pass(x_bhwc: Tensor, taps_bc9: Tensor) -> tuple[Tensor, Tensor]:
     """
     if kernels.fit(x_bhwc):
         return kernels.low_pass(x_bhwc, taps_bc9.transpose(1, 2))
-    padded = F.pad(x_bhwc.permute(0, 3, 1, 2), (1, 1, 1, 1), mode="reflect")
+    padded = reflect_pad(x_bhwc.permute(0, 3, 1, 2))
     kernel_bc133 = taps_bc9.unflatten(2, (1, 3, 3))
     low = torch.cat(
         [
@@ -157,6 +157,15 @@ def low_pass(x_bhwc: Tensor, taps_bc9: Tensor) -> tuple[Tensor, Tensor]:
         ]
     ).permute(0, 2, 3, 1)
     return low, x_bhwc - low
+
+
+def reflect_pad(x_bchw: Tensor) -> Tensor:
+    """One more pixel on each side, reflected: (B, C, H + 2, W + 2); H and W are 2 or more."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return F.pad(x_bchw, (1, 1, 1, 1), mode="reflect")
+    # On a GPU torch has no deterministic gradient of its own reflection.
+    x = torch.cat([x_bchw[..., 1:2, :], x_bchw, x_bchw[..., -2:-1, :]], dim=-2)
+    return torch.cat([x[..., 1:2], x, x[..., -2:-1]], dim=-1)
 
 
 class PictureExperts(nn.Module):

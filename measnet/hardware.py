@@ -1,15 +1,17 @@
 """What a machine has, and what follows from it: the device, its arithmetic.
 
 The decisions are pure functions of a `Machine`, so that they can be tested for cards that are not
-here. Only `this_machine` and `free_memory` look at the real one.
+here. Only `this_machine`, `card_of` and `free_memory` look at the real one. torch is imported
+there alone, so that commands which check their arguments first stay quick.
 """
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
@@ -66,20 +68,25 @@ class Decision(NamedTuple):
 
 def this_machine() -> Machine:
     """Look at the machine that this process runs on; opens no CUDA context."""
+    import torch
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cards = []
+    cards: list[Card] = []
     if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            found = torch.cuda.get_device_properties(index)
-            cards.append(
-                Card(
-                    name=found.name,
-                    memory=found.total_memory,
-                    capability=(found.major, found.minor),
-                )
-            )
-    problem = "" if cards else unusable_card(torch.version.cuda, _driver())
+        found = (card_of(torch.device("cuda", i)) for i in range(torch.cuda.device_count()))
+        cards = [card for card in found if card is not None]
+    problem = "" if cards else unusable_card(torch.__version__, torch.version.cuda, _driver())
     return Machine(cores=cores or 1, cards=tuple(cards), problem=problem)
+
+
+def card_of(device: "torch.device") -> Card | None:
+    """The GPU behind `device`; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    found = torch.cuda.get_device_properties(device)
+    return Card(name=found.name, memory=found.total_memory, capability=(found.major, found.minor))
 
 
 def _driver() -> str:
@@ -90,10 +97,11 @@ def _driver() -> str:
         return ""
 
 
-def unusable_card(cuda_of_torch: str | None, driver: str) -> str:
+def unusable_card(build: str, cuda_of_torch: str | None, driver: str) -> str:
     """Why torch sees no GPU although a driver is loaded; empty where no driver is loaded.
 
     Args:
+        build: `torch.__version__`.
         cuda_of_torch: `torch.version.cuda`; None for a CPU build.
         driver: the text of /proc/driver/nvidia/version.
     """
@@ -102,13 +110,13 @@ def unusable_card(cuda_of_torch: str | None, driver: str) -> str:
         return ""
     if cuda_of_torch is None:
         return (
-            f"a GPU driver ({version}) is loaded, but torch {torch.__version__} is a CPU build; "
+            f"a GPU driver ({version}) is loaded, but torch {build} is a CPU build; "
             "install the CUDA build: see 'Which card and driver' in docs/gpu.md"
         )
     needed = DRIVER_OF_CUDA.get(int(cuda_of_torch.split(".")[0]), 0)
     if int(version.split(".")[0]) < needed:
         return (
-            f"the GPU driver is {version}, but torch {torch.__version__} (CUDA {cuda_of_torch}) "
+            f"the GPU driver is {version}, but torch {build} (CUDA {cuda_of_torch}) "
             f"needs {needed} or newer: update the driver, or install a torch build for an older "
             "CUDA (docs/gpu.md)"
         )
@@ -136,9 +144,11 @@ def choose_device(asked: DeviceChoice, machine: Machine) -> Decision:
     return Decision("cpu", machine.problem or "no GPU")
 
 
-def free_memory(device: torch.device) -> int:
+def free_memory(device: "torch.device") -> int:
     """Bytes that this process may still take on `device`; what torch holds in reserve counts."""
     if device.type == "cuda":
+        import torch
+
         free, _total = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + unused)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distributed.config import PRESETS, TrainConfig, as_metrics, from_yaml, parse, to_yaml
+from distributed.config import TrainConfig, as_metrics, from_yaml, to_yaml
+from distributed.presets import PRESETS, parse
 from measnet.config import ModelConfig, from_dict, replace_dotted, to_dict
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,7 +1,7 @@
 import pytest
 
-from distributed.config import PRESETS
 from distributed.cost import main, worker_counts
+from distributed.presets import PRESETS
 
 
 def test_hours_follow_from_the_step(capsys: pytest.CaptureFixture[str]) -> None:

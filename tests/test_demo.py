@@ -7,7 +7,15 @@ from PIL import Image
 from skimage import data
 
 from distributed import demo
-from distributed.demo import main, own_pictures, packaged_pictures, split
+from distributed.demo import (
+    describe_device,
+    main,
+    own_pictures,
+    packaged_pictures,
+    scaling_for,
+    split,
+)
+from tests.machines import MACHINES
 
 
 def save(folder: Path, count: int, size: tuple[int, int] = (160, 120)) -> None:
@@ -16,6 +24,24 @@ def save(folder: Path, count: int, size: tuple[int, int] = (160, 120)) -> None:
         left = 20 * at
         part = Image.fromarray(data.coffee()[:300, left : left + 300])
         part.resize(size).save(folder / f"p{at:02d}.png")
+
+
+@pytest.mark.parametrize(
+    ("machine", "workers", "device", "told"),
+    [
+        ("no GPU", "2", "cpu", "trains on the CPU with 2 workers"),
+        ("old driver", "2", "cpu", "(the GPU driver is 535.104.05"),
+        ("8 GB", "1", "gpu", "trains on 1 GPU: NVIDIA GeForce RTX 3050"),
+        ("T4", "1", "gpu", "trains on 1 GPU: Tesla T4"),
+        ("8 H100", "2", "gpu", "trains on 2 GPUs: NVIDIA H100 80GB HBM3"),
+    ],
+)
+def test_the_demo_takes_what_the_machine_has(
+    machine: str, workers: str, device: str, told: str
+) -> None:
+    scaling = scaling_for(MACHINES[machine])
+    assert (scaling.workers, scaling.device) == (workers, device)
+    assert told in describe_device(MACHINES[machine])
 
 
 def test_photographs_come_with_the_packages() -> None:

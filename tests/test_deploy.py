@@ -97,7 +97,7 @@ def test_the_kubernetes_job_fits_kuberays_definition() -> None:
 
 @pytest.mark.parametrize("name", [*CLUSTERS, "deploy/rayjob.yaml"])
 def test_commands_in_the_files_parse(name: str) -> None:
-    from distributed.config import parse
+    from distributed.presets import parse
 
     text = (ROOT / name).read_text()
     if "python -m distributed.train " not in text:

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import nn
 
 from distributed import engine as engines
-from distributed.config import EngineConfig, Recipe, ScalingConfig, TrainConfig
+from distributed.config import EngineConfig, Recipe, TrainConfig
+from distributed.decisions import decide
 from tests.ranks import run_ranks
 
 RECIPE = Recipe(
@@ -27,15 +28,14 @@ def test_learning_rate_warms_up_from_above_zero_and_falls_to_zero() -> None:
     assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
 
 
-def test_decisions_name_their_reason() -> None:
-    config = TrainConfig(recipe=RECIPE, scaling=ScalingConfig(workers="2"))
-    decisions = engines.decide(config, 2, torch.device("cpu"))
-    assert decisions.precision == ("fp32", "the device is a CPU")
-    assert decisions.accumulation == ("2", "global batch 8 / 2 workers / micro-batch 2")
-    settings = engines.deepspeed_config(config, decisions)
+def test_nothing_is_left_to_deepspeeds_defaults() -> None:
+    config = TrainConfig(recipe=RECIPE, engine=EngineConfig(precision="bf16"))
+    settings = engines.deepspeed_config(config, decide(config, 2, None))
     assert settings["gradient_accumulation_steps"] == 2
     assert settings["gradient_clipping"] == RECIPE.clip
-    assert settings["torch_autocast"]["enabled"] is False
+    # Named as safe for bf16, a module's gradients would be reduced in bf16, with a second bucket.
+    assert settings["torch_autocast"]["lower_precision_safe_modules"] == []
+    assert settings["zero_optimization"]["reduce_bucket_size"] * 4 <= 64 * 2**20
 
 
 def _network() -> nn.Module:
@@ -89,7 +89,7 @@ def train_and_resume(stages: list[int], precision: str) -> list[dict[str, Any]]:
         config = TrainConfig(
             recipe=RECIPE, engine=EngineConfig(zero_stage=stage, precision=precision)
         )
-        decisions = engines.decide(config, dist.get_world_size(), torch.device("cpu"))
+        decisions = decide(config, dist.get_world_size(), None)
         engine = engines.initialize(config, decisions, _network())
         average = engines.WeightAverage(engine, RECIPE.ema_decay)
         losses = _steps(engine, average, range(3), poison=2)
@@ -169,7 +169,7 @@ def test_state_of_another_network_is_refused_by_name() -> None:
 
 def _load_foreign_state() -> None:
     config = TrainConfig(recipe=RECIPE, engine=EngineConfig(zero_stage=0))
-    decisions = engines.decide(config, 1, torch.device("cpu"))
+    decisions = decide(config, 1, None)
     engine = engines.initialize(config, decisions, _network())
     engines.load_optimizer_state(engine, {"exp_avg.other": torch.zeros(1)}, 1)
 
@@ -184,9 +184,7 @@ def _compilers_after_steps() -> dict[int, list[str]]:
     found = {}
     for stage in (0, 1, 2):
         config = TrainConfig(recipe=RECIPE, engine=EngineConfig(zero_stage=stage))
-        engine = engines.initialize(
-            config, engines.decide(config, 1, torch.device("cpu")), _network()
-        )
+        engine = engines.initialize(config, decide(config, 1, None), _network())
         _steps(engine, engines.WeightAverage(engine, RECIPE.ema_decay), range(2), poison=-1)
         found[stage] = sorted({"torch._dynamo", "torch._inductor", "mlflow"} & set(sys.modules))
     return found

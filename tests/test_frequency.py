@@ -13,6 +13,7 @@ from measnet.frequency import (
     KernelNorm,
     PictureExperts,
     commit_statistics,
+    reflect_pad,
 )
 
 
@@ -216,3 +217,18 @@ def test_deferring_does_not_change_the_output() -> None:
     x = torch.randn(2, 4, 4, 16)
     for a, b in zip(split(x, False), other(x, True), strict=True):
         assert torch.equal(a, b)
+
+
+def test_reflection_is_the_same_where_only_deterministic_algorithms_may_run() -> None:
+    x = torch.randn(2, 3, 5, 2, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, 3, 7, 4, dtype=torch.float64)
+    plain = reflect_pad(x)
+    (expected,) = torch.autograd.grad((plain * weights).sum(), x)
+    torch.use_deterministic_algorithms(True)
+    try:
+        deterministic = reflect_pad(x)
+        (gradient,) = torch.autograd.grad((deterministic * weights).sum(), x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(deterministic, plain)
+    torch.testing.assert_close(gradient, expected)

@@ -19,6 +19,12 @@ ROOMS = {
     "tune": {"tune", "distributed", "measnet", "shards"},
 }
 """Room -> the rooms that it may import."""
+CONFIGURATION = (
+    "measnet.config",
+    "shards.config",
+    "distributed.config",
+    "distributed.presets",
+)
 HEAVY = ("torch", "ray", "deepspeed", "mlflow", "numpy")
 DOCUMENTS = sorted(
     path for place in (ROOT, ROOT / "docs", ROOT / "deploy") for path in place.glob("*.md")
@@ -60,7 +66,7 @@ def test_distributed_is_ours_and_not_that_of_dask() -> None:
     assert Path(found.stdout.strip()).parent == ROOT / "distributed"
 
 
-@pytest.mark.parametrize("module", ["measnet.config", "shards.config", "distributed.config"])
+@pytest.mark.parametrize("module", CONFIGURATION)
 def test_configuration_imports_nothing_heavy(module: str) -> None:
     """So a wrong field is answered in a fraction of a second."""
     program = (

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from distributed import checkpoint as checkpoints
-from distributed.config import demo
+from distributed.presets import demo
 from measnet.config import replace_dotted, to_dict
 from measnet.network import MEASNet
 from tune.conclude import complete_curve, prune_losers

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distributed.config import demo
+from distributed.presets import demo
 from measnet.config import ABLATION, to_dict
 from tune.config import SearchConfig, comparable, parse
 from tune.propose import build_study, propose

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from distributed import tracking
-from distributed.config import PRESETS, TrackingConfig, as_metrics
+from distributed.config import TrackingConfig, as_metrics
+from distributed.presets import PRESETS
 from distributed.tracking import Run, Tracker, finish, prepare, read_metrics, run_key
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from distributed import checkpoint as checkpoints
-from distributed.config import PRESETS
+from distributed.presets import PRESETS
 from distributed.run import CONSUMED
 from distributed.train import main
 from measnet.network import MEASNet
@@ -59,6 +59,20 @@ def finished(packed: Path, ray_local: None, tmp_path_factory: pytest.TempPathFac
     finally:
         os.chdir(before)
     return folder
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_made(
+    packed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.chdir(tmp_path)
+    assert main(command(packed, "--scaling.device", "gpu")) == 2
+    assert "scaling.device is gpu, but" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_leaves_what_is_needed(finished: Path) -> None:

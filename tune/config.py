@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from distributed.config import PRESETS, TrainConfig, as_metrics, starting_point
+from distributed.config import TrainConfig, as_metrics
+from distributed.presets import PRESETS, starting_point
 
 Cost = Literal["none", "multiply_adds", "parameters", "latency"]
 
@@ -166,7 +167,11 @@ def parse(argv: Sequence[str] | None = None) -> SearchConfig:
         own_file = "--config" in arguments
         train = starting_point(arguments)
         # Trials side by side use a machine better than workers side by side; the curves are equal.
-        scaling = train.scaling if own_file else dataclasses.replace(train.scaling, workers="1")
+        scaling = (
+            train.scaling
+            if own_file
+            else dataclasses.replace(train.scaling, workers="1", device="auto")
+        )
         named = dataclasses.replace(train, name=f"{train.name}-search", scaling=scaling)
         return tyro.cli(
             SearchConfig,

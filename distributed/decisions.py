@@ -1,0 +1,165 @@
+"""What a run chooses by itself, each choice with its reason.
+
+Pure functions of a configuration and a machine. Nothing here looks at a device, so every rule is
+tested over a table of machines.
+"""
+
+from typing import Literal, NamedTuple
+
+from distributed.config import EngineConfig, Recipe, ScalingConfig, TrainConfig
+from measnet.hardware import Card, Decision, Machine
+
+TrainingDevice = Literal["cpu", "cuda"]
+
+
+class Decisions(NamedTuple):
+    """All automatic choices of a run."""
+
+    precision: Decision
+    compile: Decision
+    checkpointing: Decision
+    accumulation: Decision
+    zero: Decision
+    deterministic: Decision
+
+
+def training_device(scaling: ScalingConfig, gpus: float, machine: Machine | None) -> TrainingDevice:
+    """The device of a run: the one place where it is decided.
+
+    Args:
+        scaling: of the run.
+        gpus: GPUs that Ray counts, on this machine or in the cluster.
+        machine: this machine, where the run stays on it; None on a cluster, which may still start
+            GPU nodes.
+
+    Raises:
+        ValueError: a GPU is asked for, and this machine has none that can be used, or fewer than
+            workers.
+    """
+    if scaling.device == "cpu":
+        return "cpu"
+    if machine is None:
+        return "cuda" if scaling.device == "gpu" or gpus >= 1 else "cpu"
+    if not machine.cards:
+        if scaling.device == "gpu":
+            reason = machine.problem or "torch sees no GPU on this machine"
+            raise ValueError(f"scaling.device is gpu, but {reason}; or use --scaling.device cpu")
+        return "cpu"
+    least, _most = scaling.bounds
+    if least > len(machine.cards):
+        raise ValueError(
+            f"scaling.workers is {scaling.workers}, but this machine has {len(machine.cards)} "
+            f"GPU{'s' * (len(machine.cards) > 1)}, and each worker needs its own; use "
+            f"--scaling.workers {len(machine.cards)}, or --scaling.device cpu"
+        )
+    return "cuda"
+
+
+def sharing_workers(recipe: Recipe, world: int) -> int:
+    """How many of `world` workers share the micro-batches evenly; the rest are idle.
+
+    Only a run whose number of workers changes has idle ones: with 8 micro-batches, 5 workers are
+    no faster than 4 however the work is divided.
+    """
+    return max(n for n in range(1, world + 1) if recipe.micro_batches % n == 0)
+
+
+def choose_precision(asked: str, card: Card | None) -> Decision:
+    """`bf16` or `fp32` for the forward pass; weights and optimizer state are always fp32.
+
+    fp16 is never chosen: DeepSpeed 0.19.8 clips gradients before it removes the loss scale (ZeRO 1
+    to 3), so the clipping norm of the recipe would mean something else.
+    """
+    if asked != "auto":
+        if asked == "bf16" and card is not None and not card.has_bf16:
+            emulated = f"engine.precision asks for it; {card.name} emulates it, fp32 is faster"
+            return Decision("bf16", emulated)
+        return Decision(asked, "engine.precision asks for it")
+    if card is None:
+        return Decision("fp32", "the device is a CPU")
+    if card.has_bf16:
+        return Decision("bf16", f"{card.name} supports it; weights and optimizer state stay fp32")
+    major, minor = card.capability
+    return Decision(
+        "fp32",
+        f"{card.name} has no bf16 (compute capability {major}.{minor}, bf16 needs 8.0), and fp16 "
+        "would need a loss scale that DeepSpeed applies before gradients are clipped",
+    )
+
+
+def choose_compile(asked: str) -> Decision:
+    """Whether each transformer block is compiled; never by itself."""
+    if asked == "on":
+        return Decision("on", "engine.compile asks for it; the first step takes about a minute")
+    reason = "engine.compile asks for it" if asked == "off" else "starts faster; engine.compile on"
+    return Decision("off", reason)
+
+
+def choose_checkpointing(asked: str, micro_batch: int, fitting: tuple[int, int] | None) -> Decision:
+    """Whether transformer blocks are computed again in the backward pass, to save memory.
+
+    Args:
+        asked: `engine.activation_checkpointing`.
+        micro_batch: samples per forward pass.
+        fitting: largest predicted micro-batches without and with checkpointing; None on a CPU.
+    """
+    if asked != "auto":
+        return Decision(asked, "engine.activation_checkpointing asks for it")
+    if fitting is None:
+        return Decision("off", "the device is a CPU")
+    without, with_it = fitting
+    fits = f"{without} samples are predicted to fit without it, {with_it} with it"
+    if micro_batch <= without:
+        return Decision("off", f"micro-batch {micro_batch}: {fits}")
+    if micro_batch <= with_it:
+        return Decision("on", f"micro-batch {micro_batch}: {fits}")
+    return Decision(
+        "on",
+        f"micro-batch {micro_batch} is predicted not to fit: {fits}; if memory runs out, lower "
+        "recipe.micro_batch",
+    )
+
+
+def choose_accumulation(recipe: Recipe, world: int) -> Decision:
+    """Micro-batches that each sharing worker computes per optimizer step."""
+    sharing = sharing_workers(recipe, world)
+    idle = f", {world - sharing} more are idle" if sharing < world else ""
+    return Decision(
+        f"{recipe.micro_batches // sharing}",
+        f"global batch {recipe.global_batch} / {sharing} workers / micro-batch "
+        f"{recipe.micro_batch}{idle}",
+    )
+
+
+def choose_deterministic(engine: EngineConfig) -> Decision:
+    """Whether the device may only use algorithms that repeat to the bit."""
+    if engine.deterministic == "on":
+        return Decision("on", "engine.deterministic asks for it; steps are slower on a GPU")
+    return Decision("off", "a GPU may round differently each time; engine.deterministic on")
+
+
+def decide(
+    config: TrainConfig,
+    world: int,
+    card: Card | None,
+    fitting: tuple[int, int] | None = None,
+) -> Decisions:
+    """Resolve what the configuration leaves open.
+
+    Args:
+        config: of the run.
+        world: number of workers.
+        card: the GPU that a worker trains on; None trains on the CPU.
+        fitting: see `choose_checkpointing`.
+    """
+    engine = config.engine
+    return Decisions(
+        precision=choose_precision(engine.precision, card),
+        compile=choose_compile(engine.compile),
+        checkpointing=choose_checkpointing(
+            engine.activation_checkpointing, config.recipe.micro_batch, fitting
+        ),
+        accumulation=choose_accumulation(config.recipe, world),
+        zero=Decision(f"stage {engine.zero_stage}", "engine.zero_stage"),
+        deterministic=choose_deterministic(engine),
+    )

@@ -1,0 +1,169 @@
+"""The presets of a training run, and the command line that starts from one of them.
+
+Imports neither torch nor Ray; see `distributed.config`.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import tyro
+
+from distributed.config import (
+    IntervalConfig,
+    Recipe,
+    ScalingConfig,
+    TrainConfig,
+    from_yaml,
+)
+from measnet.config import tiny
+from shards.config import PAPER_REPEATS, DataConfig
+from shards.tasks import DEGRADATIONS, PAPER_TASKS
+
+
+def demo() -> TrainConfig:
+    """All five tasks at tiny width, on the photographs that `make demo` packs.
+
+    Command: `make demo`, or `python -m distributed.train demo` on shards that are already there.
+    """
+    # Blur is weighted most: of the five it is the hardest to tell from a picture without damage.
+    repeats = {"derain": 3, "dehaze": 2, "deblur": 6, "lowlight": 3}
+    return TrainConfig(
+        name="demo",
+        model=tiny(),
+        data=DataConfig(
+            train="data/demo/shards/train",
+            validation="data/demo/shards/test",
+            crop=48,
+            repeats={"denoise_15": 2, "denoise_25": 2, "denoise_50": 2, **repeats},
+            loader_workers=0,
+        ),
+        recipe=Recipe(
+            samples=8_000,
+            global_batch=8,
+            micro_batch=4,
+            lr=3e-3,
+            beta2=0.99,
+            warmup_samples=160,
+            ema_decay=0.98,
+        ),
+        # Two workers of one thread each: small pictures do not fill two threads. On the CPU, so
+        # that the preset runs on every machine; `make demo` takes the GPUs that it finds.
+        scaling=ScalingConfig(workers="2", device="cpu", cpus_per_worker=1),
+        every=IntervalConfig(checkpoint=2_000, validate=4_000, validation_pictures=1, log=80),
+    )
+
+
+def local_4090() -> TrainConfig:
+    """The paper's network and three-task recipe on one RTX 4090, bf16, by accumulation.
+
+    Command: `python -m distributed.train local-4090`. Micro-batches of 8, for which 24 GiB hold
+    room: `python -m measnet.complexity paper --memory 24GiB` predicts that 14 fit. Hours and
+    result: not measured yet; `python -m distributed.cost local-4090` says the hours on your card.
+    """
+    config = paper_3task()
+    recipe = dataclasses.replace(config.recipe, micro_batch=8)
+    return dataclasses.replace(config, name="local-4090", recipe=recipe)
+
+
+def paper_3task() -> TrainConfig:
+    """Noise, rain and haze with the paper's recipe: Adam, 2e-4, cosine, 150 epochs, crops of 128.
+
+    Command: `python -m distributed.train paper-3task`. The paper reports 32.85 dB on average (Table
+    I).
+    """
+    repeats = {
+        name: uses for name, uses in PAPER_REPEATS.items() if name not in ("deblur", "lowlight")
+    }
+    return TrainConfig(
+        name="paper-3task", data=DataConfig(repeats=repeats), recipe=Recipe(samples=150 * 142_431)
+    )
+
+
+def paper_5task() -> TrainConfig:
+    """All five tasks with the paper's recipe.
+
+    Command: `python -m distributed.train paper-5task`. The paper reports 30.64 dB on average (Table
+    II).
+    """
+    return TrainConfig()
+
+
+def _paper_single(task: str) -> Callable[[], TrainConfig]:
+    def preset() -> TrainConfig:
+        names = [name for name, row in DEGRADATIONS.items() if row.task == task]
+        draws = {
+            "denoise": 46_296,
+            "derain": 24_000,
+            "dehaze": 72_135,
+            "deblur": 10_515,
+            "lowlight": 9_700,
+        }[task]
+        return TrainConfig(
+            name=f"paper-single-{task}",
+            data=DataConfig(repeats={name: PAPER_REPEATS[name] for name in names}),
+            recipe=Recipe(samples=150 * draws),
+        )
+
+    preset.__doc__ = (
+        f"The paper's recipe on {task} alone (Fig. 8).\n\n"
+        f"Command: `python -m distributed.train paper-single-{task}`."
+    )
+    return preset
+
+
+PRESETS: dict[str, Callable[[], TrainConfig]] = {
+    "demo": demo,
+    "local-4090": local_4090,
+    "paper-3task": paper_3task,
+    "paper-5task": paper_5task,
+    **{f"paper-single-{task}": _paper_single(task) for task in PAPER_TASKS},
+}
+
+
+def parse(
+    argv: Sequence[str] | None = None, prog: str = "python -m distributed.train"
+) -> TrainConfig:
+    """Read `[preset] [--config FILE.yaml] [--section.field value ...]`.
+
+    Prints one message and exits with code 2 where the command line is wrong.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        default = starting_point(arguments)
+        return tyro.cli(
+            TrainConfig, default=default, args=arguments, prog=prog, description=_description(prog)
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def starting_point(arguments: list[str]) -> TrainConfig:
+    """Take the preset or the --config file off the arguments."""
+    if arguments and not arguments[0].startswith("-"):
+        name = arguments.pop(0)
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+        return PRESETS[name]()
+    if "--config" in arguments:
+        at = arguments.index("--config")
+        if at + 1 == len(arguments):
+            raise ValueError("--config needs the name of a YAML file")
+        path = Path(arguments[at + 1])
+        del arguments[at : at + 2]
+        try:
+            return from_yaml(path.read_text())
+        except OSError as error:
+            raise ValueError(f"cannot read --config {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return TrainConfig()
+
+
+def _description(prog: str) -> str:
+    rows = "\n".join(
+        f"  {name:<24}{(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items()
+    )
+    return f"{prog} [PRESET | --config FILE.yaml] [--section.field value ...]\n\nPresets:\n{rows}"
