@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from measnet import official
 from measnet.frequency import FrequencyExperts, FrequencySplit, PictureExperts
 from measnet.network import MEASNet, Restoration
+from measnet.official import network as official
 from measnet.prompts import PromptConcat
 from measnet.transformer import TransformerBlock
 
@@ -184,7 +184,7 @@ def official_picture_experts(x: Tensor, mee: official.RankExperts) -> Tensor:
 
 
 def frequency_experts(x: Tensor, level: nn.Module) -> Tensor:
-    if isinstance(level, official.FrequencyExperts):
+    if isinstance(level, official.RankFrequencyExperts):
         low, high = frequency_split(x, level.split)
         high = official_picture_experts(high, level.high)
         low = official_picture_experts(low, level.low)
@@ -242,7 +242,7 @@ def pixel_experts(x: Tensor, prompt: Tensor | None, experts: nn.Module | None, g
         return x, None, None
     if isinstance(experts, PromptConcat):
         return conv1x1(with_prompt(x, prompt, experts.to_channels), experts.weight), None, None
-    if isinstance(experts, official.PixelExperts):
+    if isinstance(experts, official.NoisyPixelExperts):
         return official_pixel_experts(x, prompt, experts, generator)
     return paper_pixel_experts(x, prompt, experts)
 

@@ -5,14 +5,16 @@
 
 One multiply-add counts as 1. fvcore counts what is executed for one picture of 256×256×3:
 convolutions, matrix products, layer norms (2 per element) and bilinear resizing; of the experts
-only the K of N that the picture's pixels choose, of the frequencies only those that are computed.
+only K of N, of the frequencies only those that are computed. The experts of a picture differ in
+width: the widest K are counted, which is the most that a picture can cost.
 Not counted: activations, additions, softmax, pooling, sorting and copying.
 """
 
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, NamedTuple
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from measnet import config as configs
 from measnet.config import ModelConfig
+from measnet.frequency import PictureExperts
 from measnet.memory import memory_table, parse_bytes
 from measnet.network import MEASNet
 
@@ -95,11 +98,11 @@ class _Image(nn.Module):
 
 
 def count(model: MEASNet, height: int = SIDE, width: int = SIDE) -> Complexity:
-    """Parameters and executed multiply-adds of one picture of random pixels, by block."""
+    """Parameters and most executed multiply-adds of one picture, by block; repeats exactly."""
     training = model.training
     image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
     logging.getLogger("fvcore").setLevel(logging.ERROR)
-    with torch.no_grad():
+    with torch.no_grad(), _widest_experts(model):
         analysis = FlopCountAnalysis(_Image(model.eval()), image)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         analysis.set_op_handle("aten::layer_norm", _layer_norm)
@@ -116,6 +119,22 @@ def count(model: MEASNet, height: int = SIDE, width: int = SIDE) -> Complexity:
         multiply_adds={name: multiply_adds[name] for name in kept},
         operators={name: float(value) for name, value in operators.items() if value},
     )
+
+
+@contextmanager
+def _widest_experts(model: MEASNet) -> Iterator[None]:
+    """Within it each picture chooses the widest experts, whatever the weights would choose."""
+    libraries = [module for module in model.modules() if isinstance(module, PictureExperts)]
+    kept = [(library.gate.data, library.gate_bias.data) for library in libraries]
+    for library in libraries:
+        widths = torch.tensor(library.widths, dtype=library.gate_bias.dtype)
+        library.gate.data = torch.zeros_like(library.gate)
+        library.gate_bias.data = widths.to(library.gate_bias.device)
+    try:
+        yield
+    finally:
+        for library, (gate, bias) in zip(libraries, kept, strict=True):
+            library.gate.data, library.gate_bias.data = gate, bias
 
 
 def _layer_norm(inputs: list[Any], outputs: list[Any]) -> float:

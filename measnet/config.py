@@ -52,6 +52,11 @@ class ModelConfig:
     expert_path: Literal["auto", "dense", "sorted"] = "auto"
     """How experts are computed: all N masked, or only the K chosen. The result is the same."""
 
+    @property
+    def widths(self) -> tuple[int, int, int, int]:
+        """Channels of levels 1 to 4."""
+        return self.dim, 2 * self.dim, 4 * self.dim, 8 * self.dim
+
     def __post_init__(self) -> None:
         """Refuse sizes that do not fit together."""
         for field in ("dim", "num_refinement_blocks", "prompts", "prompt_dim"):

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from measnet import kernels
-from measnet.convolution import pointwise
+from measnet.ops.convolution import pointwise, preferred_padding
 from measnet.transformer import weight
 
 ExpertPath = Literal["auto", "dense", "sorted"]
@@ -101,7 +100,7 @@ class ExpertBank(nn.Module):
 
     def _experts(self, x_pc: Tensor) -> list[Callable[[Tensor], Tensor]]:
         """Each expert's MLP, its hidden channels padded while computing where that is faster."""
-        missing = kernels.padding(x_pc, self.bias_in.shape[1])
+        missing = preferred_padding(x_pc, self.bias_in.shape[1])
         into, bias_in = F.pad(self.weight_in, (0, 0, 0, missing)), F.pad(self.bias_in, (0, missing))
         out = F.pad(self.weight_out, (0, missing))
         each = (one.unbind() for one in (into, bias_in, out, self.bias_out))

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from measnet.config import ModelConfig, replace_dotted
-from measnet.kernels import torch_only
 from measnet.losses import restoration_loss
 from measnet.network import MEASNet
+from measnet.ops.cpu_library import torch_only
 
 RESERVE = 0.9
 """Share of a device's memory that is planned with; the rest is for fragments and libraries."""

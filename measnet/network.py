@@ -21,10 +21,11 @@ from measnet import config as configs
 from measnet.config import ModelConfig
 from measnet.experts import PixelExperts, Routed
 from measnet.frequency import FrequencyExperts
+from measnet.official import network as official
 from measnet.prompts import PromptConcat, TaskPrompt
 from measnet.transformer import Conv3x3, Downsample, Merge, TransformerBlock, Upsample
 
-LEAST_SIZE = 16
+MIN_SIDE = 16
 """Smaller pictures are padded to this; the prompt needs 9 pixels a side, level 4 a whole one."""
 FORMAT = "measnet-1"
 """What the metadata of our safetensors files say they are."""
@@ -53,8 +54,8 @@ class MEASNet(nn.Module):
         """Recompute the transformer blocks in the backward pass: less memory, more time."""
         self.defer_statistics = False
         """Running statistics wait for `measnet.frequency.commit_statistics`."""
-        self.least_size = LEAST_SIZE
-        width1, width2, width3, width4 = (config.dim * 2**level for level in range(4))
+        self.min_side = MIN_SIDE
+        width1, width2, width3, width4 = config.widths
 
         self.prompt = TaskPrompt(config.prompts, config.prompt_dim) if config.tspg else None
         self.patch_embed = Conv3x3(3, width1)
@@ -87,9 +88,10 @@ class MEASNet(nn.Module):
         self.extra = nn.ModuleDict()
         """Blocks that the paper does not have; filled by the variant official."""
         if config.variant == "official":
-            from measnet.official import adapt
-
-            adapt(self)
+            self.min_side = official.OFFICIAL_MIN_SIDE
+            for name, part in official.replacements(config).items():
+                setattr(self, name, part)
+            self.extra.update(official.additions(config))
 
     def forward(self, image: Tensor, *, generator: torch.Generator | None = None) -> Restoration:
         """Restore a batch.
@@ -158,7 +160,7 @@ class MEASNet(nn.Module):
         if metadata.get("format") != FORMAT:
             raise ValueError(
                 f"{path} holds no MEASNet config; weights of the authors' program are read by "
-                "measnet.official.load"
+                "measnet.official.weights.load"
             )
         model = cls(configs.from_dict(ModelConfig, json.loads(metadata["config"]), "model"))
         try:
@@ -206,8 +208,8 @@ class MEASNet(nn.Module):
     def _pad(self, image: Tensor) -> Tensor:
         """To a multiple of 8 and the least size, by repeating the last row and column."""
         height, width = image.shape[-2:]
-        below = max(-height % 8, self.least_size - height)
-        right = max(-width % 8, self.least_size - width)
+        below = max(-height % 8, self.min_side - height)
+        right = max(-width % 8, self.min_side - width)
         return F.pad(image, (0, right, 0, below), mode="replicate") if below or right else image
 
     def _select(

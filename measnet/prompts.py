@@ -4,10 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from measnet.convolution import pointwise
+from measnet.ops.convolution import pointwise
 from measnet.transformer import weight
 
-LEAST_SIZE = 9
+PROMPT_MIN_SIDE = 9
 """Pixels a side that two convolutions of stride 3 need."""
 
 
@@ -37,10 +37,11 @@ class TaskPrompt(nn.Module):
         Raises:
             ValueError: the picture is too small for the two strided convolutions.
         """
-        if min(image_bchw.shape[-2:]) < LEAST_SIZE:
+        if min(image_bchw.shape[-2:]) < PROMPT_MIN_SIDE:
             height, width = image_bchw.shape[-2:]
             raise ValueError(
-                f"the picture is {height}x{width}, but needs at least {LEAST_SIZE} pixels a side"
+                f"the picture is {height}x{width}, but needs at least "
+                f"{PROMPT_MIN_SIDE} pixels a side"
             )
         read_bc = self.reader(image_bchw).mean((2, 3))
         q_bt = torch.softmax(self.mix(read_bc).float(), dim=-1).to(read_bc.dtype)

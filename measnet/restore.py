@@ -17,8 +17,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from measnet import official
 from measnet.network import MEASNet
+from measnet.official import weights as official_weights
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 TILE = 1024
@@ -105,7 +105,7 @@ def load_weights(path: Path) -> MEASNet:
             raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
         if ours:
             return MEASNet.from_pretrained(path)
-    return official.load(path)
+    return official_weights.load(path)
 
 
 def read_picture(path: Path) -> Tensor:

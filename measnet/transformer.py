@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from measnet import kernels
-from measnet.convolution import convolve, pointwise, project
-
-EPSILON = 1e-12  # the least norm that a query or key is divided by
+from measnet.ops.attention import attend_planes, residual_attention
+from measnet.ops.convolution import convolve, pointwise, project
+from measnet.ops.feed_forward import residual_feed_forward
 
 
 def weight(*shape: int, fan_in: int) -> nn.Parameter:
@@ -59,71 +58,6 @@ class ChannelAttention(nn.Module):
         return attend_planes(q, k, v, self.qkv_depthwise, self.temperature, self.project_out)
 
 
-def attend_planes(
-    q_bhwc: Tensor,
-    k_bhwc: Tensor,
-    v_bhwc: Tensor,
-    depthwise: Tensor,
-    temperature: Tensor,
-    project_out: Tensor,
-) -> Tensor:
-    """Channel attention after each plane's own of the depth-wise convolutions (3, C, 1, 3, 3)."""
-    heads = len(temperature)
-    if kernels.fit(v_bhwc, depthwise, temperature, project_out, heads=heads):
-        planes = (q_bhwc, k_bhwc, v_bhwc)
-        return kernels.attend_planes(*planes, depthwise, temperature, project_out)
-    q_bpc, k_bpc, v_bpc = (
-        convolve(plane, kernel, groups=len(kernel)).flatten(1, 2)
-        for plane, kernel in zip((q_bhwc, k_bhwc, v_bhwc), depthwise, strict=True)
-    )
-    out = attend_channels(q_bpc, k_bpc, v_bpc, temperature, project_out)
-    return out.view(v_bhwc.shape)
-
-
-def attend_channels(
-    q_bpc: Tensor, k_bpc: Tensor, v_bpc: Tensor, temperature: Tensor, project_out: Tensor
-) -> Tensor:
-    """Channel attention over P pixels and its 1×1 convolution; `temperature` is (heads, 1, 1).
-
-    Norms and softmax are fp32 under every precision.
-    """
-    heads = len(temperature)
-    q_bhcp = q_bpc.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)
-    k_bhpc = k_bpc.unflatten(-1, (heads, -1)).transpose(1, 2)
-    gram = (q_bhcp @ k_bhpc).float()
-    matrix_boc = channel_matrix(gram, _norm(q_bpc), _norm(k_bpc), temperature, project_out)
-    if len(matrix_boc) == 1:
-        return pointwise(v_bpc, matrix_boc[0].to(v_bpc.dtype))
-    return v_bpc @ matrix_boc.transpose(1, 2).to(v_bpc.dtype)
-
-
-def channel_matrix(
-    gram: Tensor, q_norm: Tensor, k_norm: Tensor, temperature: Tensor, project_out: Tensor
-) -> Tensor:
-    """What attention and its 1×1 convolution do to v, one matrix a picture.
-
-    Args:
-        gram: qᵀk over the pixels, (B, heads, C/heads, C/heads) fp32.
-        q_norm: (B, C) fp32; `k_norm` the same of k.
-        k_norm: see `q_norm`.
-        temperature: (heads, 1, 1).
-        project_out: (C, C).
-
-    Returns:
-        (B, C out, C of v).
-    """
-    heads = len(temperature)
-    cosine = gram / q_norm.view(*gram.shape[:3], 1) / k_norm.view(len(gram), heads, 1, -1)
-    attention_bhcc = torch.softmax(cosine * temperature.float(), dim=-1).to(project_out.dtype)
-    project_hcc = project_out.unflatten(1, (heads, -1)).transpose(0, 1)
-    return (project_hcc @ attention_bhcc).transpose(1, 2).flatten(2)
-
-
-def _norm(x_bpc: Tensor) -> Tensor:
-    """L2 norm along the pixels, (B, C) fp32; at 0 its gradient is 0."""
-    return x_bpc.square().sum(1, dtype=torch.float32).clamp_min(EPSILON**2).sqrt()
-
-
 class FeedForward(nn.Module):
     """Gated feed-forward: 1×1 to twice the hidden channels, depth-wise 3×3, gelu(a) · b, 1×1 back.
 
@@ -166,19 +100,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        attention, ffn = self.attention, self.feed_forward
-        for_attention = (
-            *(attention.qkv, attention.qkv_depthwise),
-            *(attention.temperature, attention.project_out),
-        )
-        for_ffn = (ffn.project_in, ffn.depthwise, ffn.project_out)
-        norms = (self.norm1.weight, self.norm1.bias, self.norm2.weight, self.norm2.bias)
-        heads = len(attention.temperature)
-        if not kernels.fit(x_bhwc, *norms, *for_attention, *for_ffn, heads=heads):
-            x_bhwc = x_bhwc + attention(self.norm1(x_bhwc))
-            return x_bhwc + ffn(self.norm2(x_bhwc))
-        x_bhwc = kernels.attention(x_bhwc, self.norm1, *for_attention)
-        return kernels.feed_forward(x_bhwc, self.norm2, *for_ffn)
+        x_bhwc = residual_attention(x_bhwc, self.norm1, self.attention)
+        return residual_feed_forward(x_bhwc, self.norm2, self.feed_forward)
 
 
 class Downsample(nn.Module):

@@ -77,6 +77,18 @@ def test_presets_and_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "24GiB" in capsys.readouterr().err
 
 
+def test_a_count_repeats_whatever_the_weights_choose() -> None:
+    """The experts of a picture differ in width; the widest are counted."""
+    counts = set()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = MEASNet(TINY)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        counts.add(count(model, 64, 64).total_multiply_adds)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert len(counts) == 1
+
+
 def test_the_official_network_is_the_programs_less_what_has_no_effect() -> None:
     with torch.device("meta"):
         ours = sum(p.numel() for p in MEASNet(configs.official()).parameters())

@@ -13,8 +13,8 @@ from measnet.frequency import (
     KernelNorm,
     PictureExperts,
     commit_statistics,
-    reflect_pad,
 )
+from measnet.ops.low_pass import reflect_pad
 
 
 def plain_split(x_bhwc: Tensor, split: FrequencySplit) -> tuple[Tensor, Tensor]:

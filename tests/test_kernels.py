@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from measnet import kernels
-from measnet.convolution import convolve, project
-from measnet.frequency import low_pass
-from measnet.transformer import TransformerBlock, attend_planes
+from measnet.ops import cpu_library
+from measnet.ops.attention import attend_planes
+from measnet.ops.convolution import convolve, project
+from measnet.ops.low_pass import low_pass
+from measnet.transformer import TransformerBlock
 
-compiled = pytest.mark.skipif(not kernels.KERNELS, reason="no compiler at installation")
+compiled = pytest.mark.skipif(not cpu_library.KERNELS, reason="no compiler at installation")
 # Batch, height, width, channels, heads: one pixel; rows shorter than a band; parts of rows with
 # remainders; more heads; hidden channels that need padding everywhere; vectors of 8 alone.
 SHAPES = [
@@ -51,15 +52,15 @@ def assert_close(ours: list[Tensor], exact: list[Tensor], tolerance: float) -> N
 
 
 @compiled
-@pytest.mark.parametrize("lanes", sorted(kernels.KERNELS))
+@pytest.mark.parametrize("lanes", sorted(cpu_library.KERNELS))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_block_agrees_with_torch(shape, lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "KERNELS", {lanes: kernels.KERNELS[lanes]})
+    monkeypatch.setattr(cpu_library, "KERNELS", {lanes: cpu_library.KERNELS[lanes]})
     block, x = block_and_input(shape)
-    fits = kernels.fit(x, heads=shape[-1])
+    fits = cpu_library.fits(x, heads=shape[-1])
     assert fits == (shape[3] % (shape[4] * lanes) == 0)
     ours, exact = trained(block, x), trained(copy.deepcopy(block).double(), x.double())
-    with kernels.torch_only():
+    with cpu_library.torch_only():
         torchs = trained(block, x)
     worst = max(
         ((one.double() - true).abs().max() / true.abs().max()).item()
@@ -76,7 +77,7 @@ def test_a_block_agrees_with_torch(shape, lanes, monkeypatch: pytest.MonkeyPatch
 def test_the_kernels_are_what_runs() -> None:
     block, x = block_and_input((1, 8, 8, 48, 1))
     assert "_FeedForward" in type(block(x).grad_fn).__name__
-    with kernels.torch_only():
+    with cpu_library.torch_only():
         assert "_FeedForward" not in type(block(x).grad_fn).__name__
 
 
@@ -126,7 +127,7 @@ def test_projections_agree_with_torch(channels, count, gelu) -> None:
     into, out = channels
     for pixels in ((3,), (1, 71, 131)):
         x, *weights = numbers((*pixels, into), *[(out, into)] * count, *[(out,)] * count)
-        assert kernels.fit(x, out=out)
+        assert cpu_library.fits(x, out=out)
         assert_agree_with_torch(
             lambda x, *all: project(x, all[:count], all[count:], gelu=gelu), [x, *weights]
         )
@@ -216,28 +217,28 @@ def test_damage_is_not_hidden() -> None:
 
 @compiled
 def test_bad_arguments_are_refused() -> None:
-    for lanes, run in ((lanes, module.run) for lanes, module in kernels.KERNELS.items()):
-        nothing = [0] * len(kernels.ADDRESSES)
+    for lanes, run in ((lanes, module.run) for lanes, module in cpu_library.KERNELS.items()):
+        nothing = [0] * len(cpu_library.ADDRESSES)
         with pytest.raises(ValueError, match=f"multiple of {lanes}"):
             run(0, nothing, (1, 2, 2, 7, 7, 7, 1, 1, 0, 1), 0.0, 1)
         with pytest.raises(ValueError, match="addresses"):
             run(0, nothing[1:], (1, 2, 2, 8, 8, 8, 1, 1, 0, 1), 0.0, 1)
         with pytest.raises(ValueError, match="unknown kind"):
-            run(len(kernels.KINDS), nothing, (1, 2, 2, 8, 8, 8, 1, 1, 0, 1), 0.0, 1)
+            run(len(cpu_library.KINDS), nothing, (1, 2, 2, 8, 8, 8, 1, 1, 0, 1), 0.0, 1)
 
 
 def test_only_fp32_on_a_cpu_takes_the_kernels() -> None:
     x, matrix = torch.randn(1, 4, 4, 16), torch.randn(16, 16)
-    assert kernels.fit(x, matrix) == bool(kernels.KERNELS)
-    assert not kernels.fit(x.bfloat16(), matrix.bfloat16())
-    assert not kernels.fit(x, matrix.double())
-    assert not kernels.fit(x.to("meta"), matrix)
+    assert cpu_library.fits(x, matrix) == bool(cpu_library.KERNELS)
+    assert not cpu_library.fits(x.bfloat16(), matrix.bfloat16())
+    assert not cpu_library.fits(x, matrix.double())
+    assert not cpu_library.fits(x.to("meta"), matrix)
     matrix.ds_id = 0  # as ZeRO-3 marks a parameter that it keeps in parts
-    assert not kernels.fit(x, matrix)
+    assert not cpu_library.fits(x, matrix)
     del matrix.ds_id
-    assert not kernels.fit(x[..., :6], matrix)
-    assert not kernels.fit(x, matrix, heads=4)
+    assert not cpu_library.fits(x[..., :6], matrix)
+    assert not cpu_library.fits(x, matrix, heads=4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not kernels.fit(x, matrix)
-    with kernels.torch_only():
-        assert not kernels.fit(x, matrix)
+        assert not cpu_library.fits(x, matrix)
+    with cpu_library.torch_only():
+        assert not cpu_library.fits(x, matrix)

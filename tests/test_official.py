@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bench import plain
-from measnet import official
 from measnet.config import ModelConfig, replace_dotted
 from measnet.frequency import FrequencySplit
 from measnet.losses import restoration_loss
 from measnet.network import MEASNet
+from measnet.official import network as official
+from measnet.official import weights
 from measnet.prompts import TaskPrompt
 from measnet.transformer import TransformerBlock
 
 # Largest difference over the reference's maximum.
 BLOCK, NETWORK, LARGE, GRADIENT = 2e-5, 5e-5, 2e-4, 1e-3
 SMALL = ModelConfig(variant="official", dim=16, num_blocks=(1, 2, 1, 2), num_refinement_blocks=1)
-Converter = Callable[[official._Entries], dict[str, Tensor]]
+Converter = Callable[[weights._Entries], dict[str, Tensor]]
 
 
 class Golden:
@@ -71,13 +72,13 @@ def assert_near(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
 
 
 def filled(module: nn.Module, entries: dict[str, Tensor], convert: Converter) -> nn.Module:
-    source = official._Entries(entries)
+    source = weights._Entries(entries)
     module.load_state_dict(convert(source))
     assert not source.left
     return module
 
 
-def convert_split(source: official._Entries) -> dict[str, Tensor]:
+def convert_split(source: weights._Entries) -> dict[str, Tensor]:
     source.drop("lamb_l", "lamb_h", "bn.num_batches_tracked")
     state = {"predict": source.take("conv.weight", 72, 32)}
     names = ("weight", "bias", "running_mean", "running_var")
@@ -91,17 +92,19 @@ def test_task_prompt(reference: Golden) -> None:
     entries = reference.entries("tiny", "task_prompt.")
     prompt = TaskPrompt(32, 256)
     official_names = {f"task_prompt.{key}": value for key, value in entries.items()}
-    filled(prompt, official_names, lambda source: official._prompt(source, SMALL))
+    filled(prompt, official_names, lambda source: weights._prompt(source, SMALL))
     ours = prompt(reference.image("taskprompt", 64, 72, 2))
     assert_near(ours, reference.outputs["taskprompt"], BLOCK)
 
 
 @pytest.mark.parametrize("path", ["dense", "sorted"])
 def test_pixel_experts(reference: Golden, path: str) -> None:
-    experts = official.PixelExperts(16, replace_dotted(SMALL, {"expert_path": path}), used=True)
+    experts = official.NoisyPixelExperts(
+        16, replace_dotted(SMALL, {"expert_path": path}), used=True
+    )
     entries = reference.entries("tiny", "stpg_g_mese1.")
     source = {f"stpg_g_mese1.{key}": value for key, value in entries.items()}
-    filled(experts, source, lambda s: official._pixel_experts(s, 1, 16, SMALL)).eval()
+    filled(experts, source, lambda s: weights._pixel_experts(s, 1, 16, SMALL)).eval()
     x = bhwc(reference.normal("stpg.x", (2, 16, 16, 20)))
     routed = experts(x, reference.normal("stpg.p", (2, 256)))
     assert_near(bchw(routed.features), reference.outputs["stpg_eval/0"], BLOCK)
@@ -125,7 +128,7 @@ def test_frequency_split(reference: Golden) -> None:
 def rank_experts(reference: Golden) -> nn.Module:
     entries = reference.entries("tiny", "fe_mee2.high_block.")
     block = official.RankExperts(32, SMALL)
-    return filled(block, entries, lambda s: official._rank_experts(s, "", 32, SMALL))
+    return filled(block, entries, lambda s: weights._rank_experts(s, "", 32, SMALL))
 
 
 def test_rank_experts(reference: Golden) -> None:
@@ -142,12 +145,12 @@ def test_rank_experts(reference: Golden) -> None:
 
 def frequency_experts(reference: Golden) -> tuple[nn.Module, dict[str, Tensor]]:
     entries = reference.entries("tiny", "fe_mee2.")
-    return official.FrequencyExperts(32, SMALL), {f"fe.{k}": v for k, v in entries.items()}
+    return official.RankFrequencyExperts(32, SMALL), {f"fe.{k}": v for k, v in entries.items()}
 
 
 def test_each_picture_of_a_batch_has_experts_of_its_own(reference: Golden) -> None:
     module, entries = frequency_experts(reference)
-    filled(module, entries, lambda s: official._frequency_experts(s, "fe", 32, SMALL)).eval()
+    filled(module, entries, lambda s: weights._frequency_experts(s, "fe", 32, SMALL)).eval()
     ours, _ = module(bhwc(reference.normal("fdmee.x", (2, 32, 16, 20))))
     assert_near(bchw(ours), reference.outputs["fdmee_eval_persample"], BLOCK)
 
@@ -159,7 +162,7 @@ def transformer_block(reference: Golden) -> tuple[nn.Module, dict[str, Tensor]]:
 
 def test_transformer_block(reference: Golden) -> None:
     module, entries = transformer_block(reference)
-    filled(module, entries, lambda s: official._transformer_block(s, "at", 16, 2, 2.66))
+    filled(module, entries, lambda s: weights._transformer_block(s, "at", 16, 2, 2.66))
     ours = module(bhwc(reference.normal("tb.x", (2, 16, 12, 20))))
     assert_near(bchw(ours), reference.outputs["transformer_WithBias"], BLOCK)
 
@@ -171,7 +174,7 @@ def test_cross_attention(reference: Golden) -> None:
     four = {f"{k}.weight": (*s, 1, 1) if len(s) == 2 else s for k, s in shapes.items()}
     four["temperature"] = (4, 1, 1)
     entries = {k: torch.from_numpy(reference.rules.fill_value(k, s)) for k, s in four.items()}
-    filled(attention, entries, lambda s: official._cross_attention(s, "", 16))
+    filled(attention, entries, lambda s: weights._cross_attention(s, "", 16))
     x, y = (bhwc(reference.normal(f"mm.{n}", (2, 16, 12, 20))) for n in "xy")
     assert_near(bchw(attention(x, y)), reference.outputs["mm"], BLOCK)
     zeros = torch.zeros_like(x)
@@ -182,7 +185,7 @@ def test_cross_attention(reference: Golden) -> None:
 def test_modulate(reference: Golden) -> None:
     modulate = official.Modulate(32)
     entries = reference.entries("tiny", "block3.freq_refinement.")
-    filled(modulate, entries, lambda s: official._modulate(s, "", 32))
+    filled(modulate, entries, lambda s: weights._modulate(s, "", 32))
     low, high = (bhwc(reference.normal(f"mod.{n}", (2, 32, 12, 20))) for n in "lh")
     assert_near(bchw(modulate(low, high)), reference.outputs["modulate"], BLOCK)
 
@@ -190,7 +193,7 @@ def test_modulate(reference: Golden) -> None:
 def test_frequency_mining(reference: Golden) -> None:
     mining = official.FrequencyMining(32)
     entries = {f"b.{k}": v for k, v in reference.entries("tiny", "block3.").items()}
-    filled(mining, entries, lambda s: official._mining(s, "b", 32))
+    filled(mining, entries, lambda s: weights._mining(s, "b", 32))
     y = bhwc(reference.normal("blk.y", (2, 32, 16, 24)))
     ours = mining(y, reference.image("blk", 64, 96, 2))
     assert_near(bchw(ours), reference.outputs["block_empty_mask"], BLOCK)
@@ -215,7 +218,7 @@ def test_low_pass_is_the_transform_restricted_to_the_rectangle() -> None:
     frequency = torch.arange(-most, most)
     keep_y = (frequency >= -half_y[:, None]) & (frequency < half_y[:, None])
     keep_x = (frequency >= -half_x[:, None]) & (frequency < half_x[:, None])
-    real, imaginary = official.low_pass(x, keep_y, keep_x)
+    real, imaginary = official.rectangle_low_pass(x, keep_y, keep_x)
     spectrum = torch.fft.fft2(x.double(), dim=(1, 2), norm="forward").roll((10, 15), (1, 2))
     mask = torch.zeros_like(spectrum)
     for b in range(2):
@@ -231,7 +234,7 @@ def test_low_pass_is_the_transform_restricted_to_the_rectangle() -> None:
 @pytest.fixture(scope="module")
 def network(reference: Golden) -> MEASNet:
     model = MEASNet(SMALL).eval()
-    model.load_state_dict(official.convert(reference.entries("tiny"), SMALL))
+    model.load_state_dict(weights.convert(reference.entries("tiny"), SMALL))
     return model
 
 
@@ -269,9 +272,11 @@ def with_gradients(entries: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("path", ["dense", "sorted"])
 def test_pixel_experts_train(reference: Golden, path: str) -> None:
     entries = with_gradients(reference.entries("tiny", "stpg_g_mese1."))
-    source = official._Entries({f"stpg_g_mese1.{key}": value for key, value in entries.items()})
-    state = official._pixel_experts(source, 1, 16, SMALL)
-    experts = official.PixelExperts(16, replace_dotted(SMALL, {"expert_path": path}), used=True)
+    source = weights._Entries({f"stpg_g_mese1.{key}": value for key, value in entries.items()})
+    state = weights._pixel_experts(source, 1, 16, SMALL)
+    experts = official.NoisyPixelExperts(
+        16, replace_dotted(SMALL, {"expert_path": path}), used=True
+    )
     x = reference.normal("stpg.x", (2, 16, 16, 20)).requires_grad_()
     prompt = reference.normal("stpg.p", (2, 256)).requires_grad_()
     with reference.rules.FixedNoise():
@@ -294,7 +299,7 @@ def test_pixel_experts_train(reference: Golden, path: str) -> None:
 
 def test_frequency_experts_train(reference: Golden) -> None:
     module, entries = frequency_experts(reference)
-    filled(module, entries, lambda s: official._frequency_experts(s, "fe", 32, SMALL)).train()
+    filled(module, entries, lambda s: weights._frequency_experts(s, "fe", 32, SMALL)).train()
     x = reference.normal("fdmee.x", (2, 32, 16, 20)).requires_grad_()
     ours, _ = module(bhwc(x))
     ours.square().mean().backward()
@@ -305,9 +310,7 @@ def test_frequency_experts_train(reference: Golden) -> None:
 
 def test_transformer_block_trains(reference: Golden) -> None:
     module, entries = transformer_block(reference)
-    state = official._transformer_block(
-        official._Entries(with_gradients(entries)), "at", 16, 2, 2.66
-    )
+    state = weights._transformer_block(weights._Entries(with_gradients(entries)), "at", 16, 2, 2.66)
     x = reference.normal("tb.x", (2, 16, 12, 20)).requires_grad_()
     functional_call(module, state, (bhwc(x),)).square().mean().backward()
     gradient = entries["at.attn.qkv.weight"].grad
@@ -318,7 +321,7 @@ def test_transformer_block_trains(reference: Golden) -> None:
 
 def test_network_trains(reference: Golden) -> None:
     outputs, entries = reference.outputs, with_gradients(reference.entries("tiny"))
-    state = official.convert(entries, SMALL)
+    state = weights.convert(entries, SMALL)
     model = MEASNet(SMALL)
     with reference.rules.FixedNoise():
         restoration = functional_call(model, state, (reference.image("train_x", 64, 64, 2),))
@@ -395,7 +398,7 @@ def test_log_ensemble_neither_overflows_nor_vanishes(
 # --- Checkpoints ---
 
 
-class Recorder(official._Entries):
+class Recorder(weights._Entries):
     """Makes each entry that the importer asks for, so that any size of the program can be had."""
 
     def __init__(self) -> None:
@@ -417,8 +420,8 @@ class Recorder(official._Entries):
 def record(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
     with monkeypatch.context() as patch:
-        patch.setattr(official, "_Entries", lambda entries: recorder)
-        official.convert({}, config)
+        patch.setattr(weights, "_Entries", lambda entries: recorder)
+        weights.convert({}, config)
     return recorder
 
 
@@ -445,7 +448,7 @@ def test_names_and_shapes_are_the_programs(
     assert set(recorder.made) | recorder.unused == set(entries)
     for key, value in recorder.made.items():
         assert value.squeeze().shape == entries[key].squeeze().shape, key
-    assert official.infer_config(entries) == config
+    assert weights.infer_config(entries) == config
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".pth", ".safetensors"])
@@ -458,7 +461,7 @@ def test_load_other_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffi
     else:
         lightning = {"state_dict": entries, "epoch": 3, "pytorch-lightning_version": "2.0.1"}
         torch.save(lightning if suffix == ".ckpt" else entries, path)
-    model = official.load(path)
+    model = weights.load(path)
     assert model.config == OTHER and not model.training
     image = torch.rand(2, 3, 64, 72)
     with torch.no_grad():
@@ -482,7 +485,7 @@ def test_load_refuses_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         path = tmp_path / "changed.pth"
         torch.save(changed, path)
         with pytest.raises(ValueError) as caught:
-            official.load(path)
+            weights.load(path)
         return str(caught.value)
 
     assert first in message({k: v for k, v in entries.items() if k != first})
@@ -504,5 +507,5 @@ def test_load_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     path = tmp_path / "harmful.ckpt"
     torch.save({"state_dict": {}, "callbacks": Harmful()}, path)
     with pytest.raises(ValueError, match="safely"):
-        official.load(path)
+        weights.load(path)
     assert "ran" not in capsys.readouterr().out

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from measnet import kernels
+from measnet.ops import cpu, cpu_library
+from measnet.ops.cpu_library import fits
 
 CONVOLUTION_PAYS = 48 * 128
 """Elements of a matrix from which oneDNN trains faster than MKL."""
@@ -22,8 +23,8 @@ def convolve(
 ) -> Tensor:
     """`F.conv2d` with zero padding to the same size (odd kernels) on BHWC features, then `gelu`."""
     depthwise = groups == len(kernel) and kernel.shape[1] == 1 and max(kernel.shape[2:]) == 3
-    if depthwise and kernels.fit(x_bhwc, kernel, bias):
-        return kernels.depthwise(x_bhwc, kernel, bias, gelu=gelu)
+    if depthwise and fits(x_bhwc, kernel, bias):
+        return cpu.depthwise(x_bhwc, kernel, bias, gelu=gelu)
     padding = (kernel.shape[-2] // 2, kernel.shape[-1] // 2)
     x_bchw = F.conv2d(x_bhwc.permute(0, 3, 1, 2), kernel, bias, padding=padding, groups=groups)
     out_bhwc = x_bchw.permute(0, 2, 3, 1)
@@ -54,11 +55,16 @@ def project(
     gelu: bool = False,
 ) -> tuple[Tensor, ...]:
     """`pointwise` of the same features with each of up to three matrices."""
-    if kernels.fit(x, *matrices, *(biases or ()), out=len(matrices[0])):
-        return kernels.project(x, matrices, biases, gelu=gelu)
+    if fits(x, *matrices, *(biases or ()), out=len(matrices[0])):
+        return cpu.project(x, matrices, biases, gelu=gelu)
     x = F.gelu(x) if gelu else x
     each = (None,) * len(matrices) if biases is None else biases
     return tuple(_linear(x, matrix, bias) for matrix, bias in zip(matrices, each, strict=True))
+
+
+def preferred_padding(x: Tensor, width: int) -> int:
+    """Channels by which to pad `width` hidden channels, so that these features' device is fast."""
+    return -width % next(iter(cpu_library.KERNELS)) if fits(x) else 0
 
 
 def _linear(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:

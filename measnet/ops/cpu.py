@@ -1,18 +1,12 @@
-"""Passes over fp32 features on a CPU, compiled at installation.
+"""Operations on fp32 features on a CPU, by the compiled library.
 
-An operation of torch reads its input from memory and writes a new tensor; a transformer block has
-some forty of them, and fetching fresh memory costs more than most of them compute. These kernels
-(`_kernels.h`)
-use what a 1×1 convolution gives a few rows later, while it is in the cache, keep less for the
-backward pass, and compute the rest again. `bench/model.py` shows what is gained. Where there was no
-compiler, on a GPU, under autocast, `torch.compile` and in exports, torch does the work
-(transformer.py, convolution.py).
+An operation of torch reads its input from memory and writes a new tensor. A transformer block has
+some forty of them, and fetching fresh memory costs more than most of them compute. These use what a
+1×1 convolution gives a few rows later, while it is in the cache. They keep less for the backward
+pass, and compute the rest again. `bench/model.py` shows what is gained.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib import import_module
-from types import ModuleType
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,86 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-def _built() -> dict[int, ModuleType]:
-    """Floats per vector -> the kernels for it, the widest that this processor has first."""
-    found = {}
-    for lanes in (16, 8):
-        try:
-            found[lanes] = import_module(f"measnet._kernels{lanes}")
-        except ImportError:
-            continue  # no compiler at installation, or a processor without such vectors
-    return found
-
-
-KERNELS = _built()
-PART = 32
-"""Rows of a picture whose share of a sum is given at once."""
-LEAST_PART = 8
-"""Rows of a small picture that are still worth a thread of their own."""
-PIXELS = 1024
-"""Least number of pixels whose share of a sum is given at once where rows do not matter."""
-SHARES = 8
-"""Most shares of such a sum."""
-KINDS = (
-    *("convolve", "convolve_back", "expand", "project_back", "gate", "gate_back"),
-    *("correlate", "correlate_back", "mix", "mix_back", "low_pass", "low_pass_back"),
+from measnet.ops.cpu_library import (
+    LEAST_PART,
+    PART,
+    PIXELS,
+    SHARES,
+    compute,
+    straight_part,
+    widest_lanes,
 )
-ADDRESSES = (
-    *("x", "weight", "bias", "matrix", "matrix1", "matrix2", "plane", "plane1", "plane2"),
-    *("kernel", "kernel1", "kernel2", "offset", "offset1", "offset2", "last", "temperature"),
-    *("project_out", "gradient", "besides", "of_mixer", "out", "out1", "out2", "mixer", "gram"),
-    *("squares", "of_norm", "of_matrix", "of_kernel", "of_offset", "of_last", "of_temperature"),
-    "of_project_out",
-)
-_INDEX = {name: at for at, name in enumerate(ADDRESSES)}
-_STACKED = ("matrix", "plane", "kernel", "offset")
-"""There are one to three of each, at addresses that follow each other."""
-_allowed = True
-
-
-@contextmanager
-def torch_only() -> Iterator[None]:
-    """Within it the kernels are torch's own, as on a GPU; not for several threads."""
-    global _allowed
-    before, _allowed = _allowed, False
-    try:
-        yield
-    finally:
-        _allowed = before
-
-
-def fit(x: Tensor, *weights: Tensor | None, heads: int = 1, out: int | None = None) -> bool:
-    """Whether the kernels compute this; asked first for what is quick to know.
-
-    Args:
-        x: the features, channels last.
-        weights: parameters that take part; None is one that is not there.
-        heads: they split the channels.
-        out: channels of the output, where those matter too.
-    """
-    return (
-        _allowed
-        and x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and all(_is_whole(weight) for weight in weights if weight is not None)
-        and _lanes(x.shape[-1], heads, out) > 0
-        and x.numel() > 0
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and type(x) in (Tensor, torch.nn.Parameter)  # not one without memory of its own
-    )
-
-
-def padding(x: Tensor, width: int) -> int:
-    """Channels to be added to `width` for these features' kernels; none where torch computes."""
-    return -width % next(iter(KERNELS)) if fit(x) else 0
-
-
-def _is_whole(weight: Tensor) -> bool:
-    """DeepSpeed's ZeRO-3 keeps a parameter in parts, except in the forward of its own module."""
-    return weight.dtype == torch.float32 and not hasattr(weight, "ds_id")
 
 
 def depthwise(
@@ -161,7 +84,7 @@ def feed_forward(
         return trained
     x = x_bhwc.contiguous()
     out = torch.empty_like(x)
-    _compute(
+    compute(
         "gate",
         x,
         {
@@ -173,7 +96,7 @@ def feed_forward(
             "out": out,
         },
         hidden=depthwise.shape[1],
-        part=_straight_part(x.shape[1]),
+        part=straight_part(x.shape[1]),
         epsilon=norm.eps,
     )
     return out
@@ -203,7 +126,7 @@ def attention(
         return trained
     x = x_bhwc.contiguous()
     given = {"weight": norm.weight, "bias": norm.bias, "matrix": qkv.contiguous()}
-    part = _straight_part(x.shape[1])
+    part = straight_part(x.shape[1])
     kept = _correlate(x, given, depthwise, temperature, project_out, part, norm.eps)
     return _mix(x, kept["out"], kept["mixer"])
 
@@ -245,7 +168,7 @@ class _Depthwise(torch.autograd.Function):
         offset = None if offset is None else offset.contiguous()
         out = torch.empty_like(x)
         given = {"plane": (x,), "kernel": (kernel,), "offset": (offset,), "out": out}
-        _compute("convolve", x, given, activated=gelu, part=_straight_part(x.shape[1]))
+        compute("convolve", x, given, activated=gelu, part=straight_part(x.shape[1]))
         ctx.save_for_backward(x, kernel, offset)
         ctx.gelu = gelu
         return out
@@ -255,7 +178,7 @@ class _Depthwise(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, kernel, offset = ctx.saved_tensors
         of_x, of_kernel, of_offset = _room(x, kernel, offset)
-        _compute(
+        compute(
             "convolve_back",
             x,
             {
@@ -283,7 +206,7 @@ class _Project(torch.autograd.Function):
         matrices = [one.contiguous() for one in weights[:count]]
         offsets = [one.contiguous() for one in weights[count:]]
         planes = tuple(x.new_empty(*x.shape[:-1], one.shape[0]) for one in matrices)
-        _compute(
+        compute(
             "expand",
             _column(x),
             {"matrix": matrices, "offset": offsets, "plane": planes},
@@ -300,7 +223,7 @@ class _Project(torch.autograd.Function):
         x, *matrices = ctx.saved_tensors
         of_x, of_matrix = torch.empty_like(x), x.new_empty(len(matrices), *matrices[0].shape)
         of_offset = x.new_empty(of_matrix.shape[:2]) if ctx.has_offsets else None
-        _compute(
+        compute(
             "project_back",
             _column(x),
             {
@@ -338,10 +261,10 @@ class _FeedForward(torch.autograd.Function):
         planes = x.new_empty(2, *x.shape[:-1], _padded(x, hidden))
         given = {"weight": weight, "bias": bias, "plane": planes}
         sizes: dict[str, Any] = {"hidden": hidden, "epsilon": epsilon}
-        _compute("expand", x, {**given, "matrix": project_in}, **sizes)
+        compute("expand", x, {**given, "matrix": project_in}, **sizes)
         out = torch.empty_like(x)
         kept = {**given, "kernel": depthwise, "last": project_out, "out": out}
-        _compute("gate", x, kept, **sizes)
+        compute("gate", x, kept, **sizes)
         ctx.save_for_backward(x, weight, bias, project_in, depthwise, project_out, planes)
         ctx.sizes = sizes
         return out
@@ -352,7 +275,7 @@ class _FeedForward(torch.autograd.Function):
         x, weight, bias, project_in, depthwise, project_out, planes = ctx.saved_tensors
         of_x, of_in, of_depthwise, of_out = _room(x, project_in, depthwise, project_out)
         of_norm = x.new_empty(2, x.shape[-1])
-        _compute(
+        compute(
             "gate_back",
             x,
             {
@@ -391,7 +314,7 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         x, qkv = x_bhwc.contiguous(), qkv.contiguous()
         given = {"weight": weight, "bias": bias, "plane": x.new_empty(3, *x.shape)}
-        _compute("expand", x, {**given, "matrix": qkv}, epsilon=epsilon)
+        compute("expand", x, {**given, "matrix": qkv}, epsilon=epsilon)
         kept = _correlate(x, given, depthwise, temperature, project_out)
         ctx.save_for_backward(x, qkv, *kept.values())
         ctx.names, ctx.epsilon = tuple(kept), epsilon
@@ -462,7 +385,7 @@ def _correlate(
         "gram": x.new_empty(x.shape[0], channels, channels // heads),
         "squares": x.new_empty(x.shape[0], 2, channels),
     }
-    _compute("correlate", x, kept, heads=heads, part=part, epsilon=epsilon)
+    compute("correlate", x, kept, heads=heads, part=part, epsilon=epsilon)
     return kept
 
 
@@ -477,19 +400,19 @@ def _correlate_back(
     v, mixer, temperature = kept["out"], kept["mixer"], kept["temperature"]
     of_v, of_mixer = _room(v, mixer)
     given = {"plane": (v,), "mixer": mixer, "gradient": gradient}
-    _compute("mix_back", v, {**given, "out": of_v, "of_mixer": of_mixer})
+    compute("mix_back", v, {**given, "out": of_v, "of_mixer": of_mixer})
     of_attention = _room(kept["kernel"], temperature, kept["project_out"])
     names = ("of_kernel", "of_temperature", "of_project_out")
     given = {**kept, "gradient": of_v, "of_mixer": of_mixer, **to}
     given |= dict(zip(names, of_attention, strict=True))
-    _compute("correlate_back", x, given, heads=temperature.shape[0], epsilon=epsilon)
+    compute("correlate_back", x, given, heads=temperature.shape[0], epsilon=epsilon)
     return of_attention
 
 
 def _mix(x: Tensor | None, v: Tensor, mixer: Tensor) -> Tensor:
     out = torch.empty_like(v)
     given = {"x": x, "plane": (v,), "mixer": mixer, "out": out}
-    _compute("mix", v, given, part=LEAST_PART)
+    compute("mix", v, given, part=LEAST_PART)
     return out
 
 
@@ -499,7 +422,7 @@ class _LowPass(torch.autograd.Function):
         x, taps = x_bhwc.contiguous(), taps_b9c.contiguous()
         low, high = _room(x, x)
         given = {"kernel": (taps,), "out": (low, high)}
-        _compute("low_pass", x, given, part=_straight_part(x.shape[1]))
+        compute("low_pass", x, given, part=straight_part(x.shape[1]))
         ctx.save_for_backward(x, taps)
         return low, high
 
@@ -515,7 +438,7 @@ class _LowPass(torch.autograd.Function):
             "out": of_x,
             "of_kernel": of_taps,
         }
-        _compute("low_pass_back", x, given)
+        compute("low_pass_back", x, given)
         return of_x, of_taps
 
 
@@ -527,20 +450,12 @@ def _column(x: Tensor) -> Tensor:
 def _project_sizes(x: Tensor, matrices: Sequence[Tensor]) -> dict[str, int]:
     pixels, (out, channels) = x.numel() // x.shape[-1], matrices[0].shape
     part = max(PIXELS, -(-pixels // SHARES))
-    return {"hidden": out, "part": part, "lanes": _lanes(channels, 1, out)}
-
-
-def _lanes(channels: int, heads: int = 1, out: int | None = None) -> int:
-    """The widest vectors that these channels fill, split among the heads; 0: none."""
-    for lanes in KERNELS:
-        if channels % (heads * lanes) == 0 and (out is None or out % (heads * lanes) == 0):
-            return lanes
-    return 0
+    return {"hidden": out, "part": part, "lanes": widest_lanes(channels, 1, out)}
 
 
 def _padded(x_bhwc: Tensor, hidden: int) -> int:
     """Hidden channels up to whole vectors."""
-    return hidden + -hidden % _lanes(x_bhwc.shape[-1])
+    return hidden + -hidden % widest_lanes(x_bhwc.shape[-1])
 
 
 def _trains(*inputs: object) -> bool:
@@ -552,62 +467,3 @@ def _trains(*inputs: object) -> bool:
 def _room(*like: Any) -> list[Any]:
     """Where gradients of these go; None for None."""
     return [None if one is None else torch.empty_like(one) for one in like]
-
-
-def _compute(
-    kind: str,
-    x_bhwc: Tensor,
-    tensors: Mapping[str, Any],
-    *,
-    hidden: int | None = None,
-    heads: int = 1,
-    part: int = PART,
-    lanes: int | None = None,
-    activated: bool = False,
-    epsilon: float = 0.0,
-) -> None:
-    """Call the C file.
-
-    Args:
-        kind: one of `KINDS`.
-        x_bhwc: its sizes are those of the work.
-        tensors: contiguous fp32 or None, by the names in `ADDRESSES`; of what `_STACKED` names
-            either a sequence, or one tensor that holds them along its first dimension.
-        hidden: channels that x is expanded to, if not as many as it has.
-        heads: they split the channels.
-        part: rows of a picture that are one piece of work.
-        lanes: floats per vector, if not the most that fit.
-        activated: gelu.
-        epsilon: of the norm.
-    """
-    addresses = [0] * len(ADDRESSES)
-    addresses[0] = x_bhwc.data_ptr()
-    streams = 0
-    for name, one in tensors.items():
-        at = _INDEX[name]
-        if one is None:
-            addresses[at] = 0
-        elif isinstance(one, Tensor):
-            addresses[at] = one.data_ptr()
-            if name in _STACKED:
-                count, apart = one.shape[0], 4 * one.stride(0)
-                for i in range(1, count):
-                    addresses[at + i] = addresses[at] + i * apart
-                streams = max(streams, count)
-        else:
-            for i, each in enumerate(one):
-                addresses[at + i] = 0 if each is None else each.data_ptr()
-            if name in _STACKED:
-                streams = max(streams, len(one))
-    channels = x_bhwc.shape[-1]
-    lanes = _lanes(channels, heads) if lanes is None else lanes
-    hidden = channels if hidden is None else hidden
-    padded = hidden + -hidden % lanes
-    sizes = (*x_bhwc.shape, hidden, padded, heads, part, int(activated), streams)
-    KERNELS[lanes].run(KINDS.index(kind), addresses, sizes, epsilon, torch.get_num_threads())
-
-
-def _straight_part(height: int) -> int:
-    """Where nothing is summed over the parts, or no gradient is wanted, small pictures are cut into
-    smaller ones."""
-    return min(PART, max(LEAST_PART, -(-height // 2)))

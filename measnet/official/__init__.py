@@ -1,0 +1,1 @@
+"""The variant `official`: what only the authors' released program computes, and its checkpoints."""
