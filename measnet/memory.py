@@ -217,14 +217,14 @@ def _step(
         parameter.grad = torch.zeros_like(parameter)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     as_on_gpu, count = (CudaAutocast(), _LiveOnMeta) if device == "cuda" else (nullcontext(), _Live)
-    with count([*model.parameters(), *model.buffers(), *gradients]) as live, as_on_gpu:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+    with count([*model.parameters(), *model.buffers(), *gradients]) as live:
+        with as_on_gpu, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             restoration = model(image)
         total = restoration_loss(restoration, image, 1e-4).total
         # Not `total.backward()`, during which `CudaAutocast` would not see what is recomputed.
-        torch.autograd.backward(
-            torch.autograd.graph.get_gradient_edge(total), torch.ones_like(total)
-        )
+        edge = torch.autograd.graph.get_gradient_edge(total)
+        with as_on_gpu if checkpointing else nullcontext():
+            torch.autograd.backward(edge, torch.ones_like(total))
     return live.peak
 
 
