@@ -2,6 +2,7 @@
 
     python -m measnet.complexity [paper|official|tiny] [--chart FILE.png]
     python -m measnet.complexity [preset] --memory 24GiB [--crop 128] [--precision bf16]
+    python -m measnet.complexity [preset] --cards [--crop 128]
 
 One multiply-add counts as 1. fvcore counts what is executed for one picture of 256×256×3:
 convolutions, matrix products, layer norms (2 per element) and bilinear resizing; of the experts
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from measnet import config as configs
 from measnet.config import ModelConfig
 from measnet.frequency import PictureExperts
-from measnet.memory import memory_table, parse_bytes
+from measnet.memory import cards_table, memory_table, parse_bytes
 from measnet.network import MEASNet
 
 PRESETS: dict[str, Callable[[], ModelConfig]] = {
@@ -196,6 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("preset", nargs="?", default="paper", help=", ".join(PRESETS))
     parser.add_argument("--chart", metavar="PNG", help="write the bubble chart here")
     parser.add_argument("--memory", metavar="SIZE", help="memory of the device, as 24GiB")
+    parser.add_argument("--cards", action="store_true", help="the largest micro-batches by card")
     parser.add_argument("--crop", type=int, default=128, help="side of the training crops")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     arguments = parser.parse_args(argv)
@@ -206,6 +208,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.memory:
             budget = parse_bytes(arguments.memory)
             print(memory_table(config, budget, arguments.crop, arguments.precision))
+            return 0
+        if arguments.cards:
+            print(cards_table(config, arguments.crop))
             return 0
         complexity = count(MEASNet(config))
         print(table(complexity), peers_table(arguments.preset, complexity), sep="\n\n")

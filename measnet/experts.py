@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from measnet.autocast import autocast_off
 from measnet.ops.convolution import pointwise, preferred_padding
 from measnet.transformer import weight
 
@@ -160,7 +161,7 @@ class PromptGate(nn.Module):
     def logits(self, x_bhwc: Tensor, prompt_bc: Tensor | None, weight_cn: Tensor) -> Tensor:
         """[features, prompt] × weight, without building the concatenation."""
         channels = x_bhwc.shape[-1]
-        with torch.autocast(x_bhwc.device.type, enabled=False):
+        with autocast_off(x_bhwc):
             logits = x_bhwc.float() @ weight_cn[:channels].float()
             if prompt_bc is not None:
                 from_prompt = prompt_bc.float() @ weight_cn[channels:].float()

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from measnet.autocast import autocast_off
 from measnet.experts import ExpertPath, resolve_path, scatter_gates
 from measnet.ops.convolution import convolve, pointwise
 from measnet.ops.low_pass import low_pass
@@ -127,7 +128,7 @@ class FrequencySplit(nn.Module):
     def forward(self, x_bhwc: Tensor, defer: bool = False) -> tuple[Tensor, Tensor]:
         """(B, H, W, C) -> (F_low, F_high), each (B, H, W, C); their sum is the input."""
         batch, channels = len(x_bhwc), x_bhwc.shape[-1]
-        with torch.autocast(x_bhwc.device.type, enabled=False):
+        with autocast_off(x_bhwc):
             pooled_bc = x_bhwc.mean((1, 2), dtype=torch.float32)
             taps = self.norm(F.linear(pooled_bc, self.predict.float()), defer)
             kernel = torch.softmax(taps.view(batch, GROUPS, TAPS), dim=-1)
@@ -175,7 +176,7 @@ class PictureExperts(nn.Module):
         return x_bhwc + out, chosen_bn
 
     def _choose(self, depth_bhwc: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(depth_bhwc.device.type, enabled=False):
+        with autocast_off(depth_bhwc):
             pooled_bc = depth_bhwc.mean((1, 2), dtype=torch.float32)
             logits = F.linear(pooled_bc, self.gate.float(), self.gate_bias.float())
             gate_bk, index_bk = torch.softmax(logits, dim=-1).topk(self.top_k, dim=-1)

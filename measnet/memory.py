@@ -1,27 +1,35 @@
-"""The memory that training takes, predicted from the tensors that live in two small steps."""
+"""The memory that training takes, predicted from the tensors that live in two small steps.
+
+For a GPU the steps run on `meta` tensors, which have shapes but no numbers: nothing is computed and
+no GPU is needed. docs/gpu.md compares the prediction with what an H100 took.
+"""
 
 import re
 import weakref
-from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
+from measnet.autocast import CudaAutocast
 from measnet.config import ModelConfig, replace_dotted
+from measnet.hardware import Card
 from measnet.losses import restoration_loss
 from measnet.network import MEASNet
-from measnet.ops.cpu_library import torch_only
 
 RESERVE = 0.9
 """Share of a device's memory that is planned with; the rest is for fragments and libraries."""
-STATE_BYTES = 4 + 4 + 8 + 4
-"""Per parameter: weight, gradient, two moments of Adam, running average; all fp32."""
-PROBES = (64, 96)
-"""Crops at which the live tensors of a training step are counted; the rest is linear in pixels."""
+PROBES = ((1, 64), (1, 96))
+"""Micro-batches and crops of the two steps on a CPU; the rest is linear in pixels."""
+META_PROBES = ((2, 128), (8, 128))
+"""The same on `meta`, where the size costs no time. Two pictures: one alone takes other paths."""
 Precision = Literal["fp32", "bf16"]
+Where = Literal["cpu", "cuda"]
 
 
 class _Live(TorchDispatchMode):
@@ -34,36 +42,80 @@ class _Live(TorchDispatchMode):
     def __init__(self, besides: Iterable[Tensor]) -> None:
         super().__init__()
         self.bytes = self.peak = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in besides}
+        self._state = {tensor.untyped_storage()._cdata for tensor in besides}
+        self._living: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(  # type: ignore[no-untyped-def]
         self, func, types, args=(), kwargs=None
     ):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
+        out = self._call(func, args, kwargs or {})
+        for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._add(tensor.untyped_storage())
         return out
 
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        return func(*args, **kwargs)
+
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
+        if key in self._state or key in self._living:
             return
-        self._known.add(key)
+
+        def drop(_: object) -> None:
+            del self._living[key]
+            self.bytes -= size
+
+        self._living[key] = weakref.ref(storage, drop)
         self.bytes += size
         self.peak = max(self.peak, self.bytes)
-        weakref.finalize(storage, self._drop, key, size)
 
-    def _drop(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.bytes -= size
+
+class _LiveOnMeta(_Live):
+    """On `meta`, where an operation's result depends on the shapes alone: asked once for each.
+
+    The network repeats its blocks, and torch derives a shape in up to a millisecond.
+    """
+
+    def __init__(self, besides: Iterable[Tensor]) -> None:
+        super().__init__(besides)
+        self._results: dict[Any, Any] = {}
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        inputs = tree_leaves((args, kwargs))
+        key = (func, len(args), *(_described(one) for one in inputs))
+        if key not in self._results:
+            out = func(*args, **kwargs)
+            self._results[key] = None if _shares(out, inputs) else tree_map(_like, out)
+            return out
+        known = self._results[key]
+        return func(*args, **kwargs) if known is None else tree_map(_like, known)
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    return type(value), value  # 1 and 1.0 are equal, but give other types
+
+
+def _shares(out: Any, inputs: Sequence[Any]) -> bool:
+    """Whether `out` is a view of one of `inputs`, or was written in place."""
+    before = {one.untyped_storage()._cdata for one in inputs if isinstance(one, Tensor)}
+    after = {one.untyped_storage()._cdata for one in tree_leaves(out) if isinstance(one, Tensor)}
+    return bool(before & after)
+
+
+def _like(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
 class Memory(NamedTuple):
     """Bytes of a training step: `state + constant + per_pixel · pixels of the micro-batch`."""
 
     state: int
-    """Weights, gradients, optimizer state, running average."""
+    """Weights, gradients, optimizer state, running average, and the engine's buffers."""
     constant: float
     """What a step holds besides, whatever the size."""
     per_pixel: float
@@ -79,39 +131,147 @@ class Memory(NamedTuple):
 
 
 def predict(
-    config: ModelConfig, *, precision: Precision = "fp32", checkpointing: bool = False
+    config: ModelConfig,
+    *,
+    precision: Precision = "fp32",
+    checkpointing: bool = False,
+    device: Where = "cuda",
+    state: int | None = None,
 ) -> Memory:
-    """Memory of training, from the tensors that live in two small steps on the CPU.
+    """Memory of training, from the tensors that live in two small steps.
 
-    Activations grow with the pixels, so two crops give the line. What kernels and the allocator
-    hold besides is not in it: a few per cent on a CPU whose allocator gives freed memory back.
+    Activations grow with the pixels, so two sizes give the line. What kernels and the allocator
+    hold besides is not in it, nor is a GPU's context (some 0.5 GiB): `RESERVE` is for those.
 
     Args:
-        config: with the expert path that the device will take.
+        config: the network. On a GPU its experts count as `dense`, which hold the most.
         precision: `bf16` is autocast; weights and optimizer state stay fp32.
         checkpointing: recompute the transformer blocks.
+        device: a GPU keeps other tensors than a CPU: other kernels, other types under autocast.
+        state: bytes that live all the time; `state_bytes` of one worker where None.
     """
-    model = MEASNet(config)
-    model.activation_checkpointing = checkpointing
-    small, large = (_peak(model, crop, precision) for crop in PROBES)
-    pixels = [crop * crop for crop in PROBES]
+    sizes = META_PROBES if device == "cuda" else PROBES
+    small, large = (_step(config, precision, checkpointing, device, *size) for size in sizes)
+    pixels = [batch * crop * crop for batch, crop in sizes]
     per_pixel = (large - small) / (pixels[1] - pixels[0])
-    parameters = sum(p.numel() for p in model.parameters())
     constant = max(0.0, small - per_pixel * pixels[0])
-    return Memory(STATE_BYTES * parameters, constant, per_pixel)
+    held = state_bytes(parameter_count(config)) if state is None else state
+    return Memory(held, constant, per_pixel)
 
 
-def _peak(model: MEASNet, crop: int, precision: Precision) -> int:
-    state = [*model.parameters(), *model.buffers()]
+def state_bytes(
+    parameters: int, *, zero_stage: int = 0, world: int = 1, buckets: int | None = None
+) -> int:
+    """Bytes that one rank of DeepSpeed holds when the backward pass begins; all of it is fp32.
+
+    Counted from DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py). What it holds after
+    the backward pass (flattened gradients, the update's own tensors) fits where the activations
+    were.
+
+    Args:
+        parameters: of the network.
+        zero_stage: 0 to 3.
+        world: ranks that share the optimizer state (stage 1 and up).
+        buckets: elements in all buckets of gradients (stage 1 and up): `reduce_bucket_size`, twice
+            that where autocast sends some gradients in bf16. As many as parameters where None.
+    """
+    whole = 4 * parameters
+    part = 4 * -(-parameters // world)
+    bucket = 4 * (parameters if buckets is None else buckets)
+    if zero_stage == 0:  # weights, gradients, two moments, average
+        return 5 * whole
+    if zero_stage == 1:  # weights, gradients, average; own weights, two moments
+        return 3 * whole + 3 * part + bucket
+    if zero_stage == 2:  # weights, average; own weights, gradients, two moments
+        return 2 * whole + 4 * part + bucket
+    return whole + 5 * part + bucket  # gathered weights; own weights, gradients, moments, average
+
+
+@lru_cache
+def parameter_count(config: ModelConfig) -> int:
+    """Trained and fixed parameters of the network."""
+    return sum(parameter.numel() for parameter in _network(config, "meta").parameters())
+
+
+def _network(config: ModelConfig, device: str) -> MEASNet:
+    with torch.device(device):
+        return MEASNet(config)
+
+
+@lru_cache
+def _step(
+    config: ModelConfig,
+    precision: Precision,
+    checkpointing: bool,
+    device: Where,
+    batch: int,
+    crop: int,
+) -> int:
+    """The most bytes that live in a forward and backward pass, besides weights and gradients."""
+    if device == "cuda":
+        config = replace_dotted(config, {"expert_path": "dense"})
+    model = _network(config, "meta" if device == "cuda" else "cpu")
+    model.activation_checkpointing = checkpointing
+    image = torch.rand(batch, 3, crop, crop, device=model.patch_embed.weight.device)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-        state.append(parameter.grad)
-    image = torch.rand(1, 3, crop, crop)
-    with _Live(besides=state) as live:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    as_on_gpu, count = (CudaAutocast(), _LiveOnMeta) if device == "cuda" else (nullcontext(), _Live)
+    with count([*model.parameters(), *model.buffers(), *gradients]) as live:
+        with as_on_gpu, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             restoration = model(image)
-        restoration_loss(restoration, image, 1e-4).total.backward()
+        total = restoration_loss(restoration, image, 1e-4).total
+        # Not `total.backward()`, during which `CudaAutocast` would not see what is recomputed.
+        edge = torch.autograd.graph.get_gradient_edge(total)
+        with as_on_gpu if checkpointing else nullcontext():
+            torch.autograd.backward(edge, torch.ones_like(total))
     return live.peak
+
+
+class Fit(NamedTuple):
+    """Whether a micro-batch fits into the memory of a card."""
+
+    checkpointing: bool | None
+    """False: it fits without activation checkpointing; True: only with it; None: not even then."""
+    needed: float
+    """Bytes that it takes: without checkpointing where it fits so, else with it."""
+    usable: float
+    """Bytes of the card that are planned with."""
+    largest: int
+    """The largest micro-batch under the same checkpointing; with it where nothing fits."""
+
+
+def fit(
+    card: Card,
+    config: ModelConfig,
+    *,
+    micro_batch: int,
+    crop: int,
+    precision: Precision,
+    state: int | None = None,
+) -> Fit:
+    """Try the micro-batch without activation checkpointing, then with it.
+
+    Takes one or two steps on `meta`, a second or two. `largest` counts all that a step holds as
+    growing with the micro-batch, so it errs towards one too few.
+
+    Args:
+        card: the GPU.
+        config: the network.
+        micro_batch: samples that one worker computes at once.
+        crop: height and width of the samples.
+        precision: see `predict`.
+        state: see `predict`.
+    """
+    held = state_bytes(parameter_count(config)) if state is None else state
+    usable, checkpointing = RESERVE * card.memory, False
+    step = _step(config, precision, checkpointing, "cuda", micro_batch, crop)
+    if held + step > usable:
+        checkpointing = True
+        step = _step(config, precision, checkpointing, "cuda", micro_batch, crop)
+    fits = held + step <= usable
+    largest = max(0, int((usable - held) * micro_batch / step))
+    return Fit(checkpointing if fits else None, held + step, usable, largest)
 
 
 def largest_micro_batch(memory: Memory, budget: float, crop: int) -> int:
@@ -139,12 +299,40 @@ def memory_table(config: ModelConfig, budget: float, crop: int, precision: Preci
         f"training with {precision} on crops of {crop}×{crop}; {RESERVE:.0%} of the memory is used",
         f"{'checkpointing':<16}{'state GiB':>12}{'GiB a sample':>14}{'largest micro-batch':>21}",
     ]
-    dense = replace_dotted(config, {"expert_path": "dense"})  # what a GPU takes
     for checkpointing in (False, True):
-        with torch_only():  # as a GPU
-            memory = predict(dense, precision=precision, checkpointing=checkpointing)
+        memory = predict(config, precision=precision, checkpointing=checkpointing)
         sample = memory.per_pixel * crop * crop / 2**30
         batch = largest_micro_batch(memory, budget, crop)
         name = "on" if checkpointing else "off"
         lines.append(f"{name:<16}{memory.state / 2**30:>12.2f}{sample:>14.2f}{batch:>21}")
+    return "\n".join(lines)
+
+
+CARDS = (
+    Card(name="RTX 2080, 8 GB", memory=8 * 2**30, capability=(7, 5)),
+    Card(name="RTX 3070, RTX 4060, 8 GB", memory=8 * 2**30, capability=(8, 6)),
+    Card(name="RTX 3060, 12 GB", memory=12 * 2**30, capability=(8, 6)),
+    Card(name="T4, 16 GB", memory=15 * 2**30, capability=(7, 5)),  # ECC takes a sixteenth
+    Card(name="RTX 3090, RTX 4090, 24 GB", memory=24 * 2**30, capability=(8, 6)),
+    Card(name="A100, 40 GB", memory=40 * 2**30, capability=(8, 0)),
+    Card(name="A100, H100, 80 GB", memory=80 * 2**30, capability=(8, 0)),
+)
+"""Cards of docs/gpu.md with their makers' sizes, which are GiB."""
+
+
+def cards_table(config: ModelConfig, crop: int, cards: Sequence[Card] = CARDS) -> str:
+    """The largest micro-batch on each card, in Markdown; bf16 where the card computes in it."""
+    lines = [
+        "| card | precision | micro-batch | with activation checkpointing |",
+        "|---|---|---|---|",
+    ]
+    for card in cards:
+        precision: Precision = "bf16" if card.has_bf16 else "fp32"
+        batches = [
+            largest_micro_batch(
+                predict(config, precision=precision, checkpointing=checkpointing), card.memory, crop
+            )
+            for checkpointing in (False, True)
+        ]
+        lines.append(f"| {card.name} | {precision} | {batches[0]} | {batches[1]} |")
     return "\n".join(lines)

@@ -1,15 +1,197 @@
-"""The memory prediction against a process that trains."""
+"""The memory prediction against what an H100 took, a process that trains, and DeepSpeed."""
 
+import gc
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from measnet.kernels import torch_only
 
+from measnet import autocast
 from measnet import config as configs
-from measnet.config import ModelConfig
-from measnet.memory import RESERVE, Memory, _Live, largest_micro_batch, parse_bytes, predict
+from measnet.autocast import CudaAutocast, autocast_off
+from measnet.complexity import main
+from measnet.config import ModelConfig, replace_dotted
+from measnet.hardware import Card
+from measnet.losses import restoration_loss
+from measnet.memory import (
+    RESERVE,
+    Memory,
+    Precision,
+    _Live,
+    _step,
+    cards_table,
+    fit,
+    largest_micro_batch,
+    parameter_count,
+    parse_bytes,
+    predict,
+    state_bytes,
+)
+from measnet.network import MEASNet
+from tests.ranks import run_ranks
+
+# Peaks of torch's allocator on one H100 (torch 2.11, CUDA 13.0): forward, backward and AdamW in a
+# loop of one process without an average of the weights; crops of 128; GiB.
+MEASURED = [
+    ("paper", "bf16", False, 8, 15.4),
+    ("paper", "bf16", False, 14, 26.6),
+    ("paper", "bf16", False, 32, 60.0),
+    ("paper", "bf16", True, 50, 22.8),
+]
+MEASURED_TOO = [
+    ("paper", "fp32", False, 8, 24.0),
+    ("official", "fp32", False, 8, 21.9),
+    ("official", "bf16", False, 8, 14.3),
+]
+
+
+@pytest.mark.parametrize(
+    ("preset", "precision", "checkpointing", "batch", "gib"),
+    [*MEASURED, *(pytest.param(*row, marks=pytest.mark.slow) for row in MEASURED_TOO)],
+)
+def test_prediction_for_a_gpu_is_what_an_h100_took(
+    preset: str, precision: Precision, checkpointing: bool, batch: int, gib: float
+) -> None:
+    config: ModelConfig = getattr(configs, preset)()
+    state = 16 * parameter_count(config)  # weights, gradients, two moments
+    memory = predict(config, precision=precision, checkpointing=checkpointing, state=state)
+    assert memory.total(batch, 128) / 2**30 == pytest.approx(gib, rel=0.1)
+
+
+def test_a_gpu_needs_no_other_paths_than_meta_takes() -> None:
+    # Torch's own operations on the CPU, dense experts, keep about what `meta` counts in fp32.
+    on_meta = _step(configs.tiny(), "fp32", False, "cuda", 2, 64)
+    model = MEASNet(replace_dotted(configs.tiny(), {"expert_path": "dense"}))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    state = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
+    image = torch.rand(2, 3, 64, 64)
+    with torch_only(), _Live([one for one in state if one is not None]) as live:
+        restoration_loss(model(image), image, 1e-4).total.backward()
+    assert live.peak == pytest.approx(on_meta, rel=0.1)
+
+
+def test_autocast_chooses_types_as_on_a_gpu() -> None:
+    x, weight = torch.rand(2, 4), torch.rand(4, 4)
+    with CudaAutocast(), torch.autocast("cpu", dtype=torch.bfloat16):
+        low = F.linear(x, weight)
+        assert low.dtype == (low + low).dtype == (x @ weight).dtype == torch.bfloat16
+        for full in (F.layer_norm(low, (4,)), low.square(), low.sum(0), torch.softmax(low, 0)):
+            assert full.dtype == torch.float32
+        assert torch.cat([low, x]).dtype == torch.float32
+        assert torch.cat([low, low]).dtype == torch.bfloat16
+        assert low.double().exp().dtype == torch.float64
+        with autocast_off(torch.empty(0, device="meta")):
+            assert F.linear(x, weight).dtype == torch.float32
+        assert F.linear(x, weight).dtype == torch.bfloat16
+    assert F.linear(x, weight).dtype == torch.float32
+
+
+def test_autocast_lists_are_those_of_torch() -> None:
+    header = (Path(torch.__file__).parent / "include/ATen/autocast_mode.h").read_text()
+
+    def listed(name: str) -> set[str]:
+        body = re.search(rf"#define AT_FORALL_{name}\(_\)(.*?)\n\n|\Z", header, re.DOTALL)
+        assert body is not None
+        return {one.strip("_") for one in re.findall(r"_\((\w+)", body.group(1))}
+
+    assert autocast.LOWER - {"rmatmul"} <= listed("LOWER_PRECISION_FP")
+    assert autocast.FULL - {"square", "interpolate", "norm"} <= listed("FP32")
+    assert listed("FP32_SET_OPT_DTYPE") >= autocast.FULL_RESULT
+    assert autocast.WIDEST - {"cat", "stack"} <= listed("PROMOTE")
+
+
+@pytest.mark.parametrize(
+    ("gib", "checkpointing"), [(4.0, False), (1.5, True), (0.1, None)], ids=str
+)
+def test_a_card_fits_a_micro_batch_without_or_with_checkpointing_or_not(
+    gib: float, checkpointing: bool | None
+) -> None:
+    card = Card(name="any", memory=int(gib * 2**30), capability=(8, 0))
+    config = configs.tiny()
+    found = fit(card, config, micro_batch=8, crop=128, precision="bf16")
+    assert found.checkpointing is checkpointing
+    assert (found.needed <= found.usable) is (checkpointing is not None)
+    assert found.usable == RESERVE * card.memory
+    assert (found.largest >= 8) is (checkpointing is not None)
+    memory = predict(config, precision="bf16", checkpointing=checkpointing is not False)
+    assert 0 <= largest_micro_batch(memory, card.memory, 128) - found.largest <= 1
+
+
+def test_state_of_the_engine_by_stage() -> None:
+    assert state_bytes(100) == 2000
+    assert state_bytes(100, zero_stage=1, buckets=50) == 2600
+    assert state_bytes(100, zero_stage=1, world=4, buckets=50) == 1200 + 300 + 200
+    assert state_bytes(100, zero_stage=2, world=4, buckets=50) == 800 + 400 + 200
+    assert state_bytes(100, zero_stage=3, world=4, buckets=50) == 400 + 500 + 200
+
+
+def held_by_engine(stage: int) -> tuple[int, int]:
+    """Parameters, and bytes of all tensors when a backward pass ends, before a step's last one."""
+    import deepspeed
+
+    from distributed.engine import GuardedAdam, WeightAverage
+
+    model = MEASNet(configs.tiny())
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    size = sum(p.numel() for p in model.parameters())
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 1.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": 2 * size,
+            "stage3_param_persistence_threshold": 0,
+        },
+    }
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=GuardedAdam(parameters), config=settings, dist_init_required=False
+    )
+    average = WeightAverage(engine, 0.999)
+    held: list[int] = []
+
+    def count(_: torch.Tensor) -> None:
+        # The gradients must have been asked for: what only C++ knows is not found below.
+        seen = [p.grad for p in parameters]
+        tensors = [one for one in gc.get_objects() if isinstance(one, torch.Tensor)]
+        storages = {one.untyped_storage().data_ptr(): one.untyped_storage() for one in tensors}
+        held.append(sum(one.nbytes() for one in storages.values()))
+        del seen
+
+    image = torch.rand(1, 3, 16, 16)
+    for micro_step in range(4):
+        if micro_step == 3:  # the first layer's gradient is the last: activations are gone
+            model.patch_embed.weight.register_hook(count)
+        engine.backward((engine(image).image - image).abs().mean())
+        engine.step()
+    average.update(2)
+    return size, held[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_state_of_the_engine_is_what_deepspeed_holds(stage: int) -> None:
+    ((size, held),) = run_ranks(1, held_by_engine, stage)
+    assert state_bytes(size, zero_stage=stage, buckets=2 * size) == pytest.approx(held, rel=0.03)
+
+
+def test_cards_are_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    card = Card(name="T4", memory=2**30, capability=(7, 5))
+    last = cards_table(configs.tiny(), 128, [card]).splitlines()[-1]
+    name, precision, without, with_it = last.strip("| ").split(" | ")
+    assert (name, precision) == ("T4", "fp32")
+    assert 0 < int(without) < int(with_it)
+    assert main(["tiny", "--memory", "24GiB"]) == 0
+    assert "largest micro-batch" in capsys.readouterr().out
 
 
 def test_sizes_are_read() -> None:
@@ -50,7 +232,7 @@ def check_memory(preset: str, checkpointing: bool, precision: str, batch: int, c
     command += [str(batch), str(crop)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     config: ModelConfig = getattr(configs, preset)()
-    memory = predict(config, precision=precision, checkpointing=checkpointing)  # type: ignore[arg-type]
+    memory = predict(config, precision=precision, checkpointing=checkpointing, device="cpu")  # type: ignore[arg-type]
     assert memory.step(batch, crop) == pytest.approx(int(done.stdout), rel=0.15)
 
 

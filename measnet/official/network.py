@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from measnet.autocast import autocast_off
 from measnet.config import ModelConfig
 from measnet.experts import (
     BALANCE_EPSILON,
@@ -242,7 +243,7 @@ class RankExperts(nn.Module):
         return k_bhwc + spread.permute(0, 2, 3, 1)
 
     def _choose(self, x_bhwc: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(x_bhwc.device.type, enabled=False):
+        with autocast_off(x_bhwc):
             pooled_bc = x_bhwc.mean((1, 2), dtype=torch.float32)
             probability_bn = torch.softmax(F.linear(pooled_bc, self.gate.float()), dim=-1)
             gate_bk, index_bk = probability_bn.topk(self.top_k, dim=-1)
@@ -366,7 +367,7 @@ class FrequencyMining(nn.Module):
         most_y, most_x = (size // RECTANGLE for size in x_bhwc.shape[1:3])
         if most_y == 0 or most_x == 0:
             return None, x_bhwc.abs()
-        with torch.autocast(x_bhwc.device.type, enabled=False):
+        with autocast_off(x_bhwc):
             real, imaginary = rectangle_low_pass(
                 x_bhwc.float(), *self._half_sizes(x_bhwc, most_y, most_x)
             )

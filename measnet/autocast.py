@@ -1,0 +1,86 @@
+"""Automatic mixed precision: off for a few lines, and as CUDA does it on tensors of any device."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+LOWER = _names(
+    "conv1d conv2d conv3d conv_transpose2d prelu addmm addmv addr matmul rmatmul einsum mm mv "
+    "linear addbmm baddbmm bmm chain_matmul scaled_dot_product_attention"
+)
+"""Operations that CUDA's autocast computes in bf16 or fp16; `rmatmul` is `matmul`."""
+FULL = _names(
+    "acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow square "
+    "softplus layer_norm native_layer_norm rms_norm group_norm cosine_similarity kl_div l1_loss "
+    "smooth_l1_loss huber_loss mse_loss dist cdist renorm logsumexp interpolate norm"
+)
+"""Those that it computes in fp32; `square` is `pow`, `interpolate` is one of `upsample_*`."""
+FULL_RESULT = _names("prod softmax log_softmax cumprod cumsum sum")
+"""Those that read bf16 or fp16 and give fp32, where the call names no other type."""
+WIDEST = _names("addcdiv addcmul atan2 cat cross dot stack scatter_add")
+"""Those that it computes in the widest type of their inputs."""
+
+
+def autocast_off(like: Tensor) -> torch.autocast:
+    """Autocast is off inside, for what must be computed in fp32 on the device of `like`.
+
+    torch has no autocast for `meta`; there `CudaAutocast` looks at that of the CPU.
+    """
+    device = like.device.type
+    return torch.autocast("cpu" if device == "meta" else device, enabled=False)
+
+
+class CudaAutocast(TorchFunctionMode):
+    """Makes CPU's autocast choose each operation's type as CUDA's does.
+
+    The two differ in what they keep for the backward pass: on CUDA a layer norm gives fp32, and
+    each linear layer behind it keeps a bf16 copy of its own. The lists are those of torch
+    (ATen/autocast_mode.h). CUDA also keeps the cast weights until the forward pass ends; the
+    backward pass needs most of them anyway, so that is not done here.
+    """
+
+    def __torch_function__(  # type: ignore[no-untyped-def]
+        self, func, types, args=(), kwargs=None
+    ):
+        """Cast what goes into `func` where autocast is on."""
+        kwargs = kwargs or {}
+        if not torch.is_autocast_enabled("cpu"):
+            return func(*args, **kwargs)
+        lower = torch.get_autocast_dtype("cpu")
+        torch.set_autocast_enabled("cpu", False)  # not CPU's own choice besides
+        try:
+            name = func.__name__.strip("_")
+            if name in LOWER:
+                args, kwargs = tree_map(_cast(lower), (args, kwargs))
+            elif name in FULL:
+                args, kwargs = tree_map(_cast(torch.float32), (args, kwargs))
+            elif name in FULL_RESULT and lower in _dtypes(args) and not kwargs.get("dtype"):
+                kwargs = {**kwargs, "dtype": torch.float32}
+            elif name in WIDEST and torch.float32 in _dtypes(args):
+                args, kwargs = tree_map(_cast(torch.float32), (args, kwargs))
+            return func(*args, **kwargs)
+        finally:
+            torch.set_autocast_enabled("cpu", True)
+
+
+def _cast(dtype: torch.dtype) -> Callable[[Any], Any]:
+    """Casts tensors of floats; double precision stays, as in torch."""
+
+    def cast(value: Any) -> Any:
+        casts = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype) if casts and value.dtype != torch.float64 else value
+
+    return cast
+
+
+def _dtypes(args: Any) -> set[torch.dtype]:
+    return {one.dtype for one in tree_leaves(args) if isinstance(one, Tensor)}
