@@ -4,10 +4,13 @@ Pure functions of a configuration and a machine. Nothing here looks at a device,
 tested over a table of machines.
 """
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from distributed.config import EngineConfig, Recipe, ScalingConfig, TrainConfig
 from measnet.hardware import Card, Decision, Machine
+
+if TYPE_CHECKING:
+    from measnet.memory import Fit
 
 TrainingDevice = Literal["cpu", "cuda"]
 
@@ -67,8 +70,9 @@ def sharing_workers(recipe: Recipe, world: int) -> int:
 def choose_precision(asked: str, card: Card | None) -> Decision:
     """`bf16` or `fp32` for the forward pass; weights and optimizer state are always fp32.
 
-    fp16 is never chosen: DeepSpeed 0.19.8 clips gradients before it removes the loss scale (ZeRO 1
-    to 3), so the clipping norm of the recipe would mean something else.
+    fp16 is never chosen. DeepSpeed 0.19.8 clips gradients before it removes the loss scale (ZeRO 1
+    to 3), and after an overflow its scale does not fall. And the sums of attention over all pixels
+    pass the largest number of fp16.
     """
     if asked != "auto":
         if asked == "bf16" and card is not None and not card.has_bf16:
@@ -83,7 +87,7 @@ def choose_precision(asked: str, card: Card | None) -> Decision:
     return Decision(
         "fp32",
         f"{card.name} has no bf16 (compute capability {major}.{minor}, bf16 needs 8.0), and fp16 "
-        "would need a loss scale that DeepSpeed applies before gradients are clipped",
+        "is not sound: attention's products overflow it, and DeepSpeed clips scaled gradients",
     )
 
 
@@ -95,28 +99,32 @@ def choose_compile(asked: str) -> Decision:
     return Decision("off", reason)
 
 
-def choose_checkpointing(asked: str, micro_batch: int, fitting: tuple[int, int] | None) -> Decision:
+def choose_checkpointing(asked: str, micro_batch: int, predicted: "Fit | None") -> Decision:
     """Whether transformer blocks are computed again in the backward pass, to save memory.
 
     Args:
         asked: `engine.activation_checkpointing`.
         micro_batch: samples per forward pass.
-        fitting: largest predicted micro-batches without and with checkpointing; None on a CPU.
+        predicted: what the micro-batch needs of the GPU; None on a CPU.
     """
     if asked != "auto":
         return Decision(asked, "engine.activation_checkpointing asks for it")
-    if fitting is None:
+    if predicted is None:
         return Decision("off", "the device is a CPU")
-    without, with_it = fitting
-    fits = f"{without} samples are predicted to fit without it, {with_it} with it"
-    if micro_batch <= without:
-        return Decision("off", f"micro-batch {micro_batch}: {fits}")
-    if micro_batch <= with_it:
-        return Decision("on", f"micro-batch {micro_batch}: {fits}")
+    needs = (
+        f"micro-batch {micro_batch} is predicted to take {predicted.needed / 2**30:.1f} of "
+        f"{predicted.usable / 2**30:.1f} GiB"
+    )
+    if predicted.checkpointing is False:
+        return Decision("off", needs)
+    if predicted.checkpointing is True:
+        return Decision("on", f"{needs} with it, and not to fit without")
     return Decision(
         "on",
-        f"micro-batch {micro_batch} is predicted not to fit: {fits}; if memory runs out, lower "
-        "recipe.micro_batch",
+        f"{needs} even with it: where memory runs out, lower recipe.micro_batch to "
+        f"{predicted.largest}"
+        if predicted.largest
+        else f"{needs} even with it: use a larger GPU",
     )
 
 
@@ -142,7 +150,7 @@ def decide(
     config: TrainConfig,
     world: int,
     card: Card | None,
-    fitting: tuple[int, int] | None = None,
+    predicted: "Fit | None" = None,
 ) -> Decisions:
     """Resolve what the configuration leaves open.
 
@@ -150,14 +158,14 @@ def decide(
         config: of the run.
         world: number of workers.
         card: the GPU that a worker trains on; None trains on the CPU.
-        fitting: see `choose_checkpointing`.
+        predicted: see `choose_checkpointing`.
     """
     engine = config.engine
     return Decisions(
         precision=choose_precision(engine.precision, card),
         compile=choose_compile(engine.compile),
         checkpointing=choose_checkpointing(
-            engine.activation_checkpointing, config.recipe.micro_batch, fitting
+            engine.activation_checkpointing, config.recipe.micro_batch, predicted
         ),
         accumulation=choose_accumulation(config.recipe, world),
         zero=Decision(f"stage {engine.zero_stage}", "engine.zero_stage"),

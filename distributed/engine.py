@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from distributed.config import Recipe, TrainConfig
 from distributed.decisions import Decisions, choose_precision
-from measnet.config import replace_dotted
 from measnet.hardware import Card
-from measnet.memory import largest_micro_batch, predict
+from measnet.memory import Fit, fit, parameter_count, state_bytes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The tensors that Adam keeps for each parameter."""
@@ -98,19 +97,24 @@ class GuardedAdam(torch.optim.Adam):
             self._update(closure)
 
 
-def largest_micro_batches(config: TrainConfig, card: Card) -> tuple[int, int]:
-    """Largest micro-batches predicted to fit, without and with activation checkpointing."""
-    precision = choose_precision(config.engine.precision, card).choice
-    model = replace_dotted(config.model, {"expert_path": "dense"})
-    without, with_it = (
-        largest_micro_batch(
-            predict(model, precision=precision, checkpointing=checkpointing),  # type: ignore[arg-type]
-            card.memory,
-            config.data.crop,
-        )
-        for checkpointing in (False, True)
+def predict_fit(config: TrainConfig, world: int, card: Card) -> Fit:
+    """What a micro-batch needs of `card`, without and if need be with activation checkpointing."""
+    state = state_bytes(
+        parameter_count(config.model),
+        zero_stage=config.engine.zero_stage,
+        world=world,
+        buckets=BUCKET_ELEMENTS,
     )
-    return without, with_it
+    return fit(
+        card,
+        config.model,
+        micro_batch=config.recipe.micro_batch,
+        crop=config.data.crop,
+        precision="bf16"
+        if choose_precision(config.engine.precision, card).choice == "bf16"
+        else "fp32",
+        state=state,
+    )
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> GuardedAdam:

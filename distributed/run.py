@@ -25,9 +25,9 @@ from distributed.engine import (
     WeightAverage,
     guarded_optimizer,
     initialize,
-    largest_micro_batches,
     load_optimizer_state,
     optimizer_state,
+    predict_fit,
     use_deterministic_algorithms,
     weights,
 )
@@ -171,8 +171,8 @@ class TrainRun:
         self._local.mkdir(parents=True, exist_ok=True)
 
         card = card_of(self.device)
-        fitting = None if card is None else largest_micro_batches(self.config, card)
-        decisions = decide(self.config, self.world, card, fitting)
+        predicted = None if card is None else predict_fit(self.config, self.world, card)
+        decisions = decide(self.config, self.world, card, predicted)
         if decisions.deterministic.choice == "on":
             use_deterministic_algorithms()
         self.accumulation = int(decisions.accumulation.choice)

@@ -12,7 +12,10 @@ from distributed.decisions import (
     decide,
     training_device,
 )
+from distributed.engine import predict_fit
+from distributed.presets import PRESETS
 from measnet.hardware import Card
+from measnet.memory import Fit
 from tests.machines import H100, MACHINES, RTX_3050, RTX_4090, T4
 
 RECIPE = Recipe(samples=800, global_batch=8, micro_batch=2)
@@ -85,27 +88,51 @@ def test_precision(asked: str, card: Card | None, precision: str, reason: str) -
     assert choice.choice == precision and reason in choice.reason
 
 
+WITHOUT = Fit(checkpointing=False, needed=15e9, usable=23e9, largest=11)
+WITH = Fit(checkpointing=True, needed=10e9, usable=23e9, largest=46)
+NEVER = Fit(checkpointing=None, needed=30e9, usable=23e9, largest=40)
+
+
 @pytest.mark.parametrize(
-    ("asked", "micro_batch", "fitting", "choice"),
+    ("asked", "predicted", "choice", "told"),
     [
-        ("auto", 8, None, "off"),
-        ("auto", 8, (11, 50), "off"),
-        ("auto", 11, (11, 50), "off"),
-        ("auto", 12, (11, 50), "on"),
-        ("auto", 51, (11, 50), "on"),
-        ("auto", 1, (0, 0), "on"),
-        ("off", 50, (11, 50), "off"),
-        ("on", 1, None, "on"),
+        ("auto", None, "off", "the device is a CPU"),
+        ("auto", WITHOUT, "off", "14.0 of 21.4 GiB"),
+        ("auto", WITH, "on", "not to fit without"),
+        ("auto", NEVER, "on", "lower recipe.micro_batch to 40"),
+        ("auto", NEVER._replace(largest=0), "on", "use a larger GPU"),
+        ("off", WITH, "off", "asks for it"),
+        ("on", WITHOUT, "on", "asks for it"),
     ],
 )
 def test_activation_checkpointing(
-    asked: str, micro_batch: int, fitting: tuple[int, int] | None, choice: str
+    asked: str, predicted: Fit | None, choice: str, told: str
 ) -> None:
-    assert choose_checkpointing(asked, micro_batch, fitting).choice == choice
+    decision = choose_checkpointing(asked, 8, predicted)
+    assert decision.choice == choice and told in decision.reason
 
 
-def test_a_micro_batch_that_does_not_fit_is_said() -> None:
-    assert "lower recipe.micro_batch" in choose_checkpointing("auto", 51, (11, 50)).reason
+@pytest.mark.parametrize(
+    ("card", "micro_batch", "checkpointing"),
+    [
+        (RTX_3050, 2, False),
+        (RTX_3050, 8, True),
+        (T4, 8, True),
+        (RTX_4090, 8, False),
+        (H100, 32, False),
+    ],
+)
+def test_checkpointing_of_the_paper_on_a_card(
+    card: Card, micro_batch: int, checkpointing: bool
+) -> None:
+    config = TrainConfig(recipe=Recipe(global_batch=32, micro_batch=micro_batch))
+    predicted = predict_fit(config, 1, card)
+    assert predicted.checkpointing is checkpointing
+    assert predicted.needed <= predicted.usable == 0.9 * card.memory
+
+
+def test_the_4090_preset_fits_without_checkpointing() -> None:
+    assert predict_fit(PRESETS["local-4090"](), 1, RTX_4090).checkpointing is False
 
 
 def test_compiling_is_never_chosen_by_itself() -> None:
