@@ -233,7 +233,7 @@ def _pack(console: Console, names: Split) -> None:
 
 def _draw_curves() -> None:
     from distributed.figures import curves
-    from distributed.tracking import read_metrics
+    from distributed.mlflow_tracker import read_metrics
 
     records = read_metrics(RUN)
     if records:
@@ -241,16 +241,16 @@ def _draw_curves() -> None:
 
 
 def _log_evaluation(config: TrainConfig, outcome: Any) -> None:
-    from distributed import tracking
+    from distributed import mlflow_tracker
 
-    run = tracking.Run(
+    run = mlflow_tracker.Run(
         uri=outcome.tracking_uri,
         experiment=config.tracking.experiment,
         name=config.name,
-        key=tracking.run_key(outcome.folder),
+        key=mlflow_tracker.run_key(outcome.folder),
         id=outcome.mlflow_run_id,
     )
-    tracking.log_artifacts(run, RUN / "evaluation", "evaluation")
+    mlflow_tracker.log_artifacts(run, RUN / "evaluation", "evaluation")
 
 
 def _result(tasks: Mapping[str, Any], names: Split) -> Table:

@@ -190,13 +190,13 @@ def launch(
         return _already_finished(config, found, console, export=export)
     _show_plan(console, config, manifest, plan)
 
-    from distributed import tracking
+    from distributed import mlflow_tracker
 
     fs, root = open_folder(config.folder)
     fs.makedirs(root, exist_ok=True)
     write_whole(fs, f"{root}/config.yaml", to_yaml(config).encode())
-    run = tracking.prepare(
-        config.tracking, name=config.name, key=tracking.run_key(config.folder), tags=tags
+    run = mlflow_tracker.prepare(
+        config.tracking, name=config.name, key=mlflow_tracker.run_key(config.folder), tags=tags
     )
     local_folder = Path(root) if "file" in fs.protocol else _scratch(run.key)
     _describe(run, config, manifest)
@@ -207,13 +207,13 @@ def launch(
             ended = _fit(config, run, local_folder, console, callbacks, requests)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
-        tracking.finish(run, "KILLED" if stopped else "FAILED", local_folder)
+        mlflow_tracker.finish(run, "KILLED" if stopped else "FAILED", local_folder)
         raise
     outcome = dataclasses.replace(
         ended, seconds=time.monotonic() - started, tracking_uri=run.uri, mlflow_run_id=run.id
     )
     status = {"finished": "FINISHED", "stopped": "KILLED"}.get(outcome.status, "FAILED")
-    run = tracking.finish(run, status, local_folder)  # type: ignore[arg-type]
+    run = mlflow_tracker.finish(run, status, local_folder)  # type: ignore[arg-type]
     if outcome.status == "finished" and export:
         _export(config, run)
     write_json(fs, f"{root}/outcome.json", dataclasses.asdict(outcome))
@@ -224,14 +224,16 @@ def _already_finished(
     config: TrainConfig, found: Checkpoint, console: Console, *, export: bool
 ) -> Outcome:
     """Say so; and do what comes after training, where the command was ended just before it."""
-    from distributed import tracking
+    from distributed import mlflow_tracker
 
-    key = tracking.run_key(config.folder)
+    key = mlflow_tracker.run_key(config.folder)
     fs, root = open_folder(config.folder)
     if export and not fs.exists(f"{root}/{MODEL}"):
-        run = tracking.prepare(config.tracking, name=config.name, key=key)
+        run = mlflow_tracker.prepare(config.tracking, name=config.name, key=key)
         _export(config, run)
-        tracking.finish(run, "FINISHED", Path(root) if "file" in fs.protocol else _scratch(key))
+        mlflow_tracker.finish(
+            run, "FINISHED", Path(root) if "file" in fs.protocol else _scratch(key)
+        )
     console.print(
         f"{config.folder} is finished: {found.samples:,} samples. "
         f"Next: python -m distributed.evaluate {config.folder} {config.data.validation}"
@@ -481,10 +483,10 @@ def _show_plan(console: Console, config: TrainConfig, manifest: Manifest, plan: 
 
 
 def _describe(run: Any, config: TrainConfig, manifest: Manifest) -> None:
-    from distributed import tracking
+    from distributed import mlflow_tracker
 
     validation = read_manifest(config.data.validation)
-    tracking.describe(
+    mlflow_tracker.describe(
         run,
         config,
         manifests={
@@ -508,7 +510,7 @@ def _cost(config: TrainConfig) -> dict[str, float]:
 
 def _export(config: TrainConfig, run: Any) -> None:
     """The averaged weights of the end, as a file of their own and as a model in MLflow."""
-    from distributed import tracking
+    from distributed import mlflow_model
 
     newest = checkpoints.newest_whole(config.folder)
     if newest is None:
@@ -516,7 +518,7 @@ def _export(config: TrainConfig, run: Any) -> None:
     fs, root = open_folder(config.folder)
     newest.export(fs, f"{root}/{MODEL}")  # where it is missing, the same command makes it
     if "file" in fs.protocol:
-        tracking.log_model(run, Path(root) / MODEL)
+        mlflow_model.log_model(run, Path(root) / MODEL)
 
 
 def _scratch(key: str) -> Path:

@@ -40,8 +40,8 @@ from distributed.guard import (
     log_line,
     watch_unused,
 )
+from distributed.mlflow_tracker import Tracker
 from distributed.monitor import Reporter
-from distributed.tracking import Tracker
 from measnet.config import from_dict, to_dict
 from measnet.losses import Losses
 from measnet.metrics import FIELD
