@@ -260,8 +260,8 @@ def _fit(
     from distributed.worker import train_loop
     from measnet.config import to_dict
 
-    monitor = start_monitor()
     scaling, (low, high) = config.scaling, config.scaling.bounds
+    monitor = start_monitor(scaling)
     use_gpu = scaling.device == "gpu" or (
         scaling.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
     )

@@ -3,7 +3,6 @@
 import math
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,12 +39,12 @@ from distributed.guard import (
     log_line,
     watch_unused,
 )
+from distributed.meter import Meter
 from distributed.mlflow_tracker import Tracker
 from distributed.monitor import Reporter
 from measnet.config import from_dict, to_dict
-from measnet.losses import Losses
 from measnet.metrics import FIELD
-from measnet.network import MEASNet, Restoration
+from measnet.network import MEASNet
 from shards.reader import DamagedError
 from shards.stream import Batch, TrainStream, pictures
 
@@ -63,73 +62,6 @@ def gate_noise(seed: int, step: int, micro_batch: int, device: torch.device) -> 
     # torch's CPU generators read the low 32 bits of a seed only, so the key is hashed to 32 bits.
     key = np.random.SeedSequence((seed, step, micro_batch)).generate_state(1)[0]
     return torch.Generator(device).manual_seed(int(key))
-
-
-class Meter:
-    """Sums over the micro-batches of one rank since they were last taken."""
-
-    def __init__(self, device: torch.device, *, counts: bool) -> None:
-        """Nothing yet; a rank whose work has no weight counts nothing."""
-        self._device, self._counts = device, counts
-        self._usage: dict[str, Tensor] = {}
-        self.step_keys: list[str] = []
-        self.step_digests: list[int] = []
-        self.damage: list[str] = []
-        """Samples of this step for which others stand, and what is wrong with them."""
-        self.reset()
-
-    def reset(self) -> None:
-        """Begin the next point of the curves."""
-        self._losses = torch.zeros(4, dtype=torch.float64, device=self._device)
-        self.micro_batches = 0
-        self._data_wait = 0.0
-        self.started = time.perf_counter()
-
-    def waited(self, seconds: float) -> None:
-        """Count time spent waiting for a batch."""
-        self._data_wait += seconds
-
-    def add(self, losses: Losses, restoration: Restoration, batch: Batch) -> None:
-        """Count one micro-batch; stays on the device, so that nobody waits for it."""
-        if not self._counts:
-            return
-        of_one = torch.stack([*(loss.detach() for loss in losses), losses.total.new_ones(())])
-        of_one = torch.where(of_one.isfinite().all(), of_one, 0)  # skipped steps have no loss
-        self._losses += of_one.double()
-        self.micro_batches += 1
-        self.step_keys += batch.keys
-        self.damage += batch.damage
-        self.step_digests.append(zlib.crc32(batch.degraded.numpy().tobytes()))
-        for library, share_bn in restoration.routing.items():
-            chosen = share_bn.detach().double().sum(0)
-            self._usage[library] = (
-                self._usage[library] + chosen if library in self._usage else chosen
-            )
-
-    def sums(self) -> Tensor:
-        """Total, l1 and balance loss, micro-batches, seconds of waiting: (5,) float64."""
-        wait = torch.tensor([self._data_wait], dtype=torch.float64, device=self._device)
-        return torch.cat([self._losses, wait])
-
-    def end_step(self) -> tuple[list[str], list[int]]:
-        """Names and crc32 of the micro-batches of the step that ends."""
-        ended = self.step_keys, self.step_digests
-        self.step_keys, self.step_digests, self.damage = [], [], []
-        return ended
-
-    def take_usage(self) -> dict[str, list[float]]:
-        """How much each expert of each library was chosen since the last call; a collective
-        call."""
-        own = {library: chosen.tolist() for library, chosen in self._usage.items()}
-        gathered: list[dict[str, list[float]]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, own)
-        told = [part for part in gathered if part]
-        usage = {
-            library: [sum(experts) for experts in zip(*(p[library] for p in told), strict=True)]
-            for library in (told[0] if told else {})
-        }
-        self._usage = {}
-        return usage
 
 
 class TrainRun:
@@ -150,10 +82,12 @@ class TrainRun:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
         self._folder = self.config.folder
-        self._reporter = Reporter(settings["monitor"], speaks=self.rank == 0)
-        self._stream = TrainStream(self.config.data, self.config.seed)
         self._local = Path(settings["tracking_folder"])
         self._local.mkdir(parents=True, exist_ok=True)
+        self._reporter = Reporter(
+            settings["monitor"], self.rank, self.world, on_hang=self._keep_event
+        )
+        self._stream = TrainStream(self.config.data, self.config.seed)
 
         decisions = decide(self.config, self.world, self.device)
         self.accumulation = int(decisions.accumulation.choice)
@@ -213,15 +147,27 @@ class TrainRun:
         recipe, at = self.config.recipe, self.samples
         for first, behind in [*self._skips.spans, (self._end, self._end)]:
             if at < first:
-                yield from self._stream.batches(
-                    at,
-                    first,
-                    global_batch=recipe.global_batch,
-                    micro_batch=recipe.micro_batch,
-                    world=self._sharing,
-                    rank=self._slice,
+                yield from self._watched(
+                    self._stream.batches(
+                        at,
+                        first,
+                        global_batch=recipe.global_batch,
+                        micro_batch=recipe.micro_batch,
+                        world=self._sharing,
+                        rank=self._slice,
+                    )
                 )
             at = max(at, behind)
+
+    def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Tell the reporter what this rank does: wait for a batch, then compute with it."""
+        while True:
+            self._reporter.enter("data", self.samples // self.config.recipe.global_batch + 1)
+            batch = next(batches, None)
+            self._reporter.enter("step")
+            if batch is None:
+                return
+            yield batch
 
     def sum_statistics(self, flat: Tensor) -> None:
         """Add up the batch norms' sums over the ranks that share the work, in place."""
@@ -241,6 +187,7 @@ class TrainRun:
         """
         every = self.config.every
         sums, stops, digests, keys = self._agree()
+        self._reporter.step_made()
         if stops:
             self.stop_reason = self._reporter.stop_reason or "asked to stop"
         self._log_consumed(digests)
@@ -266,6 +213,7 @@ class TrainRun:
 
     def finish(self) -> dict[str, Any]:
         """Hand over what is still to be sent, and say how the run ended."""
+        self._reporter.enter("end")
         if self._tracker:
             if (self._local / EVENTS).exists():
                 self._tracker.artifact(self._local / EVENTS)
@@ -383,6 +331,9 @@ class TrainRun:
     def _note(self, line: str, *, from_any_rank: bool = False) -> None:
         """Show a line, and keep it among the events that MLflow gets."""
         self._reporter.say(line, from_any_rank=from_any_rank)
+        self._keep_event(line, from_any_rank=from_any_rank)
+
+    def _keep_event(self, line: str, *, from_any_rank: bool = False) -> None:
         if self.rank == 0 or from_any_rank:
             with (self._local / EVENTS).open("a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
@@ -416,6 +367,7 @@ class TrainRun:
 
     def _validate(self) -> None:
         """Restore held-out pictures with the averaged weights; the ranks share them out."""
+        self._reporter.enter("validation")
         model = MEASNet(self.config.model)
         model.load_state_dict(self._averaged_weights())
         model.to(self.device).eval()
@@ -425,6 +377,7 @@ class TrainRun:
         numbered = share(enumerate(pictures(data, limit=limit)), self.rank, self.world)
         for result in score(model, numbered, device=self.device, seen=panels.keep):
             own.append(result)
+            self._reporter.made_progress()
             if self._reporter.stop_reason:
                 break
         unfinished = torch.tensor([float(bool(self._reporter.stop_reason))], device=self.device)
@@ -464,6 +417,7 @@ class TrainRun:
 
     def _save(self) -> None:
         """Take a snapshot; Ray's upload thread writes it while training goes on."""
+        self._reporter.enter("checkpoint")
         score = self._validation["psnr"] if self._validation.get("at") == self.samples else None
         state = RunState(
             samples=self.samples,
