@@ -154,7 +154,9 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> GuardedAdam:
 
 def initialize(config: TrainConfig, decisions: Decisions, model: nn.Module) -> Any:
     """A DeepSpeed engine around `model`, in the process group that is already there."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    # By itself DeepSpeed would take a GPU of the machine also where the CPU trains.
+    on_gpu = next(model.parameters()).is_cuda
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     with _only_what_is_used():
         deepspeed = importlib.import_module("deepspeed")  # not when this module is imported
         if os.environ["DS_ACCELERATOR"] == "cpu":

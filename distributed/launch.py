@@ -255,6 +255,7 @@ def _fit(
     from ray.train.torch import TorchConfig
 
     from distributed.elastic import CountBeforeStart, NodeWatch
+    from distributed.environment import driver_process
     from distributed.monitor import Display, start_monitor
     from distributed.trainer import ShardTrainer
     from distributed.worker import train_loop
@@ -275,6 +276,7 @@ def _fit(
             "monitor": monitor,
             "tracking": run,
             "tracking_folder": str(local_folder),
+            "driver_process": driver_process(),
         },
         torch_config=TorchConfig(timeout_s=int(scaling.collective_timeout_s)),
         scaling_config=ScalingConfig(

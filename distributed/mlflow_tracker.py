@@ -24,15 +24,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from distributed.config import TrackingConfig, TrainConfig, as_metrics, to_yaml
-from distributed.environment import SystemMetrics, code_version, environment, installed_packages
+from distributed.environment import SystemMetrics, code_version, installed_packages
 from distributed.storage import open_folder
 
 if TYPE_CHECKING:
+    import torch
     from mlflow import MlflowClient
 
 KEY_TAG = "measnet.key"
 KEY_FILE = "tracking.key"
+KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
+"""Tag of an experiment that says that its runs train models, and are no traces of an agent."""
 METRICS_FILE = "metrics.jsonl"
+UI = "http://127.0.0.1:5000"
+"""Where `mlflow ui` answers by default."""
 SYSTEM_EVERY_S = 10.0
 """Seconds between two points of the system's metrics."""
 _BATCH, _PARAMS = 1000, 100
@@ -130,7 +135,7 @@ def describe(
     manifests: Mapping[str, tuple[str, str]],
     cost: Mapping[str, float],
 ) -> bool:
-    """Record what the run is made of: parameters, configuration, data, code, environment, cost.
+    """Record what the run is made of: parameters, configuration, data, code, packages, cost.
 
     Parameters cannot change in MLflow: where a resumed run differs (more workers, say), the new
     value goes into the tag `resumed.NAME`.
@@ -151,7 +156,6 @@ def describe(
         for tag, value in code_version().items():
             client.set_tag(run.id, tag, value)
         client.log_text(run.id, to_yaml(config), "config.yaml")
-        client.log_dict(run.id, environment(), "environment.json")
         client.log_text(run.id, installed_packages(), "requirements.txt")
         if cost:
             client.log_dict(run.id, dict(cost), "cost.json")
@@ -228,6 +232,7 @@ class Tracker:
         every_s: float = 2.0,
         retry_s: float = 15.0,
         first_s: float | None = None,
+        card: "torch.device | None" = None,
     ):
         """Go on in `folder`, which may hold the file of an earlier attempt.
 
@@ -237,6 +242,7 @@ class Tracker:
             every_s: seconds between two batches.
             retry_s: seconds to wait after MLflow did not answer.
             first_s: seconds to the first batch, if not `every_s`.
+            card: the GPU that this process computes on, whose load is recorded too.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / METRICS_FILE
@@ -253,7 +259,7 @@ class Tracker:
         self._artifacts: queue.SimpleQueue[tuple[Path, str]] = queue.SimpleQueue()
         self._waiting: list[tuple[Path, str]] = []
         self._lock, self._stop = threading.Lock(), threading.Event()
-        self._system, self._system_at = SystemMetrics(), 0.0
+        self._system, self._system_at = SystemMetrics(card), 0.0
         self.problem: str | None = None
         """Why MLflow did not take the last batch; None where it did."""
         self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
@@ -364,9 +370,13 @@ def open_run(run: Run, *, create_database: bool = False) -> Run:
     experiment = client.get_experiment_by_name(run.experiment)
     if experiment is None:
         place = str(Path(database).parent / "mlruns" / run.experiment) if database else None
-        experiment_id = client.create_experiment(run.experiment, artifact_location=place)
+        experiment_id = client.create_experiment(
+            run.experiment, artifact_location=place, tags={KIND_TAG: KIND}
+        )
     else:
         experiment_id = experiment.experiment_id
+        if KIND_TAG not in experiment.tags:
+            client.set_experiment_tag(experiment_id, KIND_TAG, KIND)
     found = client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{run.key}'", max_results=1)
     if found:
         run_id = found[0].info.run_id

@@ -28,6 +28,7 @@ from distributed.engine import (
     sharing_workers,
     weights,
 )
+from distributed.environment import by_hardware, hardware, replace_environment
 from distributed.evaluate import EvaluationReport, Panels, Score, score, share, write
 from distributed.guard import (
     GoBackError,
@@ -42,6 +43,7 @@ from distributed.guard import (
 from distributed.meter import Meter
 from distributed.mlflow_tracker import Tracker
 from distributed.monitor import Reporter
+from distributed.storage import open_folder, write_json
 from measnet.config import from_dict, to_dict
 from measnet.metrics import FIELD
 from measnet.network import MEASNet
@@ -130,8 +132,10 @@ class TrainRun:
         self._tracker: Tracker | None = None
         if self.rank == 0:
             first_s = RESUMED_S if found else None
-            self._tracker = Tracker(self._local, settings["tracking"], first_s=first_s)
+            card = self.device if self.device.type == "cuda" else None
+            self._tracker = Tracker(self._local, settings["tracking"], first_s=first_s, card=card)
         self._say_start(decisions._asdict(), found)
+        self._record_environment(settings["driver_process"])
 
     @property
     def over(self) -> bool:
@@ -238,6 +242,21 @@ class TrainRun:
         found = [newest_whole(self._folder, self._note) if self.rank == 0 else None]
         dist.broadcast_object_list(found, src=0)
         return found[0]
+
+    def _record_environment(self, driver_process: Mapping[str, Any]) -> None:
+        """Keep the hardware of all ranks, of each start; say so where it has changed."""
+        of_ranks: list[dict[str, Any]] = [{} for _ in range(self.world)]
+        dist.all_gather_object(of_ranks, hardware(self.device))
+        if not self._tracker:
+            return
+        environment = {"workers": by_hardware(of_ranks), "driver_process": driver_process}
+        changes = replace_environment(self._folder, environment)
+        if changes:
+            self._note(f"resumed on other hardware: {', '.join(changes)}")
+        kept = self._local / "environment" / f"{self.samples:012d}.json"
+        kept.parent.mkdir(exist_ok=True)
+        write_json(*open_folder(str(kept)), environment)
+        self._tracker.artifact(kept, "environment")
 
     def _agree(self) -> tuple[list[float], bool, list[int], list[str]]:
         """One exchange among the ranks after each step.

@@ -177,7 +177,7 @@ def test_describe_records_what_the_run_is_made_of(run: Run) -> None:
     assert found.data.tags["measnet.version"]
     assert {d.dataset.digest for d in found.inputs.dataset_inputs} == {"a" * 36, "b" * 36}
     names = {a.path for a in client.list_artifacts(run.id)}
-    assert names == {"config.yaml", "environment.json", "requirements.txt", "cost.json"}
+    assert names == {"config.yaml", "requirements.txt", "cost.json"}
     changed = config.__class__(name="demo", seed=7)
     assert mlflow_tracker.describe(run, changed, manifests=manifests, cost={})
     again = client.get_run(run.id).data
@@ -244,3 +244,34 @@ def test_the_exported_model_restores_without_a_pickle(
     with torch.no_grad():
         expected = model(torch.from_numpy(pictures).permute(0, 3, 1, 2)).image.clamp(0, 1)
     assert np.allclose(restored, expected.permute(0, 2, 3, 1).numpy(), atol=1e-5)
+
+
+def test_a_new_and_an_old_experiment_are_of_the_kind_that_trains_models(database: str) -> None:
+    run = prepare(TrackingConfig(uri=database, experiment="kinds"), name="a", key="a")
+    client = mlflow_tracker.client_of(run)
+
+    def kind(experiment: str) -> str | None:
+        return client.get_experiment_by_name(experiment).tags.get(mlflow_tracker.KIND_TAG)
+
+    assert kind("kinds") == mlflow_tracker.KIND
+    client.create_experiment("older")
+    assert kind("older") is None
+    prepare(TrackingConfig(uri=database, experiment="older"), name="b", key="b")
+    assert kind("older") == mlflow_tracker.KIND
+
+
+def test_figures_of_a_run_that_has_ended(run: Run) -> None:
+    finish(run, "FINISHED")
+    assert mlflow_tracker.annotate(run, {"a": "b"}, {"eval_psnr/derain": 30.5}, 48)
+    assert history(run, "eval_psnr/derain") == [(48, 30.5)]
+
+
+@pytest.mark.parametrize(
+    ("uri", "page"),
+    [
+        ("sqlite:////x/mlflow.db", "http://127.0.0.1:5000/#/runs/1f"),
+        ("https://mlflow.example/", "https://mlflow.example/#/runs/1f"),
+    ],
+)
+def test_where_a_run_is_shown(uri: str, page: str) -> None:
+    assert mlflow_tracker.run_page(uri, "1f") == page
