@@ -92,11 +92,11 @@ def run(source: Path | None, console: Console) -> int:
     with _timed(seconds, "evaluate"):
         report = evaluate(load(str(RUN), "cpu"), config.data.validation, RUN / "evaluation")
         _draw_curves()
-    _log_evaluation(config, outcome)
+    _log_evaluation(config, outcome, report)
     console.print(table(report))
     console.print(_result(report.tasks, names))
     _write_summary(report, outcome.mlflow_run_id, seconds)
-    _where_to_look(console, outcome.tracking_uri, seconds)
+    _where_to_look(console, outcome, seconds)
     return 0
 
 
@@ -240,7 +240,7 @@ def _draw_curves() -> None:
         curves(records, RUN / "evaluation" / "curves.png")
 
 
-def _log_evaluation(config: TrainConfig, outcome: Any) -> None:
+def _log_evaluation(config: TrainConfig, outcome: Any, report: Any) -> None:
     from distributed import mlflow_tracker
 
     run = mlflow_tracker.Run(
@@ -251,6 +251,7 @@ def _log_evaluation(config: TrainConfig, outcome: Any) -> None:
         id=outcome.mlflow_run_id,
     )
     mlflow_tracker.log_artifacts(run, RUN / "evaluation", "evaluation")
+    mlflow_tracker.annotate(run, {}, report.metrics("eval"), outcome.samples)
 
 
 def _result(tasks: Mapping[str, Any], names: Split) -> Table:
@@ -278,16 +279,17 @@ def _write_summary(report: Any, run_id: str, seconds: Mapping[str, float | None]
     (RUN / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
-def _where_to_look(
-    console: Console, tracking_uri: str, seconds: Mapping[str, float | None]
-) -> None:
+def _where_to_look(console: Console, outcome: Any, seconds: Mapping[str, float | None]) -> None:
+    from distributed.mlflow_tracker import run_page
+
     worked = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if value)
     lines = (
         f"before/after   {RUN / 'evaluation' / 'grids' / 'overview.png'}, and others there",
         f"experts        {RUN / 'evaluation' / 'experts.png'}",
         f"curves         {RUN / 'evaluation' / 'curves.png'}",
         f"figures        {RUN / 'summary.json'}",
-        f"MLflow         {ui_command(tracking_uri)}",
+        f"MLflow         {ui_command(outcome.tracking_uri)}",
+        f"  this run     {run_page(outcome.tracking_uri, outcome.mlflow_run_id)}",
         f"took           {worked}",
     )
     console.print("\n".join(lines), highlight=False, soft_wrap=True)

@@ -197,17 +197,31 @@ def finish(run: Run, status: Status, folder: Path | None = None) -> Run:
     return state["run"]
 
 
-def annotate(run: Run, tags: Mapping[str, str], metrics: Mapping[str, float] | None = None) -> bool:
-    """Set tags and single figures of a run that may have ended; whether MLflow took them."""
+def annotate(
+    run: Run,
+    tags: Mapping[str, str],
+    metrics: Mapping[str, float] | None = None,
+    step: int = 0,
+) -> bool:
+    """Set tags, and figures at `step`, of a run that may have ended; whether MLflow took them."""
 
     def send(client: "MlflowClient", run: Run) -> None:
         for name, value in tags.items():
             client.set_tag(run.id, name, value)
         if metrics:
             now = int(time.time() * 1000)
-            _send_metrics(client, run.id, [{"time": now, "step": 0, "metrics": dict(metrics)}])
+            _send_metrics(client, run.id, [{"time": now, "step": step, "metrics": dict(metrics)}])
 
-    return attempt(run, "tags", send)
+    return attempt(run, "tags and figures", send)
+
+
+def run_page(uri: str, run_id: str) -> str:
+    """Address of a run's page; of a database, once `mlflow ui` shows it on this machine.
+
+    MLflow 3 opens an experiment in a view for traces of language models, whatever its tags say, and
+    that is empty here. A run's own page shows its curves and files at once.
+    """
+    return f"{uri.rstrip('/') if uri.startswith('http') else UI}/#/runs/{run_id}"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
