@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -28,6 +28,9 @@ from distributed.storage import absolute, open_folder, write_json, write_whole
 from shards.manifest import Manifest
 from shards.manifest import read as read_manifest
 from shards.order import Plan
+
+if TYPE_CHECKING:
+    from measnet.hardware import Machine
 
 GRACE_S = 12.0
 """Seconds that a run asked to stop may take to end by itself before it is ended."""
@@ -135,6 +138,32 @@ def check(config: TrainConfig) -> tuple[Manifest, Plan, Checkpoint | None]:
     return manifest, plan, found
 
 
+def refuse_missing_gpu(config: TrainConfig, machine: "Machine") -> None:
+    """See that this machine alone has a GPU for each worker, where the configuration asks for them.
+
+    On a cluster nodes with GPUs may still join, so there the run waits and says for what.
+
+    Raises:
+        ValueError: GPUs are asked for, and this machine has fewer than workers.
+    """
+    least = config.scaling.bounds[0]
+    if config.scaling.device != "gpu" or len(machine.cards) >= least:
+        return
+    found = f"only {len(machine.cards)} of {least} GPUs" if machine.cards else "no GPU"
+    raise ValueError(
+        f"scaling.device is gpu and scaling.workers is {config.scaling.workers}, but this machine "
+        f"has {found} that torch can use{': ' + machine.problem if machine.problem else ''}. "
+        "Train on the CPU with --scaling.device cpu, ask for fewer workers with --scaling.workers, "
+        "or set RAY_ADDRESS to a cluster with GPUs"
+    )
+
+
+def _starts_its_own_ray() -> bool:
+    """Whether a run uses this machine alone: no cluster is named, and none is connected to."""
+    ray = sys.modules.get("ray")
+    return not os.environ.get("RAY_ADDRESS") and not (ray and ray.is_initialized())
+
+
 def _changes(old: dict[str, Any], new: TrainConfig) -> list[str]:
     free_data = tuple(f"data.{name}" for name in FREE_DATA_FIELDS)
     before, after = _flat(old), as_metrics(new)
@@ -180,7 +209,7 @@ def launch(
         export: whether a finished run leaves model.safetensors and a model in MLflow.
 
     Raises:
-        ValueError: see `check`.
+        ValueError: see `check` and `refuse_missing_gpu`.
     """
     console = console or Console(soft_wrap=True)
     config = resolve(config)
@@ -188,6 +217,10 @@ def launch(
     manifest, plan, found = check(config)
     if found is not None and found.state().finished:
         return _already_finished(config, found, console, export=export)
+    if config.scaling.device == "gpu" and _starts_its_own_ray():
+        from measnet.hardware import this_machine
+
+        refuse_missing_gpu(config, this_machine())
     _show_plan(console, config, manifest, plan)
 
     from distributed import mlflow_tracker
