@@ -83,6 +83,7 @@ class Monitor:
     def __init__(self, patience: ScalingConfig) -> None:
         """Nothing is known yet; `patience` says when a run counts as hung."""
         self._patience = patience
+        self._least_limit_s = min(patience.health_timeout_s, patience.collective_timeout_s)
         self._progress: dict[str, Any] = {}
         self._lines: list[str] = []
         self._stop = ""
@@ -96,7 +97,7 @@ class Monitor:
         self._progress = message.progress or self._progress
         self._heard = now
         self._ranks[message.rank] = message, now
-        if message.worker not in self._hung:
+        if message.worker not in self._hung and message.activity.idle_s > self._least_limit_s:
             self._look_for_hang(message.world, now)
         return Answer(self._stop, self._hung.get(message.worker, ""))
 
@@ -236,7 +237,8 @@ class Reporter:
     def _end(self, reason: str) -> None:
         """End this process; Ray's log of the worker gets the stacks of all threads."""
         try:
-            self._on_hang(reason)
+            # In a thread, for the disk it writes to may be what hangs.
+            threading.Thread(target=self._on_hang, args=(reason,), daemon=True).start()
             faulthandler.dump_traceback(file=2)
             time.sleep(2 * POLL_INTERVAL_S)  # the line is shown before Ray tells of lost workers
         finally:

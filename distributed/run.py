@@ -256,7 +256,7 @@ class TrainRun:
         kept = self._local / "environment" / f"{self.samples:012d}.json"
         kept.parent.mkdir(exist_ok=True)
         write_json(*open_folder(str(kept)), environment)
-        self._tracker.artifact(kept, "environment")
+        self._tracker.artifact(kept.parent, "environment")  # with those not sent before
 
     def _agree(self) -> tuple[list[float], bool, list[int], list[str]]:
         """One exchange among the ranks after each step.

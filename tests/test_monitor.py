@@ -12,7 +12,7 @@ import pytest
 from distributed.config import ScalingConfig
 from distributed.evaluate import score
 from distributed.hang import Activity, describe, find_hang
-from distributed.monitor import Message, Monitor, where
+from distributed.monitor import FIRST_STEPS, Message, Monitor, Reporter, start_monitor, where
 from measnet.config import tiny
 from measnet.network import MEASNet
 from tests.chaos import BATCH, STEPS, Run, difference, final_state
@@ -120,6 +120,39 @@ def test_where_names_the_innermost_line_of_this_project() -> None:
     go_on.set()
     thread.join()
     assert where(thread.ident or 0) == ""
+
+
+class Survivor(Reporter):
+    """Keeps the reason instead of ending its process, which is the test's here."""
+
+    reason = ""
+
+    def _end(self, reason: str) -> None:
+        self.reason = reason
+        self._closed.set()
+
+
+def test_a_rank_that_waits_for_another_ones_data_is_left_alone(ray_local: None) -> None:
+    patience = ScalingConfig(health_timeout_s=1.5, collective_timeout_s=60.0)
+    monitor = start_monitor(patience)
+    ranks = [Survivor(monitor, rank, 2, on_hang=print) for rank in (0, 1)]
+    for rank in ranks:
+        for made in range(FIRST_STEPS + 2):
+            rank.enter("step", made + 1)
+            rank.step_made()
+        rank.enter("step", FIRST_STEPS + 3)
+    ranks[1].enter("data")
+    time.sleep(4)
+    assert [rank.reason for rank in ranks] == ["", ""]
+    ranks[1].enter("step")
+    began = time.monotonic()
+    while not all(rank.reason for rank in ranks) and time.monotonic() - began < 20:
+        time.sleep(0.05)
+    assert time.monotonic() - began > patience.health_timeout_s
+    assert all("rank 1: in step 6 for 2 s" in rank.reason for rank in ranks)
+    assert "rank 0: in step 6 for " in ranks[0].reason
+    for rank in ranks:
+        rank.close()
 
 
 @pytest.mark.slow
