@@ -129,11 +129,14 @@ class ScalingConfig:
     restart from the last checkpoint."""
     health_timeout_s: float = 30.0
     """Seconds without an answer after which a worker counts as lost: longer than any pause of its
-    interpreter, shorter than people wait."""
+    interpreter, shorter than people wait. Also: seconds that a step may take, besides three usual
+    steps, before the run counts as hung and its workers are restarted."""
     give_up_s: float = 1800.0
     """Seconds without any worker after which the run ends, to be continued by the same command."""
     collective_timeout_s: float = 600.0
-    """Seconds after which a collective operation that does not finish counts as a failure."""
+    """Seconds after which a collective operation that does not finish counts as a failure. As long
+    may a worker wait for data, compile its first steps, validate a picture or write a checkpoint
+    before the run counts as hung."""
 
     @property
     def bounds(self) -> tuple[int, int]:

@@ -46,7 +46,10 @@ def training_device(scaling: ScalingConfig, gpus: float, machine: Machine | None
     if not machine.cards:
         if scaling.device == "gpu":
             reason = machine.problem or "torch sees no GPU on this machine"
-            raise ValueError(f"scaling.device is gpu, but {reason}; or use --scaling.device cpu")
+            raise ValueError(
+                f"scaling.device is gpu, but {reason}; or use --scaling.device cpu, or set "
+                "RAY_ADDRESS to a cluster with GPUs"
+            )
         return "cpu"
     least, _most = scaling.bounds
     if least > len(machine.cards):

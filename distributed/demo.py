@@ -99,11 +99,11 @@ def run(source: Path | None, console: Console) -> int:
         network = load(str(RUN), device)
         report = evaluate(network, config.data.validation, RUN / "evaluation", device=device)
         _draw_curves()
-    _log_evaluation(config, outcome)
+    _log_evaluation(config, outcome, report)
     console.print(table(report))
     console.print(_result(report.tasks, names))
     _write_summary(report, outcome.mlflow_run_id, seconds)
-    _where_to_look(console, outcome.tracking_uri, seconds)
+    _where_to_look(console, outcome, seconds)
     return 0
 
 
@@ -257,24 +257,25 @@ def _pack(console: Console, names: Split) -> None:
 
 def _draw_curves() -> None:
     from distributed.figures import curves
-    from distributed.tracking import read_metrics
+    from distributed.mlflow_tracker import read_metrics
 
     records = read_metrics(RUN)
     if records:
         curves(records, RUN / "evaluation" / "curves.png")
 
 
-def _log_evaluation(config: TrainConfig, outcome: Any) -> None:
-    from distributed import tracking
+def _log_evaluation(config: TrainConfig, outcome: Any, report: Any) -> None:
+    from distributed import mlflow_tracker
 
-    run = tracking.Run(
+    run = mlflow_tracker.Run(
         uri=outcome.tracking_uri,
         experiment=config.tracking.experiment,
         name=config.name,
-        key=tracking.run_key(outcome.folder),
+        key=mlflow_tracker.run_key(outcome.folder),
         id=outcome.mlflow_run_id,
     )
-    tracking.log_artifacts(run, RUN / "evaluation", "evaluation")
+    mlflow_tracker.log_artifacts(run, RUN / "evaluation", "evaluation")
+    mlflow_tracker.annotate(run, {}, report.metrics("eval"), outcome.samples)
 
 
 def _result(tasks: Mapping[str, Any], names: Split) -> Table:
@@ -302,16 +303,17 @@ def _write_summary(report: Any, run_id: str, seconds: Mapping[str, float | None]
     (RUN / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
-def _where_to_look(
-    console: Console, tracking_uri: str, seconds: Mapping[str, float | None]
-) -> None:
+def _where_to_look(console: Console, outcome: Any, seconds: Mapping[str, float | None]) -> None:
+    from distributed.mlflow_tracker import run_page
+
     worked = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if value)
     lines = (
         f"before/after   {RUN / 'evaluation' / 'grids' / 'overview.png'}, and others there",
         f"experts        {RUN / 'evaluation' / 'experts.png'}",
         f"curves         {RUN / 'evaluation' / 'curves.png'}",
         f"figures        {RUN / 'summary.json'}",
-        f"MLflow         {ui_command(tracking_uri)}",
+        f"MLflow         {ui_command(outcome.tracking_uri)}",
+        f"  this run     {run_page(outcome.tracking_uri, outcome.mlflow_run_id)}",
         f"took           {worked}",
     )
     console.print("\n".join(lines), highlight=False, soft_wrap=True)

@@ -135,11 +135,11 @@ class EvaluationReport:
         tasks = list(self.tasks.values())
         return _mean(tasks)._replace(pictures=sum(s.pictures for s in tasks))
 
-    def metrics(self) -> dict[str, float]:
-        """The figures under the names that MLflow groups into charts."""
+    def metrics(self, prefix: str = "val") -> dict[str, float]:
+        """The figures under the names that MLflow groups into charts: `PREFIX_psnr/TASK`."""
         rows = {**self.tasks, "mean": self.mean}
         return {
-            f"val_{kind}/{name}": float(getattr(row, f"restored_{kind}"))
+            f"{prefix}_{kind}/{name}": float(getattr(row, f"restored_{kind}"))
             for kind in ("psnr", "ssim")
             for name, row in rows.items()
         }

@@ -141,6 +141,12 @@ def check(config: TrainConfig) -> tuple[Manifest, Plan, Checkpoint | None]:
     return manifest, plan, found
 
 
+def _starts_its_own_ray() -> bool:
+    """Whether a run uses this machine alone: no cluster is named, and none is connected to."""
+    ray = sys.modules.get("ray")
+    return not os.environ.get("RAY_ADDRESS") and not (ray and ray.is_initialized())
+
+
 def _changes(old: dict[str, Any], new: TrainConfig) -> list[str]:
     free_data = tuple(f"data.{name}" for name in FREE_DATA_FIELDS)
     before, after = _flat(old), as_metrics(new)
@@ -186,7 +192,7 @@ def launch(
         export: whether a finished run leaves model.safetensors and a model in MLflow.
 
     Raises:
-        ValueError: see `check`.
+        ValueError: see `check` and `distributed.decisions.training_device`.
     """
     console = console or Console(soft_wrap=True)
     config = resolve(config)
@@ -194,20 +200,20 @@ def launch(
     manifest, plan, found = check(config)
     if found is not None and found.state().finished:
         return _already_finished(config, found, console, export=export)
-    machine = _own_machine()
+    machine = this_machine() if _starts_its_own_ray() else None
     if machine is not None:
         training_device(config.scaling, len(machine.cards), machine)
         if machine.problem and config.scaling.device != "cpu":
             console.print(f"no GPU is used: {machine.problem}", highlight=False, markup=False)
     _show_plan(console, config, manifest, plan)
 
-    from distributed import tracking
+    from distributed import mlflow_tracker
 
     fs, root = open_folder(config.folder)
     fs.makedirs(root, exist_ok=True)
     write_whole(fs, f"{root}/config.yaml", to_yaml(config).encode())
-    run = tracking.prepare(
-        config.tracking, name=config.name, key=tracking.run_key(config.folder), tags=tags
+    run = mlflow_tracker.prepare(
+        config.tracking, name=config.name, key=mlflow_tracker.run_key(config.folder), tags=tags
     )
     local_folder = Path(root) if "file" in fs.protocol else _scratch(run.key)
     _describe(run, config, manifest)
@@ -215,16 +221,16 @@ def launch(
     try:
         with ray_cluster(config, console):
             requests = [] if stop_requests is None else stop_requests
-            ended = _fit(config, run, local_folder, console, callbacks, requests)
+            ended = _fit(config, machine, run, local_folder, console, callbacks, requests)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
-        tracking.finish(run, "KILLED" if stopped else "FAILED", local_folder)
+        mlflow_tracker.finish(run, "KILLED" if stopped else "FAILED", local_folder)
         raise
     outcome = dataclasses.replace(
         ended, seconds=time.monotonic() - started, tracking_uri=run.uri, mlflow_run_id=run.id
     )
     status = {"finished": "FINISHED", "stopped": "KILLED"}.get(outcome.status, "FAILED")
-    run = tracking.finish(run, status, local_folder)  # type: ignore[arg-type]
+    run = mlflow_tracker.finish(run, status, local_folder)  # type: ignore[arg-type]
     if outcome.status == "finished" and export:
         _export(config, run)
     write_json(fs, f"{root}/outcome.json", dataclasses.asdict(outcome))
@@ -235,14 +241,16 @@ def _already_finished(
     config: TrainConfig, found: Checkpoint, console: Console, *, export: bool
 ) -> Outcome:
     """Say so; and do what comes after training, where the command was ended just before it."""
-    from distributed import tracking
+    from distributed import mlflow_tracker
 
-    key = tracking.run_key(config.folder)
+    key = mlflow_tracker.run_key(config.folder)
     fs, root = open_folder(config.folder)
     if export and not fs.exists(f"{root}/{MODEL}"):
-        run = tracking.prepare(config.tracking, name=config.name, key=key)
+        run = mlflow_tracker.prepare(config.tracking, name=config.name, key=key)
         _export(config, run)
-        tracking.finish(run, "FINISHED", Path(root) if "file" in fs.protocol else _scratch(key))
+        mlflow_tracker.finish(
+            run, "FINISHED", Path(root) if "file" in fs.protocol else _scratch(key)
+        )
     console.print(
         f"{config.folder} is finished: {found.samples:,} samples. "
         f"Next: python -m distributed.evaluate {config.folder} {config.data.validation}"
@@ -252,6 +260,7 @@ def _already_finished(
 
 def _fit(
     config: TrainConfig,
+    machine: Machine | None,
     run: Any,
     local_folder: Path,
     console: Console,
@@ -264,14 +273,15 @@ def _fit(
     from ray.train.torch import TorchConfig
 
     from distributed.elastic import CountBeforeStart, NodeWatch
+    from distributed.environment import driver_process
     from distributed.monitor import Display, start_monitor
     from distributed.trainer import ShardTrainer
     from distributed.worker import train_loop
     from measnet.config import to_dict
 
-    monitor = start_monitor()
     scaling, (low, high) = config.scaling, config.scaling.bounds
-    device = training_device(scaling, ray.cluster_resources().get("GPU", 0), _own_machine())
+    monitor = start_monitor(scaling)
+    device = training_device(scaling, ray.cluster_resources().get("GPU", 0), machine)
     use_gpu = device == "cuda"
     cpus = _cpus_per_worker(config, local=_is_local(), use_gpu=use_gpu)
     wanted = f"{scaling.workers} workers of {cpus} CPUs" + (" and 1 GPU" if use_gpu else "")
@@ -284,6 +294,7 @@ def _fit(
             "monitor": monitor,
             "tracking": run,
             "tracking_folder": str(local_folder),
+            "driver_process": driver_process(),
         },
         torch_config=TorchConfig(
             backend="nccl" if use_gpu else "gloo", timeout_s=int(scaling.collective_timeout_s)
@@ -420,11 +431,6 @@ def _is_local() -> bool:
     return not os.environ.get("RAY_ADDRESS")
 
 
-def _own_machine() -> Machine | None:
-    """This machine, where the run stays on it; None where it goes to a cluster."""
-    return this_machine() if _is_local() else None
-
-
 def _cpus_per_worker(config: TrainConfig, *, local: bool, use_gpu: bool) -> int:
     """As configured; else this machine's cores in equal parts, or what a cluster's node spares."""
     if config.scaling.cpus_per_worker:
@@ -505,10 +511,10 @@ def _show_plan(console: Console, config: TrainConfig, manifest: Manifest, plan: 
 
 
 def _describe(run: Any, config: TrainConfig, manifest: Manifest) -> None:
-    from distributed import tracking
+    from distributed import mlflow_tracker
 
     validation = read_manifest(config.data.validation)
-    tracking.describe(
+    mlflow_tracker.describe(
         run,
         config,
         manifests={
@@ -532,7 +538,7 @@ def _cost(config: TrainConfig) -> dict[str, float]:
 
 def _export(config: TrainConfig, run: Any) -> None:
     """The averaged weights of the end, as a file of their own and as a model in MLflow."""
-    from distributed import tracking
+    from distributed import mlflow_model
 
     newest = checkpoints.newest_whole(config.folder)
     if newest is None:
@@ -540,7 +546,7 @@ def _export(config: TrainConfig, run: Any) -> None:
     fs, root = open_folder(config.folder)
     newest.export(fs, f"{root}/{MODEL}")  # where it is missing, the same command makes it
     if "file" in fs.protocol:
-        tracking.log_model(run, Path(root) / MODEL)
+        mlflow_model.log_model(run, Path(root) / MODEL)
 
 
 def _scratch(key: str) -> Path:

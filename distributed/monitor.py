@@ -2,12 +2,22 @@
 other.
 
 Workers run on other machines and their prints arrive late and prefixed; so rank 0 tells a small
-actor where the run stands, and the command that started it reads the actor and draws the bar.
+actor where the run stands, and the command that started it reads the actor and draws the bar. All
+ranks tell the actor what they do, so that it notices a hang.
 """
 
+import faulthandler
+import os
+import statistics
+import sys
 import threading
 import time
+import traceback
+import uuid
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -16,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from distributed.config import ScalingConfig
+from distributed.hang import Activity, Phase, find_hang
 
 POLL_INTERVAL_S = 0.5
 """Seconds between two messages of a worker."""
@@ -23,22 +34,84 @@ POLL_INTERVAL_S = 0.5
 PLAIN_INTERVAL_S = 10.0
 """Seconds between two lines of progress where the output is a file or a job's log."""
 
+FIRST_STEPS, RECENT_STEPS = 3, 32
+"""Steps of a worker that are not measured, for they may compile and tune; and how many of the
+latest ones are."""
+
+PAUSE_S = 5.0
+"""Most seconds that one round of a reporter counts as spent without progress. A longer one says
+that the process itself was paused, with its container for instance, and no hang."""
+
+WHERE_AFTER_S = 5.0
+"""Seconds without progress after which a rank also tells the line of code that it is at."""
+
+HUNG = 70
+"""Exit code of a worker that ends itself because the run hangs."""
+
+PACKAGES = Path(__file__).resolve().parent.parent
+OWN = ("distributed", "measnet", "shards")
+"""Packages whose line of code says the most about where a rank is."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a worker tells the actor, twice a second."""
+
+    worker: str
+    """Identity of the process: a restarted rank has another one."""
+    rank: int
+    world: int
+    activity: Activity
+    progress: dict[str, Any] | None = None
+    """Where the run stands; None if unchanged, or not this rank's task to tell."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the actor answers."""
+
+    stop: str = ""
+    """Why to write a checkpoint and end; empty while nobody has asked."""
+    hang: str = ""
+    """Why the run counts as hung, so that this worker has to end itself; empty while it does
+    not."""
+
 
 class Monitor:
     """The actor's side: holds the latest progress, the lines to show, and the reason to stop."""
 
-    def __init__(self) -> None:
-        """Nothing is known yet."""
+    def __init__(self, patience: ScalingConfig) -> None:
+        """Nothing is known yet; `patience` says when a run counts as hung."""
+        self._patience = patience
+        self._least_limit_s = min(patience.health_timeout_s, patience.collective_timeout_s)
         self._progress: dict[str, Any] = {}
         self._lines: list[str] = []
         self._stop = ""
         self._heard = time.monotonic()
+        self._ranks: dict[int, tuple[Message, float]] = {}
+        self._hung: dict[str, str] = {}
 
-    def exchange(self, progress: dict[str, Any] | None) -> str:
-        """Take where the run stands, if told; returns the reason to stop, empty where none is."""
-        self._progress = progress or self._progress
-        self._heard = time.monotonic()
-        return self._stop
+    def exchange(self, message: Message) -> Answer:
+        """Take what a worker tells; answers what it has to do."""
+        now = time.monotonic()
+        self._progress = message.progress or self._progress
+        self._heard = now
+        self._ranks[message.rank] = message, now
+        if message.worker not in self._hung and message.activity.idle_s > self._least_limit_s:
+            self._look_for_hang(message.world, now)
+        return Answer(self._stop, self._hung.get(message.worker, ""))
+
+    def _look_for_hang(self, world: int, now: float) -> None:
+        activities = {}
+        for rank, (message, heard) in self._ranks.items():
+            told, silent = message.activity, now - heard
+            activities[rank] = replace(told, idle_s=told.idle_s + silent, silent_s=silent)
+        reason = find_hang(activities, world, self._patience)
+        if reason:
+            self._lines.append(reason)
+            # Each of these workers ends, also one that goes on at this very moment: its group is
+            # restarted as a whole. Workers that come later are others.
+            self._hung |= {message.worker: reason for message, _ in self._ranks.values()}
 
     def say(self, line: str) -> None:
         """Take a line for the person who watches."""
@@ -53,32 +126,70 @@ class Monitor:
         return self._progress, self._lines[shown:], time.monotonic() - self._heard
 
 
-def start_monitor() -> Any:
+def start_monitor(patience: ScalingConfig) -> Any:
     """Start the actor; it ends with the process that started it.
 
     It lives on that process's node: on another one it could die with a node while the run goes on.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Monitor).remote()
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Monitor).remote(patience)
 
 
 class Reporter:
     """A worker's side: a thread tells the actor twice a second that it lives, and where it stands.
 
     In a thread, so that a long step, validation or compilation is not taken for a lost worker, and
-    so that the loop never waits for the actor.
+    so that the loop never waits for the actor. The thread also ends the process where the actor
+    says that the run hangs: the loop's own thread cannot, it waits in a collective. Ray sees a
+    dead worker, and restarts all of them.
     """
 
-    def __init__(self, monitor: Any, *, speaks: bool) -> None:
-        """Talk to this actor; only the rank that `speaks` shows anything, all ask whether to
-        stop."""
-        self._monitor, self._speaks = monitor, speaks
+    def __init__(
+        self, monitor: Any, rank: int, world: int, *, on_hang: Callable[[str], object]
+    ) -> None:
+        """Talk to this actor; to be made in the thread that trains.
+
+        Args:
+            monitor: the actor.
+            rank: this worker's rank; rank 0 also shows progress and lines.
+            world: number of ranks.
+            on_hang: called with the reason, just before the process ends because of a hang.
+        """
+        self._monitor, self._rank, self._world = monitor, rank, world
+        self._on_hang, self._trains = on_hang, threading.get_ident()
+        self._worker = uuid.uuid4().hex
         self._progress: dict[str, Any] = {}
+        self._phase: Phase = "start"
+        self._step, self._marks = 0, 0
+        self._step_ended: float | None = None
+        self._steps = 0
+        self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._step_s: float | None = None
         self._closed = threading.Event()
         self.stop_reason = ""
         """Why to stop; empty while nobody has asked."""
         self._thread = threading.Thread(target=self._talk, name="reporter", daemon=True)
         self._thread.start()
+
+    def enter(self, phase: Phase, step: int | None = None) -> None:
+        """Note what this rank does from now on, and for which step (from 1) if that is another."""
+        self._phase = phase
+        self._step = self._step if step is None else step
+        self._marks += 1
+
+    def made_progress(self) -> None:
+        """Note that a part of the present phase is done."""
+        self._marks += 1
+
+    def step_made(self) -> None:
+        """Note that a step is done, and how long it took."""
+        now = time.monotonic()
+        self._marks += 1
+        self._steps += 1
+        if self._step_ended is not None and self._steps > FIRST_STEPS:
+            self._step_seconds.append(now - self._step_ended)
+            self._step_s = statistics.median(self._step_seconds)
+        self._step_ended = now
 
     def update(self, progress: dict[str, Any]) -> None:
         """Note where the run stands; the thread sends it."""
@@ -86,7 +197,7 @@ class Reporter:
 
     def say(self, line: str, *, from_any_rank: bool = False) -> None:
         """Show a line to the person who watches."""
-        if self._speaks or from_any_rank:
+        if self._rank == 0 or from_any_rank:
             self._monitor.say.remote(line)
 
     def close(self) -> None:
@@ -95,14 +206,56 @@ class Reporter:
         self._thread.join(timeout=5)
 
     def _talk(self) -> None:
-        last = False
+        last, marks, idle_s, before = False, 0, 0.0, time.monotonic()
         while not last:
             last = self._closed.wait(POLL_INTERVAL_S)
-            told = self._monitor.exchange.remote(self._progress if self._speaks else None)
+            now = time.monotonic()
+            idle_s = 0.0 if marks != self._marks else idle_s + min(now - before, PAUSE_S)
+            marks, before = self._marks, now
+            told = self._monitor.exchange.remote(self._message(idle_s))
             try:
-                self.stop_reason = ray.get(told, timeout=30) or self.stop_reason
+                answer = ray.get(told, timeout=30)
+            except ray.exceptions.GetTimeoutError:
+                continue  # the machine that shows the run is busy
             except ray.exceptions.RayError:
                 return  # whoever started the run has gone, and Ray ends its workers
+            self.stop_reason = answer.stop or self.stop_reason
+            if answer.hang:
+                self._end(answer.hang)
+
+    def _message(self, idle_s: float) -> Message:
+        activity = Activity(
+            phase=self._phase,
+            step=self._step,
+            idle_s=idle_s,
+            step_s=self._step_s,
+            where=where(self._trains) if idle_s > WHERE_AFTER_S else "",
+        )
+        progress = self._progress if self._rank == 0 else None
+        return Message(self._worker, self._rank, self._world, activity, progress)
+
+    def _end(self, reason: str) -> None:
+        """End this process; Ray's log of the worker gets the stacks of all threads."""
+        try:
+            # In a thread, for the disk it writes to may be what hangs.
+            threading.Thread(target=self._on_hang, args=(reason,), daemon=True).start()
+            faulthandler.dump_traceback(file=2)
+            time.sleep(2 * POLL_INTERVAL_S)  # the line is shown before Ray tells of lost workers
+        finally:
+            os._exit(HUNG)  # no clean-up: it would wait for the thread that hangs
+
+
+def where(thread: int) -> str:
+    """`distributed/run.py:316, _agree`: the innermost line of this project that a thread is at.
+
+    Empty if the thread is at none.
+    """
+    frame = sys._current_frames().get(thread)
+    for entry in reversed(traceback.extract_stack(frame) if frame else []):
+        path = Path(entry.filename)
+        if path.is_relative_to(PACKAGES) and path.relative_to(PACKAGES).parts[0] in OWN:
+            return f"{path.relative_to(PACKAGES)}:{entry.lineno}, {entry.name}"
+    return ""
 
 
 class Display:

@@ -3,7 +3,6 @@
 import math
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from distributed.engine import (
     use_deterministic_algorithms,
     weights,
 )
+from distributed.environment import by_hardware, hardware, replace_environment
 from distributed.evaluate import EvaluationReport, Panels, Score, score, share, write
 from distributed.guard import (
     GoBackError,
@@ -42,13 +42,14 @@ from distributed.guard import (
     log_line,
     watch_unused,
 )
+from distributed.meter import Meter
+from distributed.mlflow_tracker import Tracker
 from distributed.monitor import Reporter
-from distributed.tracking import Tracker
+from distributed.storage import open_folder, write_json
 from measnet.config import from_dict, to_dict
 from measnet.hardware import card_of
-from measnet.losses import Losses
 from measnet.metrics import FIELD
-from measnet.network import MEASNet, Restoration
+from measnet.network import MEASNet
 from shards.reader import DamagedError
 from shards.stream import Batch, TrainStream, pictures
 
@@ -79,73 +80,6 @@ def gate_noise(seed: int, step: int, micro_batch: int, device: torch.device) -> 
     return torch.Generator(device).manual_seed(int(key))
 
 
-class Meter:
-    """Sums over the micro-batches of one rank since they were last taken."""
-
-    def __init__(self, device: torch.device, *, counts: bool) -> None:
-        """Nothing yet; a rank whose work has no weight counts nothing."""
-        self._device, self._counts = device, counts
-        self._usage: dict[str, Tensor] = {}
-        self.step_keys: list[str] = []
-        self.step_digests: list[int] = []
-        self.damage: list[str] = []
-        """Samples of this step for which others stand, and what is wrong with them."""
-        self.reset()
-
-    def reset(self) -> None:
-        """Begin the next point of the curves."""
-        self._losses = torch.zeros(4, dtype=torch.float64, device=self._device)
-        self.micro_batches = 0
-        self._data_wait = 0.0
-        self.started = time.perf_counter()
-
-    def waited(self, seconds: float) -> None:
-        """Count time spent waiting for a batch."""
-        self._data_wait += seconds
-
-    def add(self, losses: Losses, restoration: Restoration, batch: Batch) -> None:
-        """Count one micro-batch; stays on the device, so that nobody waits for it."""
-        if not self._counts:
-            return
-        of_one = torch.stack([*(loss.detach() for loss in losses), losses.total.new_ones(())])
-        of_one = torch.where(of_one.isfinite().all(), of_one, 0)  # skipped steps have no loss
-        self._losses += of_one.double()
-        self.micro_batches += 1
-        self.step_keys += batch.keys
-        self.damage += batch.damage
-        self.step_digests.append(zlib.crc32(batch.degraded.numpy().tobytes()))
-        for library, share_bn in restoration.routing.items():
-            chosen = share_bn.detach().double().sum(0)
-            self._usage[library] = (
-                self._usage[library] + chosen if library in self._usage else chosen
-            )
-
-    def sums(self) -> Tensor:
-        """Total, l1 and balance loss, micro-batches, seconds of waiting: (5,) float64."""
-        wait = torch.tensor([self._data_wait], dtype=torch.float64, device=self._device)
-        return torch.cat([self._losses, wait])
-
-    def end_step(self) -> tuple[list[str], list[int]]:
-        """Names and crc32 of the micro-batches of the step that ends."""
-        ended = self.step_keys, self.step_digests
-        self.step_keys, self.step_digests, self.damage = [], [], []
-        return ended
-
-    def take_usage(self) -> dict[str, list[float]]:
-        """How much each expert of each library was chosen since the last call; a collective
-        call."""
-        own = {library: chosen.tolist() for library, chosen in self._usage.items()}
-        gathered: list[dict[str, list[float]]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, own)
-        told = [part for part in gathered if part]
-        usage = {
-            library: [sum(experts) for experts in zip(*(p[library] for p in told), strict=True)]
-            for library in (told[0] if told else {})
-        }
-        self._usage = {}
-        return usage
-
-
 class TrainRun:
     """One worker's view of a run, from a start or restart to its end or the next failure."""
 
@@ -165,10 +99,12 @@ class TrainRun:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = _own_device(settings["device"])
         self._folder = self.config.folder
-        self._reporter = Reporter(settings["monitor"], speaks=self.rank == 0)
-        self._stream = TrainStream(self.config.data, self.config.seed)
         self._local = Path(settings["tracking_folder"])
         self._local.mkdir(parents=True, exist_ok=True)
+        self._reporter = Reporter(
+            settings["monitor"], self.rank, self.world, on_hang=self._keep_event
+        )
+        self._stream = TrainStream(self.config.data, self.config.seed)
 
         card = card_of(self.device)
         predicted = None if card is None else predict_fit(self.config, self.world, card)
@@ -217,8 +153,12 @@ class TrainRun:
         self._tracker: Tracker | None = None
         if self.rank == 0:
             first_s = RESUMED_S if found else None
-            self._tracker = Tracker(self._local, settings["tracking"], first_s=first_s)
+            own_card = self.device if self.device.type == "cuda" else None
+            self._tracker = Tracker(
+                self._local, settings["tracking"], first_s=first_s, card=own_card
+            )
         self._say_start(decisions._asdict(), found)
+        self._record_environment(settings["driver_process"])
 
     @property
     def over(self) -> bool:
@@ -234,15 +174,27 @@ class TrainRun:
         recipe, at = self.config.recipe, self.samples
         for first, behind in [*self._skips.spans, (self._end, self._end)]:
             if at < first:
-                yield from self._stream.batches(
-                    at,
-                    first,
-                    global_batch=recipe.global_batch,
-                    micro_batch=recipe.micro_batch,
-                    world=self._sharing,
-                    rank=self._slice,
+                yield from self._watched(
+                    self._stream.batches(
+                        at,
+                        first,
+                        global_batch=recipe.global_batch,
+                        micro_batch=recipe.micro_batch,
+                        world=self._sharing,
+                        rank=self._slice,
+                    )
                 )
             at = max(at, behind)
+
+    def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Tell the reporter what this rank does: wait for a batch, then compute with it."""
+        while True:
+            self._reporter.enter("data", self.samples // self.config.recipe.global_batch + 1)
+            batch = next(batches, None)
+            self._reporter.enter("step")
+            if batch is None:
+                return
+            yield batch
 
     def sum_statistics(self, flat: Tensor) -> None:
         """Add up the batch norms' sums over the ranks that share the work, in place."""
@@ -265,6 +217,7 @@ class TrainRun:
             seconds, self._started = time.perf_counter() - self._started, None
             self._reporter.say(f"first step after {seconds:.1f} s of the workers' start")
         sums, stops, digests, keys = self._agree()
+        self._reporter.step_made()
         if stops:
             self.stop_reason = self._reporter.stop_reason or "asked to stop"
         self._log_consumed(digests)
@@ -290,6 +243,7 @@ class TrainRun:
 
     def finish(self) -> dict[str, Any]:
         """Hand over what is still to be sent, and say how the run ended."""
+        self._reporter.enter("end")
         if self._tracker:
             if (self._local / EVENTS).exists():
                 self._tracker.artifact(self._local / EVENTS)
@@ -314,6 +268,21 @@ class TrainRun:
         found = [newest_whole(self._folder, self._note) if self.rank == 0 else None]
         dist.broadcast_object_list(found, src=0)
         return found[0]
+
+    def _record_environment(self, driver_process: Mapping[str, Any]) -> None:
+        """Keep the hardware of all ranks, of each start; say so where it has changed."""
+        of_ranks: list[dict[str, Any]] = [{} for _ in range(self.world)]
+        dist.all_gather_object(of_ranks, hardware(self.device))
+        if not self._tracker:
+            return
+        environment = {"workers": by_hardware(of_ranks), "driver_process": driver_process}
+        changes = replace_environment(self._folder, environment)
+        if changes:
+            self._note(f"resumed on other hardware: {', '.join(changes)}")
+        kept = self._local / "environment" / f"{self.samples:012d}.json"
+        kept.parent.mkdir(exist_ok=True)
+        write_json(*open_folder(str(kept)), environment)
+        self._tracker.artifact(kept.parent, "environment")  # with those not sent before
 
     def _agree(self) -> tuple[list[float], bool, list[int], list[str]]:
         """One exchange among the ranks after each step.
@@ -407,6 +376,9 @@ class TrainRun:
     def _note(self, line: str, *, from_any_rank: bool = False) -> None:
         """Show a line, and keep it among the events that MLflow gets."""
         self._reporter.say(line, from_any_rank=from_any_rank)
+        self._keep_event(line, from_any_rank=from_any_rank)
+
+    def _keep_event(self, line: str, *, from_any_rank: bool = False) -> None:
         if self.rank == 0 or from_any_rank:
             with (self._local / EVENTS).open("a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
@@ -440,6 +412,7 @@ class TrainRun:
 
     def _validate(self) -> None:
         """Restore held-out pictures with the averaged weights; the ranks share them out."""
+        self._reporter.enter("validation")
         model = MEASNet(self.config.model)
         model.load_state_dict(self._averaged_weights())
         model.to(self.device).eval()
@@ -449,6 +422,7 @@ class TrainRun:
         numbered = share(enumerate(pictures(data, limit=limit)), self.rank, self.world)
         for result in score(model, numbered, device=self.device, seen=panels.keep):
             own.append(result)
+            self._reporter.made_progress()
             if self._reporter.stop_reason:
                 break
         unfinished = torch.tensor([float(bool(self._reporter.stop_reason))], device=self.device)
@@ -488,6 +462,7 @@ class TrainRun:
 
     def _save(self) -> None:
         """Take a snapshot; Ray's upload thread writes it while training goes on."""
+        self._reporter.enter("checkpoint")
         score = self._validation["psnr"] if self._validation.get("at") == self.samples else None
         state = RunState(
             samples=self.samples,

@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def show(outcome: "Outcome", console: "Console") -> None:
     """Say how the run ended, where its results are and what to do next."""
+    from distributed.mlflow_tracker import run_page
+
     again = "the same command goes on from there"
     match outcome.status:
         case "finished":
@@ -42,6 +44,9 @@ def show(outcome: "Outcome", console: "Console") -> None:
             console.print(f"  weights   {outcome.folder}/model.safetensors")
             store = f"--backend-store-uri {outcome.tracking_uri}"
             console.print(f"  MLflow    mlflow ui --host 127.0.0.1 {store}")
+            if outcome.mlflow_run_id:
+                page = run_page(outcome.tracking_uri, outcome.mlflow_run_id)
+                console.print(f"  this run  {page}", soft_wrap=True)
         case "stopped":
             console.print(f"stopped ({outcome.reason}) after {outcome.samples:,} samples; {again}")
         case "failed":

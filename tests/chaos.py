@@ -3,9 +3,10 @@
     python -m tests.chaos --trials 20 --seed 0 [--json]
 
 Every trial trains the same small run on two workers and kills what the trial's point names, once or
-twice, with SIGKILL (a hung worker: with SIGSTOP) at a moment drawn from the seed. Where the command
-itself was killed it is given again. The end is compared with an undisturbed run: weights, their
-average, Adam's moments and the digest of all pixels trained on must be identical to the bit.
+twice, with SIGKILL at a moment drawn from the seed. A hung worker is stopped with SIGSTOP instead,
+and in a hung collective one worker never comes out of an all-reduce (`tests.hanging`). Where the
+command itself was killed it is given again. The end is compared with an undisturbed run: weights,
+their average, Adam's moments and the digest of all pixels trained on must be identical to the bit.
 """
 
 import contextlib
@@ -33,6 +34,7 @@ from rich.table import Table
 from distributed import checkpoint as checkpoints
 from distributed.launch import LOCAL_ENVIRONMENT
 from distributed.run import CONSUMED
+from tests.hanging import FLAG
 from tests.photographs import pack_photographs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,10 +62,17 @@ class Trial:
 class Run:
     """A training command, started in a folder."""
 
-    def __init__(self, folder: Path, data: Path, environment: dict[str, str], *more: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        data: Path,
+        environment: dict[str, str],
+        *more: str,
+        module: str = "distributed.train",
+    ) -> None:
         """Start it; `more` arguments of the command."""
         arguments = [
-            *(sys.executable, "-m", "distributed.train", "demo"),
+            *(sys.executable, "-m", module, "demo"),
             *("--data.train", str(data / "train"), "--data.validation", str(data / "test")),
             *("--data.crop", "32", "--model.dim", "8", "--scaling.workers", "2"),
             *("--scaling.cpus-per-worker", "1", "--scaling.max-failures", "-1"),
@@ -75,11 +84,13 @@ class Run:
             *more,
         ]
         self.folder = folder / "runs" / "demo"
+        self.hang = folder / "hang"
         self.log = (folder / "log.txt").open("a")
+        environment = {**environment, FLAG: str(self.hang), "PYTHONPATH": str(ROOT)}
         self.process = psutil.Popen(
             arguments,
             cwd=folder,
-            env={**os.environ, **environment, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
             stdout=self.log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -219,6 +230,12 @@ def hung_worker(run: Run, cluster: Cluster | None, draw: random.Random) -> None:
     draw.choice(_workers([run.process])).suspend()
 
 
+def collective(run: Run, cluster: Cluster | None, draw: random.Random) -> None:
+    """One worker never comes out of a collective, and the other one waits for it in there."""
+    run.hang.touch()
+    run.wait_for(lambda: not run.hang.exists())
+
+
 def all_workers(run: Run, cluster: Cluster | None, draw: random.Random) -> None:
     """All workers die at once."""
     _kill(_workers([run.process]))
@@ -260,6 +277,7 @@ def head(run: Run, cluster: Cluster | None, draw: random.Random) -> None:
 POINTS: dict[str, Callable[[Run, Cluster | None, random.Random], None]] = {
     "worker": worker,
     "hung worker": hung_worker,
+    "collective": collective,
     "all workers": all_workers,
     "driver": driver,
     "checkpoint write": checkpoint_write,
@@ -283,8 +301,10 @@ def _cluster_for(point: str) -> Iterator[list[Cluster]]:
 def disturb(trial: Trial, data: Path, draw: random.Random) -> None:
     """Run a trial to its end."""
     trial.folder.mkdir(parents=True)
+    module = "tests.hanging" if trial.point == "collective" else "distributed.train"
     with _cluster_for(trial.point) as clusters:
-        run = Run(trial.folder, data, clusters[-1].environment if clusters else {})
+        environment = clusters[-1].environment if clusters else {}
+        run = Run(trial.folder, data, environment, module=module)
         for at in trial.at:
             if not run.wait_for_step(at):
                 break

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from distributed import tracking
+from distributed import mlflow_model, mlflow_tracker
 from distributed.config import TrackingConfig, as_metrics
+from distributed.mlflow_tracker import Run, Tracker, finish, prepare, read_metrics, run_key
 from distributed.presets import PRESETS
-from distributed.tracking import Run, Tracker, finish, prepare, read_metrics, run_key
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,9 @@ def run(database: str, request: pytest.FixtureRequest) -> Run:
 
 
 def history(run: Run, name: str) -> list[tuple[int, float]]:
-    return [(m.step, m.value) for m in tracking._client(run).get_metric_history(run.id, name)]
+    return [
+        (m.step, m.value) for m in mlflow_tracker.client_of(run).get_metric_history(run.id, name)
+    ]
 
 
 def closed_port() -> int:
@@ -84,7 +86,7 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(tmp_path: Path, run: Run) 
     finish(run, "FAILED", tmp_path)
     again = prepare(TrackingConfig(uri=run.uri), name="demo", key=run.key)
     assert again.id == run.id
-    assert tracking._client(run).get_run(run.id).info.status == "RUNNING"
+    assert mlflow_tracker.client_of(run).get_run(run.id).info.status == "RUNNING"
     second = Tracker(tmp_path, again)  # from the checkpoint at 8: two steps are done again
     for step in (16, 24, 32):
         second.metrics({"train/loss": step / 100}, step)
@@ -103,9 +105,9 @@ def test_half_a_line_of_a_killed_writer_is_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("status", ["FINISHED", "KILLED", "FAILED"])
-def test_the_driver_sets_the_end(run: Run, status: tracking.Status) -> None:
+def test_the_driver_sets_the_end(run: Run, status: mlflow_tracker.Status) -> None:
     assert finish(run, status).id == run.id
-    assert tracking._client(run).get_run(run.id).info.status == status
+    assert mlflow_tracker.client_of(run).get_run(run.id).info.status == status
 
 
 def test_what_a_killed_worker_kept_is_sent_by_the_driver(tmp_path: Path, run: Run) -> None:
@@ -160,15 +162,15 @@ def test_a_store_that_comes_back_gets_everything(tmp_path: Path, database: str) 
     away.symlink_to(there)
     tracker.metrics({"train/loss": 0.5}, 16)
     assert tracker.close()
-    opened = tracking._open(run)
+    opened = mlflow_tracker.open_run(run)
     assert history(opened, "train/loss") == [(8, 1.0), (16, 0.5)]
 
 
 def test_describe_records_what_the_run_is_made_of(run: Run) -> None:
     config = PRESETS["demo"]()
     manifests = {"training": ("data/demo/train", "a" * 64), "validation": ("data/t", "b" * 64)}
-    assert tracking.describe(run, config, manifests=manifests, cost={"parameters": 1234})
-    client = tracking._client(run)
+    assert mlflow_tracker.describe(run, config, manifests=manifests, cost={"parameters": 1234})
+    client = mlflow_tracker.client_of(run)
     found = client.get_run(run.id)
     assert found.data.params == {k: str(v) for k, v in as_metrics(config).items()}
     assert found.data.metrics["cost/parameters"] == 1234
@@ -176,9 +178,9 @@ def test_describe_records_what_the_run_is_made_of(run: Run) -> None:
     assert found.data.tags["measnet.version"]
     assert {d.dataset.digest for d in found.inputs.dataset_inputs} == {"a" * 36, "b" * 36}
     names = {a.path for a in client.list_artifacts(run.id)}
-    assert names == {"config.yaml", "environment.json", "requirements.txt", "cost.json"}
+    assert names == {"config.yaml", "requirements.txt", "cost.json"}
     changed = config.__class__(name="demo", seed=7)
-    assert tracking.describe(run, changed, manifests=manifests, cost={})
+    assert mlflow_tracker.describe(run, changed, manifests=manifests, cost={})
     again = client.get_run(run.id).data
     assert again.params["seed"] == "0" and again.tags["resumed.seed"] == "7"
 
@@ -190,9 +192,9 @@ def test_artifacts_go_through_the_background(tmp_path: Path, run: Run) -> None:
     tracker.artifact(tmp_path / "grids", "samples/100")
     tracker.artifact(tmp_path / "nowhere.png")  # gone: said in the log, nothing else
     assert tracker.close()
-    files = tracking._client(run).list_artifacts(run.id, "samples/100")
+    files = mlflow_tracker.client_of(run).list_artifacts(run.id, "samples/100")
     assert [f.path for f in files] == ["samples/100/derain.png"]
-    assert tracking.log_artifacts(run, tmp_path / "grids" / "derain.png", "end")
+    assert mlflow_tracker.log_artifacts(run, tmp_path / "grids" / "derain.png", "end")
 
 
 def test_key_stays_the_same(tmp_path: Path) -> None:
@@ -203,16 +205,18 @@ def test_key_stays_the_same(tmp_path: Path) -> None:
 def test_where_runs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert tracking.tracking_uri(TrackingConfig()) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert mlflow_tracker.tracking_uri(TrackingConfig()) == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    assert tracking.tracking_uri(TrackingConfig()) == "http://127.0.0.1:5000"
-    assert tracking.tracking_uri(TrackingConfig(uri="sqlite:////x/y.db")) == "sqlite:////x/y.db"
+    assert mlflow_tracker.tracking_uri(TrackingConfig()) == "http://127.0.0.1:5000"
+    assert (
+        mlflow_tracker.tracking_uri(TrackingConfig(uri="sqlite:////x/y.db")) == "sqlite:////x/y.db"
+    )
     with pytest.raises(ValueError, match="no longer keeps runs in plain folders"):
-        tracking.tracking_uri(TrackingConfig(uri="./mlruns"))
+        mlflow_tracker.tracking_uri(TrackingConfig(uri="./mlruns"))
 
 
 def test_nothing_phones_home() -> None:
-    tracking._configure()
+    mlflow_tracker._configure()
     from mlflow.telemetry.utils import is_telemetry_disabled
 
     assert is_telemetry_disabled()
@@ -229,15 +233,46 @@ def test_the_exported_model_restores_without_a_pickle(
 
     model = MEASNet(tiny()).eval()
     model.save_pretrained(tmp_path / "model.safetensors")
-    assert tracking.log_model(run, tmp_path / "model.safetensors")
+    assert mlflow_model.log_model(run, tmp_path / "model.safetensors")
     from mlflow import pyfunc
 
     monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", run.uri)
-    folder = tracking._client(run).download_artifacts(run.id, "model", str(tmp_path))
+    folder = mlflow_tracker.client_of(run).download_artifacts(run.id, "model", str(tmp_path))
     assert not list(Path(folder).rglob("*.pkl"))
     pictures = np.random.default_rng(0).random((2, 20, 24, 3), np.float32)
     restored = pyfunc.load_model(f"runs:/{run.id}/model").predict(pictures)
     with torch.no_grad():
         expected = model(torch.from_numpy(pictures).permute(0, 3, 1, 2)).image.clamp(0, 1)
     assert np.allclose(restored, expected.permute(0, 2, 3, 1).numpy(), atol=1e-5)
+
+
+def test_a_new_and_an_old_experiment_are_of_the_kind_that_trains_models(database: str) -> None:
+    run = prepare(TrackingConfig(uri=database, experiment="kinds"), name="a", key="a")
+    client = mlflow_tracker.client_of(run)
+
+    def kind(experiment: str) -> str | None:
+        return client.get_experiment_by_name(experiment).tags.get(mlflow_tracker.KIND_TAG)
+
+    assert kind("kinds") == mlflow_tracker.KIND
+    client.create_experiment("older")
+    assert kind("older") is None
+    prepare(TrackingConfig(uri=database, experiment="older"), name="b", key="b")
+    assert kind("older") == mlflow_tracker.KIND
+
+
+def test_figures_of_a_run_that_has_ended(run: Run) -> None:
+    finish(run, "FINISHED")
+    assert mlflow_tracker.annotate(run, {"a": "b"}, {"eval_psnr/derain": 30.5}, 48)
+    assert history(run, "eval_psnr/derain") == [(48, 30.5)]
+
+
+@pytest.mark.parametrize(
+    ("uri", "page"),
+    [
+        ("sqlite:////x/mlflow.db", "http://127.0.0.1:5000/#/runs/1f"),
+        ("https://mlflow.example/", "https://mlflow.example/#/runs/1f"),
+    ],
+)
+def test_where_a_run_is_shown(uri: str, page: str) -> None:
+    assert mlflow_tracker.run_page(uri, "1f") == page

@@ -85,6 +85,9 @@ def test_a_run_leaves_what_is_needed(finished: Path) -> None:
     curve = losses(run)
     assert list(curve) == list(range(4, 49, 4))
     assert all(0 < loss < 1 for loss in curve.values())
+    (worker,) = json.loads((run / "environment.json").read_text())["workers"]
+    assert worker["ranks"] == [0] and worker["device"] == "cpu"
+    assert len(list(finished.rglob("artifacts/environment/000000000000.json"))) == 1
     outcome = json.loads((run / "outcome.json").read_text())
     assert outcome["status"] == "finished"
     assert set(outcome["validation"]["report"]["tasks"]) == {

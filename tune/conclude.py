@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distributed import checkpoint as checkpoints
-from distributed import tracking
+from distributed import mlflow_model, mlflow_tracker
 from distributed.config import TrackingConfig, TrainConfig, to_yaml
 from distributed.storage import open_folder, write_whole
 from tune.config import SearchConfig
@@ -48,7 +48,7 @@ def complete_curve(row: Row) -> None:
         return  # not a folder but a URI: the file lies with the worker
     found = {
         int(record["step"]): float(record["metrics"]["val_psnr/mean"])
-        for record in tracking.read_metrics(Path(root))
+        for record in mlflow_tracker.read_metrics(Path(root))
         if is_number(record["metrics"].get("val_psnr/mean"))
     }
     row.curve = sorted({**found, **dict(row.curve)}.items())
@@ -56,12 +56,12 @@ def complete_curve(row: Row) -> None:
         row.samples, row.psnr = row.curve[-1]
 
 
-def open_summary(config: SearchConfig, record: Record) -> tracking.Run:
+def open_summary(config: SearchConfig, record: Record) -> mlflow_tracker.Run:
     """The search's own run in MLflow; without an id where MLflow does not answer."""
-    run = tracking.prepare(
+    run = mlflow_tracker.prepare(
         config.train.tracking,
         name=record.name,
-        key=tracking.run_key(record.folder),
+        key=mlflow_tracker.run_key(record.folder),
         tags={"measnet.kind": "search", "measnet.search": record.name},
     )
     record.mlflow_run_id = run.id
@@ -169,12 +169,12 @@ def _to_mlflow(config: SearchConfig, record: Record) -> None:
         return
     for row in record.rows:
         fs, root = open_folder(row.folder)
-        known = row.ended and fs.exists(f"{root}/{tracking.KEY_FILE}")
+        known = row.ended and fs.exists(f"{root}/{mlflow_tracker.KEY_FILE}")
         if known and not _finish_trial(settings, record, row):
             return  # gone meanwhile: no waiting for it once per trial
     if record.champion is not None:
         best = record.rows[record.champion]
-        tracking.annotate(
+        mlflow_tracker.annotate(
             summary,
             {"measnet.champion": best.name, "mlflow.note.content": card(record, best)},
             {
@@ -191,14 +191,14 @@ def _to_mlflow(config: SearchConfig, record: Record) -> None:
 
 def _finish_trial(settings: TrackingConfig, record: Record, row: Row) -> bool:
     """One trial's end and reason; False where MLflow does not answer."""
-    run = tracking.prepare(settings, name=row.name, key=tracking.run_key(row.folder))
+    run = mlflow_tracker.prepare(settings, name=row.name, key=mlflow_tracker.run_key(row.folder))
     if not run.id:
         return False
     row.mlflow_run_id = run.id
     status: Any = {"finished": "FINISHED", "stopped": "KILLED"}.get(row.state, "FAILED")
     _, root = open_folder(row.folder)
-    tracking.finish(run, status, Path(root) if Path(root).is_absolute() else None)
-    return tracking.annotate(
+    mlflow_tracker.finish(run, status, Path(root) if Path(root).is_absolute() else None)
+    return mlflow_tracker.annotate(
         run,
         {
             "measnet.state": row.state,
@@ -215,13 +215,13 @@ def _register(settings: TrackingConfig, config: SearchConfig, record: Record, be
     weights, done = Path(root) / CHAMPION, Path(root) / ".registered"
     if not weights.exists() or (done.exists() and done.read_text() == best.name):
         return
-    run = tracking.prepare(settings, name=best.name, key=tracking.run_key(best.folder))
+    run = mlflow_tracker.prepare(settings, name=best.name, key=mlflow_tracker.run_key(best.folder))
     if (
         run.id
-        and tracking.log_model(run, weights)
-        and tracking.register(run, config.register, "champion", card(record, best))
+        and mlflow_model.log_model(run, weights)
+        and mlflow_model.register(run, config.register, "champion", card(record, best))
     ):
-        tracking.finish(run, "FINISHED")
+        mlflow_tracker.finish(run, "FINISHED")
         done.write_text(best.name)
 
 
@@ -240,9 +240,9 @@ def _page_to_mlflow(record: Record, config: SearchConfig, page: Path) -> None:
     run = open_summary(config, record)
     for path in (page, page.with_name("search.json"), page.with_name(BEST_CONFIG)):
         if path.exists():
-            tracking.log_artifacts(run, path)
+            mlflow_tracker.log_artifacts(run, path)
     status: Any = "FINISHED" if record.state == "finished" else "KILLED"
-    tracking.finish(run, status)
+    mlflow_tracker.finish(run, status)
 
 
 def _say(record: Record, console: "Console") -> None:

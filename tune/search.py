@@ -79,7 +79,7 @@ def _search(config: SearchConfig, space: Space, command: str, console: "Console"
 def _resolve(config: SearchConfig) -> SearchConfig:
     """Absolute places, for trials run in folders of their own."""
     from distributed.launch import resolve
-    from distributed.tracking import tracking_uri
+    from distributed.mlflow_tracker import tracking_uri
 
     train = resolve(config.train)
     tracking = dataclasses.replace(train.tracking, uri=tracking_uri(train.tracking))

@@ -11,42 +11,37 @@ run that is resumed, retried or moved goes on in the same MLflow run.
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import queue
 import secrets
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import psutil
-
 from distributed.config import TrackingConfig, TrainConfig, as_metrics, to_yaml
+from distributed.environment import SystemMetrics, code_version, installed_packages
 from distributed.storage import open_folder
 
 if TYPE_CHECKING:
+    import torch
     from mlflow import MlflowClient
 
 KEY_TAG = "measnet.key"
 KEY_FILE = "tracking.key"
+KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
+"""Tag of an experiment that says that its runs train models, and are no traces of an agent."""
 METRICS_FILE = "metrics.jsonl"
+UI = "http://127.0.0.1:5000"
+"""Where `mlflow ui` answers by default."""
 SYSTEM_EVERY_S = 10.0
 """Seconds between two points of the system's metrics."""
 _BATCH, _PARAMS = 1000, 100
 """Most metrics and most parameters in one request; MLflow refuses more."""
-
-_MODEL_NEEDS = ("torch", "safetensors", "numpy")
-"""What the exported model imports besides the standard library and MLflow."""
 
 Status = Literal["FINISHED", "KILLED", "FAILED"]
 log = logging.getLogger(__name__)
@@ -122,7 +117,7 @@ def prepare(
         tags=dict(tags or {}),
     )
     try:
-        return _open(run, create_database=True)
+        return open_run(run, create_database=True)
     except Exception as error:  # MLflow raises its own, SQLAlchemy's and requests' errors
         log.warning(
             "MLflow at %s does not answer (%s); %s keeps the metrics until it does",
@@ -140,7 +135,7 @@ def describe(
     manifests: Mapping[str, tuple[str, str]],
     cost: Mapping[str, float],
 ) -> bool:
-    """Record what the run is made of: parameters, configuration, data, code, environment, cost.
+    """Record what the run is made of: parameters, configuration, data, code, packages, cost.
 
     Parameters cannot change in MLflow: where a resumed run differs (more workers, say), the new
     value goes into the tag `resumed.NAME`.
@@ -161,14 +156,13 @@ def describe(
         for tag, value in code_version().items():
             client.set_tag(run.id, tag, value)
         client.log_text(run.id, to_yaml(config), "config.yaml")
-        client.log_dict(run.id, environment(), "environment.json")
         client.log_text(run.id, installed_packages(), "requirements.txt")
         if cost:
             client.log_dict(run.id, dict(cost), "cost.json")
             names = {f"cost/{name}": float(value) for name, value in cost.items()}
             _send_metrics(client, run.id, [{"time": 0, "step": 0, "metrics": names}])
 
-    return _attempt(run, "the description of the run", send)
+    return attempt(run, "the description of the run", send)
 
 
 def log_artifacts(run: Run, path: Path, folder: str = "") -> bool:
@@ -177,42 +171,7 @@ def log_artifacts(run: Run, path: Path, folder: str = "") -> bool:
     def send(client: "MlflowClient", run: Run) -> None:
         _send_artifact(client, run.id, path, folder)
 
-    return _attempt(run, f"{path.name}", send)
-
-
-def log_model(run: Run, weights: Path) -> bool:
-    """Store exported weights as an MLflow model that holds code and safetensors, and no pickle.
-
-    `mlflow.pyfunc.load_model("runs:/RUN_ID/model").predict(pictures)` restores pictures
-    (B, H, W, 3), floats in [0, 1].
-    """
-
-    def send(client: "MlflowClient", run: Run) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            save_model(weights, Path(folder) / "model")
-            client.log_artifacts(run.id, str(Path(folder) / "model"), "model")
-
-    return _attempt(run, "the model", send)
-
-
-def save_model(weights: Path, folder: Path) -> None:
-    """Write an MLflow model (pyfunc, from code) of exported weights into a new folder."""
-    import numpy as np
-    from mlflow import pyfunc
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    here = Path(__file__).resolve().parent
-    picture = TensorSpec(np.dtype(np.float32), (-1, -1, -1, 3))
-    with warnings.catch_warnings(record=True):  # MLflow wants an example beside the signature
-        pyfunc.save_model(
-            path=str(folder),
-            python_model=str(here / "served.py"),
-            artifacts={"weights": str(weights)},
-            code_paths=[str(here.parent / "measnet")],
-            pip_requirements=[f"{name}=={_version(name)}" for name in _MODEL_NEEDS],
-            signature=ModelSignature(inputs=Schema([picture]), outputs=Schema([picture])),
-        )
+    return attempt(run, f"{path.name}", send)
 
 
 def finish(run: Run, status: Status, folder: Path | None = None) -> Run:
@@ -234,40 +193,35 @@ def finish(run: Run, status: Status, folder: Path | None = None) -> Run:
             _send_metrics(client, run.id, read_metrics(folder))
         client.set_terminated(run.id, status)
 
-    _attempt(run, f"the end of the run ({status})", send)
+    attempt(run, f"the end of the run ({status})", send)
     return state["run"]
 
 
-def annotate(run: Run, tags: Mapping[str, str], metrics: Mapping[str, float] | None = None) -> bool:
-    """Set tags and single figures of a run that may have ended; whether MLflow took them."""
+def annotate(
+    run: Run,
+    tags: Mapping[str, str],
+    metrics: Mapping[str, float] | None = None,
+    step: int = 0,
+) -> bool:
+    """Set tags, and figures at `step`, of a run that may have ended; whether MLflow took them."""
 
     def send(client: "MlflowClient", run: Run) -> None:
         for name, value in tags.items():
             client.set_tag(run.id, name, value)
         if metrics:
             now = int(time.time() * 1000)
-            _send_metrics(client, run.id, [{"time": now, "step": 0, "metrics": dict(metrics)}])
+            _send_metrics(client, run.id, [{"time": now, "step": step, "metrics": dict(metrics)}])
 
-    return _attempt(run, "tags", send)
+    return attempt(run, "tags and figures", send)
 
 
-def register(run: Run, name: str, alias: str, card: str) -> bool:
-    """Make the run's model a new version of the registered model `name`, and point `alias` at it.
+def run_page(uri: str, run_id: str) -> str:
+    """Address of a run's page; of a database, once `mlflow ui` shows it on this machine.
 
-    `models:/NAME@ALIAS` loads it. The card is Markdown.
-
-    Returns:
-        Whether MLflow took it.
+    MLflow 3 opens an experiment in a view for traces of language models, whatever its tags say, and
+    that is empty here. A run's own page shows its curves and files at once.
     """
-
-    def send(client: "MlflowClient", run: Run) -> None:
-        if not client.search_registered_models(f"name = '{name}'"):
-            client.create_registered_model(name)
-        source = f"{client.get_run(run.id).info.artifact_uri}/model"
-        version = client.create_model_version(name, source, run.id, description=card)
-        client.set_registered_model_alias(name, alias, version.version)
-
-    return _attempt(run, f"the model {name}@{alias}", send)
+    return f"{uri.rstrip('/') if uri.startswith('http') else UI}/#/runs/{run_id}"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -292,6 +246,7 @@ class Tracker:
         every_s: float = 2.0,
         retry_s: float = 15.0,
         first_s: float | None = None,
+        card: "torch.device | None" = None,
     ):
         """Go on in `folder`, which may hold the file of an earlier attempt.
 
@@ -301,6 +256,7 @@ class Tracker:
             every_s: seconds between two batches.
             retry_s: seconds to wait after MLflow did not answer.
             first_s: seconds to the first batch, if not `every_s`.
+            card: the GPU that this process computes on, whose load is recorded too.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / METRICS_FILE
@@ -317,7 +273,7 @@ class Tracker:
         self._artifacts: queue.SimpleQueue[tuple[Path, str]] = queue.SimpleQueue()
         self._waiting: list[tuple[Path, str]] = []
         self._lock, self._stop = threading.Lock(), threading.Event()
-        self._system, self._system_at = SystemMetrics(), 0.0
+        self._system, self._system_at = SystemMetrics(card), 0.0
         self.problem: str | None = None
         """Why MLflow did not take the last batch; None where it did."""
         self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
@@ -361,9 +317,9 @@ class Tracker:
             self._sample_system()
             if self._run is None:
                 return True
-            self._run = _open(self._run)
+            self._run = open_run(self._run)
             records, end = _read_from(self._path, self._sent)
-            client = _client(self._run)
+            client = client_of(self._run)
             _send_metrics(client, self._run.id, records)
             self._sent = end
             self._send_artifacts(client, self._run.id)
@@ -395,71 +351,6 @@ class Tracker:
             self.metrics(self._system.read(), self._system_step)
 
 
-class SystemMetrics:
-    """Load of this machine, under the names that MLflow's page `System metrics` shows."""
-
-    def __init__(self) -> None:
-        """Start counting the network's bytes."""
-        self._network = psutil.net_io_counters()
-        psutil.cpu_percent()
-
-    def read(self) -> dict[str, float]:
-        """CPU and GPU in per cent, memory, disk and network in MB."""
-        memory, disk = psutil.virtual_memory(), psutil.disk_usage(os.getcwd())
-        network = psutil.net_io_counters()
-        values = {
-            "cpu_utilization_percentage": psutil.cpu_percent(),
-            "system_memory_usage_megabytes": memory.used / 1e6,
-            "system_memory_usage_percentage": memory.percent,
-            "process_memory_megabytes": psutil.Process().memory_info().rss / 1e6,
-            "disk_usage_megabytes": disk.used / 1e6,
-            "disk_usage_percentage": disk.percent,
-            "network_receive_megabytes": (network.bytes_recv - self._network.bytes_recv) / 1e6,
-            "network_transmit_megabytes": (network.bytes_sent - self._network.bytes_sent) / 1e6,
-            **_gpus(),
-        }
-        return {f"system/{name}": float(value) for name, value in values.items()}
-
-
-def code_version() -> dict[str, str]:
-    """The commit of the code that runs, where git knows it, and the version of the package."""
-    tags = {"measnet.version": _version("measnet-ray")}
-    here = Path(__file__).resolve().parent
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-
-        def git(*arguments: str) -> str:
-            command = ["git", "-C", str(here), *arguments]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-            return done.stdout.strip()
-
-        if git("ls-files", "tracking.py"):  # not merely installed below somebody's repository
-            tags["mlflow.source.git.commit"] = git("rev-parse", "HEAD")
-            changed = git("status", "--porcelain", "--untracked-files=no")
-            tags["measnet.code_changed"] = str(bool(changed)).lower()
-    return tags
-
-
-def environment() -> dict[str, Any]:
-    """The machine and the versions that matter for a result."""
-    packages = ("torch", "ray", "deepspeed", "webdataset", "mlflow", "numpy", "pillow")
-    return {
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "cpus": psutil.cpu_count(),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        "gpus": _gpu_names(),
-        "packages": {name: _version(name) for name in packages},
-    }
-
-
-def installed_packages() -> str:
-    """Every installed distribution as `name==version`, sorted, a line each."""
-    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    lines = (f"{name}=={version}" for name, version in found.items() if name)
-    return "\n".join(sorted(lines, key=str.lower)) + "\n"
-
-
 def _configure() -> None:
     """Before MLflow is imported: nothing phones home, and a server that is away costs seconds."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
@@ -470,7 +361,8 @@ def _configure() -> None:
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 
-def _client(run: Run) -> "MlflowClient":
+def client_of(run: Run) -> "MlflowClient":
+    """A client of the run's server or database."""
     _configure()
     from mlflow import MlflowClient
 
@@ -479,7 +371,7 @@ def _client(run: Run) -> "MlflowClient":
     return MlflowClient(run.uri)
 
 
-def _open(run: Run, *, create_database: bool = False) -> Run:
+def open_run(run: Run, *, create_database: bool = False) -> Run:
     """Find or make the run of this key, and set it running; raises where MLflow does not answer."""
     if run.id:
         return run
@@ -488,13 +380,17 @@ def _open(run: Run, *, create_database: bool = False) -> Run:
         raise FileNotFoundError(f"{database} is not on this machine")
     if database:
         Path(database).parent.mkdir(parents=True, exist_ok=True)
-    client = _client(run)
+    client = client_of(run)
     experiment = client.get_experiment_by_name(run.experiment)
     if experiment is None:
         place = str(Path(database).parent / "mlruns" / run.experiment) if database else None
-        experiment_id = client.create_experiment(run.experiment, artifact_location=place)
+        experiment_id = client.create_experiment(
+            run.experiment, artifact_location=place, tags={KIND_TAG: KIND}
+        )
     else:
         experiment_id = experiment.experiment_id
+        if KIND_TAG not in experiment.tags:
+            client.set_experiment_tag(experiment_id, KIND_TAG, KIND)
     found = client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{run.key}'", max_results=1)
     if found:
         run_id = found[0].info.run_id
@@ -505,11 +401,11 @@ def _open(run: Run, *, create_database: bool = False) -> Run:
     return dataclasses.replace(run, id=run_id)
 
 
-def _attempt(run: Run, what: str, send: Any) -> bool:
+def attempt(run: Run, what: str, send: Any) -> bool:
     """Call `send(client, run)`; a warning and False where MLflow does not answer."""
     try:
-        run = _open(run)
-        send(_client(run), run)
+        run = open_run(run)
+        send(client_of(run), run)
     except Exception as error:  # MLflow raises its own, SQLAlchemy's and requests' errors
         log.warning("MLflow at %s did not take %s: %s", run.uri, what, _first_line(error))
         return False
@@ -580,34 +476,6 @@ def _read_from(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
         with contextlib.suppress(ValueError):  # a disk that was full cut a line in the middle
             records.append(json.loads(line))
     return records, start + len(whole)
-
-
-def _gpus() -> dict[str, float]:
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return {}
-    values = {}
-    for index in range(torch.cuda.device_count()):
-        free, total = torch.cuda.mem_get_info(index)
-        values[f"gpu_{index}_memory_usage_megabytes"] = (total - free) / 1e6
-        values[f"gpu_{index}_memory_usage_percentage"] = 100 * (total - free) / total
-        with contextlib.suppress(Exception):  # needs NVIDIA's management library
-            values[f"gpu_{index}_utilization_percentage"] = torch.cuda.utilization(index)
-    return values
-
-
-def _gpu_names() -> list[str]:
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return []
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,256 @@
+"""What a run was made on: the workers' hardware and versions, the commit, the machine's load."""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from distributed.storage import open_folder, read_json, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+ENVIRONMENT = "environment.json"
+"""File of a run: the workers' hardware and the versions, of the latest start."""
+
+PACKAGES = ("torch", "ray", "deepspeed", "webdataset", "mlflow", "numpy", "pillow")
+"""Distributions whose version matters for a result."""
+
+COMPILED = {
+    "kernels_avx512": "measnet._kernels16",
+    "kernels_avx2": "measnet._kernels8",
+    "png_qoi_decoder": "shards._pixels",
+    "jpeg_decoder": "shards._jpeg",
+}
+"""Compiled parts of this project that are optional: name -> module."""
+
+CPU_INFO = Path("/proc/cpuinfo")
+"""Where Linux names the processor."""
+
+
+def driver_process() -> dict[str, Any]:
+    """Where the command runs that starts the workers. It computes nothing, so no GPU is asked."""
+    return {
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: installed_version(name) for name in PACKAGES},
+    }
+
+
+def hardware(device: "torch.device") -> dict[str, Any]:
+    """What a worker computes on, for JSON.
+
+    Only the worker's own card is asked: to ask for another one would open a CUDA context there.
+
+    Args:
+        device: the worker's.
+    """
+    import torch
+
+    found: dict[str, Any] = {
+        "host": socket.gethostname(),
+        "device": device.type,
+        "processor": _processor(),
+        "cores": psutil.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "compiled": [name for name, module in COMPILED.items() if _importable(module)],
+    }
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        cudnn = torch.backends.cudnn.version()
+        found |= {
+            "card": card.name,
+            "card_memory_gib": round(card.total_memory / 2**30, 1),
+            "driver": _driver(),
+            "cuda": torch.version.cuda,
+            "cudnn": cudnn,
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        }
+    return found
+
+
+def by_hardware(of_ranks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per distinct hardware, with the `ranks` and `hosts` that have it.
+
+    Args:
+        of_ranks: `hardware` of each rank, in their order.
+    """
+    entries: list[dict[str, Any]] = []
+    for rank, own in enumerate(of_ranks):
+        rest = {name: value for name, value in own.items() if name != "host"}
+        same = next((entry for entry in entries if rest.items() <= entry.items()), None)
+        if same is None:
+            same = {"ranks": [], "hosts": [], **rest}
+            entries.append(same)
+        same["ranks"].append(rank)
+        if own["host"] not in same["hosts"]:
+            same["hosts"].append(own["host"])
+    return entries
+
+
+def hardware_changes(
+    before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """`card NVIDIA A100 -> NVIDIA H100` for each thing in which the workers differ now.
+
+    The hosts' names and the number of workers do not count.
+
+    Args:
+        before: from `by_hardware`, at an earlier start.
+        now: the same, at this one.
+    """
+    names = dict.fromkeys(name for entry in [*before, *now] for name in entry)
+    changes = []
+    for name in names:
+        if name not in ("ranks", "hosts") and _values(before, name) != _values(now, name):
+            changes.append(f"{name} {_values(before, name)} -> {_values(now, name)}")
+    return changes
+
+
+def code_version() -> dict[str, str]:
+    """The commit of the code that runs, where git knows it, and the version of the package."""
+    tags = {"measnet.version": installed_version("measnet-ray")}
+    here = Path(__file__).resolve().parent
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+
+        def git(*arguments: str) -> str:
+            command = ["git", "-C", str(here), *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+            return done.stdout.strip()
+
+        if git("ls-files", "environment.py"):  # not merely installed below somebody's repository
+            tags["mlflow.source.git.commit"] = git("rev-parse", "HEAD")
+            changed = git("status", "--porcelain", "--untracked-files=no")
+            tags["measnet.code_changed"] = str(bool(changed)).lower()
+    return tags
+
+
+def installed_packages() -> str:
+    """Every installed distribution as `name==version`, sorted, a line each."""
+    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    lines = (f"{name}=={version}" for name, version in found.items() if name)
+    return "\n".join(sorted(lines, key=str.lower)) + "\n"
+
+
+def installed_version(distribution: str) -> str:
+    """The version of an installed distribution, or `not installed`."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+class SystemMetrics:
+    """Load of this machine, under the names that MLflow's page `System metrics` shows."""
+
+    def __init__(self, card: "torch.device | None" = None) -> None:
+        """Start counting the network's bytes.
+
+        Args:
+            card: the GPU that this process computes on; None asks no GPU. Others of the machine
+                are never asked: that would open a CUDA context on each of them.
+        """
+        self._card = card
+        self._network = psutil.net_io_counters()
+        psutil.cpu_percent()
+
+    def read(self) -> dict[str, float]:
+        """CPU and GPU in per cent, memory, disk and network in MB."""
+        memory, disk = psutil.virtual_memory(), psutil.disk_usage(os.getcwd())
+        network = psutil.net_io_counters()
+        values = {
+            "cpu_utilization_percentage": psutil.cpu_percent(),
+            "system_memory_usage_megabytes": memory.used / 1e6,
+            "system_memory_usage_percentage": memory.percent,
+            "process_memory_megabytes": psutil.Process().memory_info().rss / 1e6,
+            "disk_usage_megabytes": disk.used / 1e6,
+            "disk_usage_percentage": disk.percent,
+            "network_receive_megabytes": (network.bytes_recv - self._network.bytes_recv) / 1e6,
+            "network_transmit_megabytes": (network.bytes_sent - self._network.bytes_sent) / 1e6,
+            **(_load_of(self._card) if self._card is not None else {}),
+        }
+        return {f"system/{name}": float(value) for name, value in values.items()}
+
+
+def _load_of(card: "torch.device") -> dict[str, float]:
+    """Memory of a card that this process uses already; its load where nvidia-ml-py is installed."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info(card)
+    prefix = f"gpu_{card.index or 0}"
+    values: dict[str, float] = {
+        f"{prefix}_memory_usage_megabytes": (total - free) / 1e6,
+        f"{prefix}_memory_usage_percentage": 100 * (total - free) / total,
+    }
+    if importlib.util.find_spec("pynvml"):
+        nvml = importlib.import_module("pynvml")
+        with contextlib.suppress(nvml.NVMLError, RuntimeError):  # a part of a card does not tell it
+            values[f"{prefix}_utilization_percentage"] = torch.cuda.utilization(card)
+    return values
+
+
+def replace_environment(folder: str, environment: Mapping[str, Any]) -> list[str]:
+    """Write a run's environment.json, and tell in what the workers differ from the one before.
+
+    Args:
+        folder: folder or URI of the run.
+        environment: `workers`, from `by_hardware`, and `driver_process`.
+
+    Returns:
+        See `hardware_changes`; empty at a run's first start.
+    """
+    fs, root = open_folder(folder)
+    path = f"{root}/{ENVIRONMENT}"
+    before = read_json(fs, path)["workers"] if fs.exists(path) else environment["workers"]
+    write_json(fs, path, environment)
+    return hardware_changes(before, environment["workers"])
+
+
+def _values(entries: Sequence[Mapping[str, Any]], name: str) -> str:
+    """The different values of one field, in words."""
+    found = (entry.get(name) for entry in entries)
+    words = {
+        " and ".join(value) if isinstance(value, list) else str(value)
+        for value in found
+        if value is not None
+    }
+    return ", ".join(sorted(words)) or "none"
+
+
+def _processor() -> str:
+    """The processor's model as Linux names it, else its architecture."""
+    with contextlib.suppress(OSError):
+        for line in CPU_INFO.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _driver() -> str:
+    """Version of the NVIDIA driver that is loaded; empty where Linux does not tell it."""
+    from measnet.hardware import DRIVER_VERSION  # brings torch
+
+    with contextlib.suppress(OSError):
+        words = DRIVER_VERSION.read_text().split()
+        return next((w for w in words if w[:1].isdigit() and "." in w), "")
+    return ""
+
+
+def _importable(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False  # not built here, or for another processor
+    return True

@@ -1,0 +1,79 @@
+"""What a rank counts while it trains: losses, samples, the use of experts, the wait for data."""
+
+import time
+import zlib
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from measnet.losses import Losses
+from measnet.network import Restoration
+from shards.stream import Batch
+
+
+class Meter:
+    """Sums over the micro-batches of one rank since they were last taken."""
+
+    def __init__(self, device: torch.device, *, counts: bool) -> None:
+        """Nothing yet; a rank whose work has no weight counts nothing."""
+        self._device, self._counts = device, counts
+        self._usage: dict[str, Tensor] = {}
+        self.step_keys: list[str] = []
+        self.step_digests: list[int] = []
+        self.damage: list[str] = []
+        """Samples of this step for which others stand, and what is wrong with them."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin the next point of the curves."""
+        self._losses = torch.zeros(4, dtype=torch.float64, device=self._device)
+        self.micro_batches = 0
+        self._data_wait = 0.0
+        self.started = time.perf_counter()
+
+    def waited(self, seconds: float) -> None:
+        """Count time spent waiting for a batch."""
+        self._data_wait += seconds
+
+    def add(self, losses: Losses, restoration: Restoration, batch: Batch) -> None:
+        """Count one micro-batch; stays on the device, so that nobody waits for it."""
+        if not self._counts:
+            return
+        of_one = torch.stack([*(loss.detach() for loss in losses), losses.total.new_ones(())])
+        of_one = torch.where(of_one.isfinite().all(), of_one, 0)  # skipped steps have no loss
+        self._losses += of_one.double()
+        self.micro_batches += 1
+        self.step_keys += batch.keys
+        self.damage += batch.damage
+        self.step_digests.append(zlib.crc32(batch.degraded.numpy().tobytes()))
+        for library, share_bn in restoration.routing.items():
+            chosen = share_bn.detach().double().sum(0)
+            self._usage[library] = (
+                self._usage[library] + chosen if library in self._usage else chosen
+            )
+
+    def sums(self) -> Tensor:
+        """Total, l1 and balance loss, micro-batches, seconds of waiting: (5,) float64."""
+        wait = torch.tensor([self._data_wait], dtype=torch.float64, device=self._device)
+        return torch.cat([self._losses, wait])
+
+    def end_step(self) -> tuple[list[str], list[int]]:
+        """Names and crc32 of the micro-batches of the step that ends."""
+        ended = self.step_keys, self.step_digests
+        self.step_keys, self.step_digests, self.damage = [], [], []
+        return ended
+
+    def take_usage(self) -> dict[str, list[float]]:
+        """How much each expert of each library was chosen since the last call; a collective
+        call."""
+        own = {library: chosen.tolist() for library, chosen in self._usage.items()}
+        gathered: list[dict[str, list[float]]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, own)
+        told = [part for part in gathered if part]
+        usage = {
+            library: [sum(experts) for experts in zip(*(p[library] for p in told), strict=True)]
+            for library in (told[0] if told else {})
+        }
+        self._usage = {}
+        return usage

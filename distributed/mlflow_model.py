@@ -1,0 +1,69 @@
+"""The exported network as an MLflow model, and in MLflow's registry."""
+
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distributed.environment import installed_version
+from distributed.mlflow_tracker import Run, attempt
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_MODEL_NEEDS = ("torch", "safetensors", "numpy")
+"""What the exported model imports besides the standard library and MLflow."""
+
+
+def log_model(run: Run, weights: Path) -> bool:
+    """Store exported weights as an MLflow model that holds code and safetensors, and no pickle.
+
+    `mlflow.pyfunc.load_model("runs:/RUN_ID/model").predict(pictures)` restores pictures
+    (B, H, W, 3), floats in [0, 1].
+    """
+
+    def send(client: "MlflowClient", run: Run) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(weights, Path(folder) / "model")
+            client.log_artifacts(run.id, str(Path(folder) / "model"), "model")
+
+    return attempt(run, "the model", send)
+
+
+def save_model(weights: Path, folder: Path) -> None:
+    """Write an MLflow model (pyfunc, from code) of exported weights into a new folder."""
+    import numpy as np
+    from mlflow import pyfunc
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+
+    here = Path(__file__).resolve().parent
+    picture = TensorSpec(np.dtype(np.float32), (-1, -1, -1, 3))
+    with warnings.catch_warnings(record=True):  # MLflow wants an example beside the signature
+        pyfunc.save_model(
+            path=str(folder),
+            python_model=str(here / "served.py"),
+            artifacts={"weights": str(weights)},
+            code_paths=[str(here.parent / "measnet")],
+            pip_requirements=[f"{name}=={installed_version(name)}" for name in _MODEL_NEEDS],
+            signature=ModelSignature(inputs=Schema([picture]), outputs=Schema([picture])),
+        )
+
+
+def register(run: Run, name: str, alias: str, card: str) -> bool:
+    """Make the run's model a new version of the registered model `name`, and point `alias` at it.
+
+    `models:/NAME@ALIAS` loads it. The card is Markdown.
+
+    Returns:
+        Whether MLflow took it.
+    """
+
+    def send(client: "MlflowClient", run: Run) -> None:
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name)
+        source = f"{client.get_run(run.id).info.artifact_uri}/model"
+        version = client.create_model_version(name, source, run.id, description=card)
+        client.set_registered_model_alias(name, alias, version.version)
+
+    return attempt(run, f"the model {name}@{alias}", send)
