@@ -1,16 +1,20 @@
-"""The memory that training takes, predicted from the tensors that live in two small steps."""
+"""The memory of training and of inference, predicted from the tensors that live in two steps."""
 
+import functools
 import re
 import weakref
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from measnet.config import ModelConfig, replace_dotted
+from measnet.experts import resolve_path
 from measnet.kernels import torch_only
 from measnet.losses import restoration_loss
 from measnet.network import MEASNet
@@ -21,6 +25,8 @@ STATE_BYTES = 4 + 4 + 8 + 4
 """Per parameter: weight, gradient, two moments of Adam, running average; all fp32."""
 PROBES = (64, 96)
 """Crops at which the live tensors of a training step are counted; the rest is linear in pixels."""
+LARGE_PROBES = (512, 1024)
+"""Sides at which tensors without numbers are counted; larger than the experts' `CHUNK`."""
 Precision = Literal["fp32", "bf16"]
 
 
@@ -111,6 +117,48 @@ def _peak(model: MEASNet, crop: int, precision: Precision) -> int:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
             restoration = model(image)
         restoration_loss(restoration, image, 1e-4).total.backward()
+    return live.peak
+
+
+@functools.cache
+def inference(config: ModelConfig, device_type: str) -> Memory:
+    """Memory of restoring in fp32 without gradients; the state are the weights.
+
+    Two blocks of each level are enough: without gradients, memory does not grow with the depth.
+
+    Args:
+        config: its expert path may be `auto`.
+        device_type: `cpu`, where the step is computed; else what a GPU would hold is counted from
+            tensors that have sizes and no numbers.
+    """
+    device = torch.device(device_type)
+    paths = [
+        resolve_path(config.expert_path, config.pixel_experts, config.pixel_top_k, device),
+        resolve_path(config.expert_path, config.image_experts, config.image_top_k, device),
+    ]
+    path = config.expert_path if device_type == "cpu" else max(paths)  # sorted, if one is
+    shallow = {"num_blocks": (2, 2, 2, 2), "num_refinement_blocks": 2, "expert_path": path}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=()))  # others' random numbers stay
+        torch.manual_seed(0)  # sizes depend on which experts are chosen
+        state = sum(4 * tensor.numel() for tensor in MEASNet(config).state_dict().values())
+        if device_type != "cpu":
+            stack.enter_context(torch_only())
+        without_numbers = device_type != "cpu" and path == "dense"  # else sizes depend on them
+        if without_numbers:
+            stack.enter_context(FakeTensorMode())
+        model = MEASNet(replace_dotted(config, shallow)).eval()
+        sides = LARGE_PROBES if without_numbers else PROBES
+        small, large = (_inference_peak(model, side) for side in sides)
+    per_pixel = (large - small) / (sides[1] ** 2 - sides[0] ** 2)
+    return Memory(state, max(0.0, small - per_pixel * sides[0] ** 2), per_pixel)
+
+
+@torch.no_grad()
+def _inference_peak(model: MEASNet, side: int) -> int:
+    image = torch.rand(1, 3, side, side)
+    with _Live(besides=[*model.parameters(), *model.buffers()]) as live:
+        model(image)
     return live.peak
 
 
