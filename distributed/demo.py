@@ -97,7 +97,7 @@ def run(source: Path | None, console: Console) -> int:
     with _timed(seconds, "evaluate"):
         device = choose_device("auto", machine).choice
         network = load(str(RUN), device)
-        report = evaluate(network, config.data.validation, RUN / "evaluation", device=device)
+        report = evaluate(network, config.data.validation, RUN / "evaluation")
         _draw_curves()
     _log_evaluation(config, outcome, report)
     console.print(table(report))

@@ -138,10 +138,18 @@ def code_version() -> dict[str, str]:
 
 
 def installed_packages() -> str:
-    """Every installed distribution as `name==version`, sorted, a line each."""
-    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    lines = (f"{name}=={version}" for name, version in found.items() if name)
+    """Every installed distribution as `name==version`, sorted, a line each; see `requirement`."""
+    found = {d.metadata["Name"] for d in importlib.metadata.distributions()}
+    lines = (requirement(name) for name in found if name)
     return "\n".join(sorted(lines, key=str.lower)) + "\n"
+
+
+def requirement(distribution: str) -> str:
+    """`name==version` of an installed distribution, with the version that a package index knows.
+
+    A build's own part of the version, as in `2.13.0+cpu`, is not on PyPI, so it is left out.
+    """
+    return f"{distribution}=={installed_version(distribution).split('+')[0]}"
 
 
 def installed_version(distribution: str) -> str:

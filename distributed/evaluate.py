@@ -1,7 +1,8 @@
 """The benchmark protocol on whole pictures: PSNR and SSIM per task, before and after restoring.
 
 Command: `python -m distributed.evaluate CHECKPOINT DATA [--out DIR]`. Noise belongs to the picture,
-not to the run, so figures repeat. Every output states the protocol by which it was measured.
+not to the run, so figures repeat. Every output states the protocol by which it was measured, and
+how much of the benchmark it covers.
 """
 
 import csv
@@ -9,6 +10,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,32 +27,34 @@ from torch import Tensor
 from distributed import figures
 from distributed.checkpoint import newest_whole
 from measnet.config import ModelConfig, from_dict
+from measnet.hardware import Decision, DeviceChoice, choose_device, this_machine
 from measnet.metrics import FIELD, Protocol, psnr, ssim
 from measnet.network import MEASNet
-from measnet.restore import restore
+from measnet.restore import load_weights
+from measnet.tiling import ARITHMETIC, Restored, Tiling, choose_tiling, restore_routed
+from shards import manifest
 from shards.stream import Picture, pictures
 from shards.tasks import DEGRADATIONS, TASKS
 
-WHOLE_UP_TO = 2_000_000
-"""Pixels up to which a picture is restored in one piece; larger ones in tiles."""
-
+OVERLAP = 64
+"""Pixels that neighbouring tiles share."""
+WEIGHT_FILES = (".safetensors", ".ckpt", ".pth", ".pt")
+"""Weights in a file: our own, or a checkpoint of the authors' program."""
 _OVERVIEW = 240
 """Pixels of the longer side in the grid that shows one picture per task."""
 
 
-class Tiling(NamedTuple):
-    """How large pictures are cut up."""
+Grids = dict[str, list[Image.Image]]
+"""Degradation -> rows of its before/after grid; `overview` -> a row per task."""
 
-    tile: int | None = None
-    """Side of the tiles in pixels; None: whole pictures up to `WHOLE_UP_TO` pixels, else 512."""
-    overlap: int = 64
-    """Pixels that neighbouring tiles share."""
 
-    def side(self, height: int, width: int) -> int | None:
-        """Side of the tiles for one picture; None restores it in one piece."""
-        if self.tile is not None:
-            return self.tile if max(height, width) > self.tile else None
-        return 512 if height * width > WHOLE_UP_TO else None
+class Held(NamedTuple):
+    """How many pictures of a degradation there are."""
+
+    packed: int
+    """In the packed set."""
+    benchmark: int = 0
+    """In the whole benchmark; 0 where that is not known."""
 
 
 class Score(NamedTuple):
@@ -64,7 +68,9 @@ class Score(NamedTuple):
     height: int
     width: int
     tile: int
-    """Side of the tiles it was restored in; 0: in one piece."""
+    """Side of the tiles it was restored in; 0: whole."""
+    overlap: int
+    """Pixels that the tiles share; 0: whole."""
     input_psnr: float
     restored_psnr: float
     input_ssim: float
@@ -93,6 +99,8 @@ class EvaluationReport:
     protocol: Protocol
     scores: list[Score]
     """Per picture, in the fixed order."""
+    held: Mapping[str, Held] = field(default_factory=dict)
+    """Degradation -> pictures there are, from `held_by`; empty: not known."""
     degradations: dict[str, Summary] = field(init=False)
     """Means over the pictures of a degradation."""
     tasks: dict[str, Summary] = field(init=False)
@@ -144,11 +152,42 @@ class EvaluationReport:
             for name, row in rows.items()
         }
 
+    def count(self, name: str) -> str:
+        """Pictures of a degradation that were restored; `3 of 15` where the packed set has more."""
+        pictures = self.degradations[name].pictures
+        packed = self.held[name].packed if name in self.held else pictures
+        return str(pictures) if pictures == packed else f"{pictures} of {packed}"
+
+    @property
+    def tiles(self) -> dict[str, int]:
+        """`whole` or `in tiles of 512, overlap 64` -> pictures restored so."""
+        return dict(
+            Counter(
+                f"in tiles of {one.tile}, overlap {one.overlap}" if one.tile else "whole"
+                for one in self.scores
+            )
+        )
+
+    def describe(self) -> str:
+        """Protocol, arithmetic and tiles, and where the packed set is a part of a benchmark."""
+        tiles = "; ".join(f"{number} {how}" for how, number in self.tiles.items())
+        parts = {
+            f"{DEGRADATIONS[name].task}: the packed set holds {held.packed:,} of the benchmark's "
+            f"{held.benchmark:,} pictures": None
+            for name, held in self.held.items()
+            if name in self.degradations and held.packed < held.benchmark
+        }
+        lines = [self.protocol.describe(), f"restored in {ARITHMETIC}: {tiles}", *parts]
+        return "\n".join(lines)
+
     def as_dict(self) -> dict[str, Any]:
         """Everything but the single pictures, for JSON; infinite and NaN become None."""
         report = {
             "data": self.data,
             "protocol": self.protocol.as_dict(),
+            "arithmetic": ARITHMETIC,
+            "restored": self.tiles,
+            "held": {name: held._asdict() for name, held in self.held.items()},
             "tasks": {name: row._asdict() for name, row in self.tasks.items()},
             "degradations": {name: row._asdict() for name, row in self.degradations.items()},
             "mean": self.mean._asdict(),
@@ -163,34 +202,43 @@ def evaluate(
     out: Path | str | None,
     *,
     limit: int = 0,
-    device: torch.device | str = "cpu",
     protocol: Protocol = FIELD,
-    tiling: Tiling = Tiling(),  # noqa: B008 (immutable)
+    tiling: Tiling | None = None,
     grid_rows: int = 2,
 ) -> EvaluationReport:
     """Restore whole pictures, compare them, and write the results.
 
     Args:
-        model: `MEASNet` on `device`; its mode is left as it was.
+        model: on the device that restores; its mode is left as it was.
         data_uri: packed shards.
         out: folder for pictures.csv, summary.json, experts.png, grids/DEGRADATION.png and
             grids/overview.png (a picture per task); None writes nothing.
         limit: pictures per degradation; 0 takes all.
-        device: where the pictures are restored.
         protocol: how pictures are compared.
-        tiling: how large pictures are cut up.
+        tiling: how large pictures are cut up; None: chosen from the free memory.
         grid_rows: pictures drawn per degradation.
 
     Raises:
         ValueError, OSError: no readable shards, or no picture in them.
     """
     panels = Panels(grid_rows if out is not None else 0)
-    source = enumerate(pictures(data_uri, limit=limit))
-    scores = score(model, source, device=device, protocol=protocol, tiling=tiling, seen=panels.keep)
-    report = EvaluationReport(str(data_uri), protocol, list(scores))
+    tiling = tiling or choose_tiling(model, overlap=OVERLAP)
+    source = pictures(data_uri, limit=limit)
+    scores = score(model, source, tiling, protocol=protocol, seen=panels.keep)
+    report = EvaluationReport(str(data_uri), protocol, list(scores), held_by(data_uri))
     if out is not None:
         write(report, panels.grids, Path(out))
     return report
+
+
+def held_by(data_uri: str) -> dict[str, Held]:
+    """Degradation -> pictures in the packed set and in the benchmark, from the set's manifest."""
+    entries = manifest.read(data_uri).tasks
+    return {
+        name: Held(entries[kind.task].samples, entries[kind.task].expected)
+        for name, kind in DEGRADATIONS.items()
+        if kind.task in entries
+    }
 
 
 class Panels:
@@ -199,8 +247,7 @@ class Panels:
     def __init__(self, rows: int) -> None:
         """Keep the first `rows` pictures of each degradation."""
         self._rows = rows
-        self.grids: dict[str, list[Image.Image]] = {}
-        """Degradation -> its rows; `overview` -> a row per task."""
+        self.grids: Grids = {}
         self._overview: dict[str, Image.Image] = {}
 
     def keep(self, score: Score, picture: Picture, restored: Tensor) -> None:
@@ -215,53 +262,42 @@ class Panels:
         own.append(figures.panel(row))
 
 
-def share(
-    numbered: Iterable[tuple[int, Picture]], rank: int, world: int
-) -> Iterator[tuple[int, Picture]]:
-    """The pictures that one rank of `world` restores: every world-th of the fixed order.
-
-    The ranks' scores, put together and sorted by position, are those of one rank alone.
-    """
-    return ((position, picture) for position, picture in numbered if position % world == rank)
-
-
 def score(
     model: MEASNet,
-    numbered: Iterable[tuple[int, Picture]],
+    source: Iterable[Picture],
+    tiling: Tiling,
     *,
-    device: torch.device | str = "cpu",
     protocol: Protocol = FIELD,
-    tiling: Tiling = Tiling(),  # noqa: B008 (immutable)
     seen: Callable[[Score, Picture, Tensor], None] | None = None,
 ) -> Iterator[Score]:
-    """Restore and compare numbered pictures, one by one.
+    """Restore and compare pictures, one by one.
 
     `seen` is called with each score, its picture and the restored picture (3, H, W) on the CPU.
     """
-    for position, picture in numbered:
+    for picture in source:
         height, width = picture.clean.shape[-2:]
-        tile = tiling.side(height, width)
         start = time.perf_counter()
-        restored, routing = _restore(model, picture.degraded.to(device), tile, tiling.overlap)
+        restored = _restore(model, picture.degraded, tiling)
         seconds = time.perf_counter() - start
-        before, after, clean = (_hwc(p) for p in (picture.degraded, restored, picture.clean))
+        before, after, clean = map(_hwc, (picture.degraded, restored.image, picture.clean))
         result = Score(
-            position=position,
+            position=picture.position,
             degradation=picture.degradation,
             task=picture.task,
             name=picture.name,
             height=height,
             width=width,
-            tile=tile or 0,
+            tile=restored.tile or 0,
+            overlap=restored.overlap,
             input_psnr=psnr(before, clean, protocol),
             restored_psnr=psnr(after, clean, protocol),
             input_ssim=ssim(before, clean, protocol),
             restored_ssim=ssim(after, clean, protocol),
             seconds=seconds,
-            routing=routing,
+            routing={name: shares[0].tolist() for name, shares in restored.routing.items()},
         )
         if seen is not None:
-            seen(result, picture, restored)
+            seen(result, picture, restored.image)
         yield result
 
 
@@ -286,32 +322,33 @@ def write(report: EvaluationReport, panels: Mapping[str, Sequence[Image.Image]],
 
 def table(report: EvaluationReport) -> Table:
     """The report as a table for the terminal: a row per degradation, then the mean over tasks."""
-    view = Table(title=report.data, caption=report.protocol.describe())
+    view = Table(title=report.data, caption=report.describe())
     view.add_column("task", no_wrap=True, min_width=13)
     for name in ("pictures", "PSNR before", "PSNR after", "gain", "SSIM before", "SSIM after"):
         view.add_column(name, justify="right")
     for name, row in report.degradations.items():
-        view.add_row(name, *_cells(row))
+        view.add_row(name, report.count(name), *_cells(row))
     view.add_section()
-    view.add_row("mean of tasks", *_cells(report.mean), style="bold")
+    mean = report.mean
+    view.add_row("mean of tasks", str(mean.pictures), *_cells(mean), style="bold")
     return view
 
 
 def load(checkpoint: str, device: torch.device | str) -> MEASNet:
-    """The network of a .safetensors file, or of a run's newest whole checkpoint (averaged weights).
+    """The network of a file of weights, or of a run's newest whole checkpoint (averaged weights).
 
     Raises:
-        ValueError, OSError: no such file, or not a checkpoint of this program.
+        ValueError, OSError: no such file, or not a checkpoint of this or the authors' program.
     """
-    if checkpoint.endswith(".safetensors"):
+    if checkpoint.endswith(WEIGHT_FILES):
         if not Path(checkpoint).is_file():
             raise ValueError(f"there is no file {checkpoint}")
-        return MEASNet.from_pretrained(checkpoint).to(device)
+        return load_weights(Path(checkpoint)).to(device)
     newest = newest_whole(checkpoint, say=lambda text: print(text, file=sys.stderr))
     if newest is None:
         raise ValueError(
             f"{checkpoint} holds no whole checkpoint; give a run folder such as runs/demo, "
-            "or a .safetensors file"
+            f"or a file ({', '.join(WEIGHT_FILES)})"
         )
     model = MEASNet(from_dict(ModelConfig, newest.state().config["model"], "model"))
     model.load_state_dict(newest.tensors("ema"))
@@ -323,7 +360,8 @@ class Arguments:
     """Restore whole pictures of packed shards and compare them with the clean ones."""
 
     checkpoint: tyro.conf.Positional[str]
-    """A .safetensors file, or a run folder (its newest whole checkpoint, averaged weights)."""
+    """A run folder (its newest whole checkpoint, averaged weights), a .safetensors file, or a
+    checkpoint of the authors' program (.ckpt, .pth)."""
     data: tyro.conf.Positional[str]
     """Folder or URI of packed shards."""
     out: Path | None = None
@@ -334,8 +372,9 @@ class Arguments:
     grid_rows: int = 2
     """Pictures drawn per degradation in the before/after grids."""
     tile: int = 0
-    """Side of tiles in pixels, for less memory; 0: whole pictures up to 2 megapixels, else 512."""
-    overlap: int = 64
+    """Side of tiles in pixels; 0: pictures are restored whole where the free memory allows it, else
+    in the largest tiles that fit."""
+    overlap: int = OVERLAP
     """Pixels that neighbouring tiles share."""
     colour: Literal["rgb", "y"] = "rgb"
     """Compare RGB, or the luma of BT.601."""
@@ -343,7 +382,7 @@ class Arguments:
     """Pixels cut off on each side before comparing."""
     crop16: bool = False
     """Compare the centre crop to multiples of 16, as some programs of the field do."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceChoice = "auto"
     """Where to restore; `auto`: the GPU where there is one."""
 
     def check(self) -> None:
@@ -367,21 +406,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(given: Arguments) -> None:
     given.check()
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    device = automatic if given.device == "auto" else given.device
-    model = load(given.checkpoint, device)
+    console = Console(soft_wrap=True)
+    device = choose_device(given.device, this_machine())
+    model = load(given.checkpoint, device.choice)
     out = given.out or _beside(given.checkpoint)
+    tiling = choose_tiling(model, tile=given.tile or None, overlap=given.overlap)
+    arithmetic = Decision(ARITHMETIC, "a GPU and a CPU give the same figures")
+    for name, made in (("device", device), ("arithmetic", arithmetic), ("tiles", tiling.decision)):
+        console.print(f"{name}: {made.choice} ({made.reason})", style="dim", highlight=False)
     report = evaluate(
         model,
         given.data,
         out,
         limit=given.limit,
-        device=device,
         protocol=Protocol(colour=given.colour, border=given.border, crop16=given.crop16),
-        tiling=Tiling(given.tile or None, given.overlap),
+        tiling=tiling,
         grid_rows=given.grid_rows,
     )
-    console = Console()
     console.print(table(report))
     console.print(
         f"per picture: {out / 'pictures.csv'}\nbefore/after: {out / 'grids'}", style="dim"
@@ -396,30 +437,14 @@ def _beside(checkpoint: str) -> Path:
     return (path.parent if path.is_file() else path) / "evaluation"
 
 
-def _restore(
-    model: MEASNet, degraded: Tensor, tile: int | None, overlap: int
-) -> tuple[Tensor, dict[str, list[float]]]:
-    """Restored picture (3, H, W) on the CPU, and the experts' shares weighted by tile size."""
-    shares: dict[str, Tensor] = {}
-    pixels = 0
-
-    def note(_module: Any, _inputs: Any, output: Any) -> None:
-        nonlocal pixels
-        size = output.image.shape[0] * output.image.shape[-2] * output.image.shape[-1]
-        weight = size / output.image.shape[0]
-        pixels += size
-        for name, chosen in output.routing.items():
-            total = weight * chosen.double().sum(0).cpu()
-            shares[name] = shares[name] + total if name in shares else total
-
+def _restore(model: MEASNet, degraded: Tensor, tiling: Tiling) -> Restored:
+    """One picture (3, H, W) on the CPU, there and back; the network's mode is left as it was."""
     training = model.training
-    handle = model.register_forward_hook(note)
+    tile = tiling.side(*degraded.shape[-2:])
     try:
-        restored = restore(model.eval(), degraded, tile=tile, overlap=overlap).float().cpu()
+        return restore_routed(model.eval(), degraded, tile=tile, overlap=tiling.overlap)
     finally:
-        handle.remove()
         model.train(training)
-    return restored, {name: (total / pixels).tolist() for name, total in shares.items()}
 
 
 def _hwc(picture: Tensor) -> np.ndarray:
@@ -444,7 +469,6 @@ def _mean(rows: Sequence[Score] | Sequence[Summary]) -> Summary:
 
 def _cells(row: Summary) -> tuple[str, ...]:
     return (
-        str(row.pictures),
         f"{row.input_psnr:.2f}",
         f"{row.restored_psnr:.2f}",
         f"{row.restored_psnr - row.input_psnr:+.2f}",

@@ -5,13 +5,13 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distributed.environment import installed_version
+from distributed.environment import requirement
 from distributed.mlflow_tracker import Run, attempt
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-_MODEL_NEEDS = ("torch", "safetensors", "numpy")
+_MODEL_NEEDS = ("torch", "safetensors", "numpy", "psutil")
 """What the exported model imports besides the standard library and MLflow."""
 
 
@@ -45,7 +45,7 @@ def save_model(weights: Path, folder: Path) -> None:
             python_model=str(here / "served.py"),
             artifacts={"weights": str(weights)},
             code_paths=[str(here.parent / "measnet")],
-            pip_requirements=[f"{name}=={installed_version(name)}" for name in _MODEL_NEEDS],
+            pip_requirements=[requirement(name) for name in _MODEL_NEEDS],
             signature=ModelSignature(inputs=Schema([picture]), outputs=Schema([picture])),
         )
 

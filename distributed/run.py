@@ -12,7 +12,6 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from PIL.Image import Image
 from ray.train import CheckpointUploadMode
 from torch import Tensor
 
@@ -31,7 +30,7 @@ from distributed.engine import (
     weights,
 )
 from distributed.environment import by_hardware, hardware, replace_environment
-from distributed.evaluate import EvaluationReport, Panels, Score, score, share, write
+from distributed.evaluate import write
 from distributed.guard import (
     GoBackError,
     RateWatch,
@@ -46,12 +45,13 @@ from distributed.meter import Meter
 from distributed.mlflow_tracker import Tracker
 from distributed.monitor import Reporter
 from distributed.storage import open_folder, write_json
+from distributed.validation import agree_on_tiling, validate
 from measnet.config import from_dict, to_dict
 from measnet.hardware import card_of
-from measnet.metrics import FIELD
 from measnet.network import MEASNet
+from measnet.tiling import Tiling
 from shards.reader import DamagedError
-from shards.stream import Batch, TrainStream, pictures
+from shards.stream import Batch, TrainStream
 
 CONSUMED = "consumed.jsonl"
 """File of a run: a line per step, what was trained on."""
@@ -150,6 +150,7 @@ class TrainRun:
         self._damaged = 0
         self.stop_reason = ""
         self._validation: dict[str, Any] = {}
+        self._tiling: Tiling | None = None
         self._tracker: Tracker | None = None
         if self.rank == 0:
             first_s = RESUMED_S if found else None
@@ -416,31 +417,19 @@ class TrainRun:
         model = MEASNet(self.config.model)
         model.load_state_dict(self._averaged_weights())
         model.to(self.device).eval()
-        data, limit = self.config.data.validation, self.config.every.validation_pictures
-        own: list[Score] = []
-        panels = Panels(1)
-        numbered = share(enumerate(pictures(data, limit=limit)), self.rank, self.world)
-        for result in score(model, numbered, device=self.device, seen=panels.keep):
-            own.append(result)
-            self._reporter.made_progress()
-            if self._reporter.stop_reason:
-                break
-        unfinished = torch.tensor([float(bool(self._reporter.stop_reason))], device=self.device)
-        dist.all_reduce(unfinished)
-        if unfinished.item():
+        if self._tiling is None:  # once, so that the figures of all validations can be compared
+            beside = ray.train.get_context().get_local_world_size()
+            self._tiling = agree_on_tiling(model, beside)
+            self._reporter.say(f"validation: {self._tiling.decision}")
+        done = validate(model, self.config, self._tiling, self._stops_after_picture)
+        if done is None:
             self.stop_reason = self._reporter.stop_reason or "asked to stop"
-            return  # half a validation is none
-        gathered: list[list[Score]] = [[] for _ in range(self.world)]
-        dist.all_gather_object(gathered, own)
-        shown: list[dict[str, list[Image]]] = [{} for _ in range(self.world)]
-        panels.grids.pop("overview", None)  # of one rank's pictures only
-        dist.all_gather_object(shown, panels.grids)
-        report = EvaluationReport(data, FIELD, sorted(s for part in gathered for s in part))
+            return
+        report, grids = done
         mean = report.mean.restored_psnr
         self._best = mean if self._best is None else max(self._best, mean)
         self._validation = {"at": self.samples, "psnr": mean, "report": report.as_dict()}
         self._warn_of_idle_experts()
-        grids = {name: rows for rows_of in shown for name, rows in rows_of.items()}
         if self._tracker:
             self._tracker.metrics(report.metrics(), self.samples)
             folder = self._local / "validation" / f"{self.samples:012d}"
@@ -450,6 +439,10 @@ class TrainRun:
             f"{t} {s.input_psnr:.2f} -> {s.restored_psnr:.2f}" for t, s in report.tasks.items()
         )
         self._reporter.say(f"validation at {self.samples:,} samples, PSNR in dB: {by_task}")
+
+    def _stops_after_picture(self) -> bool:
+        self._reporter.made_progress()
+        return bool(self._reporter.stop_reason)
 
     def _warn_of_idle_experts(self) -> None:
         for library, usage in self.meter.take_usage().items():

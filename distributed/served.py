@@ -1,6 +1,7 @@
 """The exported network as an MLflow model: MLflow runs this file, so nothing has to be pickled.
 
-Pictures (B, H, W, 3), floats in [0, 1], come back restored in the same shape and range.
+Pictures (B, H, W, 3), floats in [0, 1], come back restored in the same shape and range. The GPU is
+used where there is one; pictures that its memory cannot hold whole are restored in tiles.
 """
 
 from typing import Any
@@ -10,23 +11,32 @@ import numpy as np
 import torch
 from mlflow.pyfunc import PythonModel
 
+from measnet.hardware import choose_device, this_machine
 from measnet.network import MEASNet
+from measnet.tiling import choose_tiling, restore
 
 
 class Restorer(PythonModel):
     """`MEASNet` behind MLflow's `predict`."""
 
     def load_context(self, context: Any) -> None:
-        """Read the weights that the model was saved with."""
-        self.network = MEASNet.from_pretrained(context.artifacts["weights"]).eval()
+        """Read the weights that the model was saved with, and bring them to the device."""
+        network = MEASNet.from_pretrained(context.artifacts["weights"])
+        self.network = network.to(choose_device("auto", this_machine()).choice).eval()
 
     # MLflow would take hints of types for a schema; the signature beside the model says it better.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """Restore a batch of pictures."""
-        pictures = torch.from_numpy(np.asarray(model_input, dtype=np.float32))
-        with torch.inference_mode():
-            restored = self.network(pictures.permute(0, 3, 1, 2)).image
-        return restored.clamp(0, 1).permute(0, 2, 3, 1).contiguous().numpy()
+        """Restore a batch of pictures (B, H, W, 3) of any size, as many at once as fit."""
+        pictures = torch.from_numpy(np.array(model_input, dtype=np.float32)).permute(0, 3, 1, 2)
+        height, width = pictures.shape[-2:]
+        tiling = choose_tiling(self.network)
+        fitting = max(1, tiling.at_once // (height * width))
+        tile = tiling.side(height, width)
+        restored = [
+            restore(self.network, some, tile=tile, overlap=tiling.overlap)
+            for some in pictures.split(fitting)
+        ]
+        return torch.cat(restored).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 mlflow.models.set_model(Restorer())

@@ -18,6 +18,8 @@ from measnet.transformer import weight
 
 ExpertPath = Literal["auto", "dense", "sorted"]
 BALANCE_EPSILON = 1e-10
+CHUNK = 2**15
+"""Pixels for which the hidden channels of all N experts are held at once, without gradients."""
 
 
 class Routed(NamedTuple):
@@ -47,6 +49,23 @@ def resolve_path(path: ExpertPath, experts: int, top_k: int, device: torch.devic
     return "sorted" if experts >= 8 * top_k else "dense"
 
 
+def in_chunks(experts: Callable[..., Tensor], *pixels: Tensor) -> Tensor:
+    """`experts(*pixels)`, without a gradient in chunks of pixels: bounds the memory of inference.
+
+    Args:
+        experts: treats each pixel by itself.
+        pixels: each (P, ...), P pixels.
+
+    Returns:
+        What `experts` gives for all P pixels.
+    """
+    whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if whole or len(pixels[0]) <= CHUNK:
+        return experts(*pixels)
+    parts = zip(*(one.split(CHUNK) for one in pixels), strict=True)
+    return torch.cat([experts(*part) for part in parts])
+
+
 def squared_variation(load: Tensor) -> Tensor:
     """Squared coefficient of variation σ²/(μ² + ε) over the last dimension, the experts (Eq. 6)."""
     return load.var(-1, correction=0) / (load.mean(-1).square() + BALANCE_EPSILON)
@@ -69,6 +88,12 @@ class ExpertBank(nn.Module):
 
     def forward(self, x_pc: Tensor, gate_pk: Tensor, index_pk: Tensor, path: str) -> Tensor:
         """Eq. 3: Σ_k gate · E_index(x) for each pixel, by the `dense` or the `sorted` path."""
+        mixed = partial(self._mixed, path)
+        if path == "sorted":  # holds no more than the chosen; each chunk would wait for a GPU
+            return mixed(x_pc, gate_pk, index_pk)
+        return in_chunks(mixed, x_pc, gate_pk, index_pk)
+
+    def _mixed(self, path: str, x_pc: Tensor, gate_pk: Tensor, index_pk: Tensor) -> Tensor:
         if path == "sorted":
             out_pkc = self.chosen(x_pc, index_pk)
             return (out_pkc * gate_pk.unsqueeze(-1).to(out_pkc.dtype)).sum(1)

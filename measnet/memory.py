@@ -1,4 +1,4 @@
-"""The memory that training takes, predicted from the tensors that live in two small steps.
+"""The memory of training and of inference, predicted from the tensors that live in two steps.
 
 For a GPU the steps run on `meta` tensors, which have shapes but no numbers: nothing is computed and
 no GPU is needed. docs/gpu.md compares the prediction with what an H100 took.
@@ -7,7 +7,7 @@ no GPU is needed. docs/gpu.md compares the prediction with what an H100 took.
 import re
 import weakref
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -18,9 +18,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from measnet.autocast import CudaAutocast
 from measnet.config import ModelConfig, replace_dotted
+from measnet.experts import resolve_path
 from measnet.hardware import Card
 from measnet.losses import restoration_loss
 from measnet.network import MEASNet
+from measnet.ops.cpu_library import torch_only
 
 RESERVE = 0.9
 """Share of a device's memory that is planned with; the rest is for fragments and libraries."""
@@ -28,6 +30,10 @@ PROBES = ((1, 64), (1, 96))
 """Micro-batches and crops of the two steps on a CPU; the rest is linear in pixels."""
 META_PROBES = ((2, 128), (8, 128))
 """The same on `meta`, where the size costs no time. Two pictures: one alone takes other paths."""
+SIDES = (64, 96)
+"""Sides of the two pictures that are restored to count the memory of inference on a CPU."""
+META_SIDES = (512, 1024)
+"""The same on `meta`; larger than the experts' `CHUNK`."""
 Precision = Literal["fp32", "bf16"]
 Where = Literal["cpu", "cuda"]
 
@@ -225,6 +231,48 @@ def _step(
         edge = torch.autograd.graph.get_gradient_edge(total)
         with as_on_gpu if checkpointing else nullcontext():
             torch.autograd.backward(edge, torch.ones_like(total))
+    return live.peak
+
+
+@lru_cache
+def inference(config: ModelConfig, device_type: str) -> Memory:
+    """Memory of restoring in fp32 without gradients; the state are the weights.
+
+    Two blocks of each level are enough: without gradients, memory does not grow with the depth.
+
+    Args:
+        config: its expert path may be `auto`.
+        device_type: `cpu`, where the step is computed; else what a GPU would hold is counted from
+            tensors that have sizes and no numbers.
+    """
+    device = torch.device(device_type)
+    paths = [
+        resolve_path(config.expert_path, config.pixel_experts, config.pixel_top_k, device),
+        resolve_path(config.expert_path, config.image_experts, config.image_top_k, device),
+    ]
+    path = config.expert_path if device_type == "cpu" else max(paths)  # sorted, if one is
+    shallow = {"num_blocks": (2, 2, 2, 2), "num_refinement_blocks": 2, "expert_path": path}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=()))  # others' random numbers stay
+        torch.manual_seed(0)  # sizes depend on which experts are chosen
+        state = sum(4 * tensor.numel() for tensor in MEASNet(config).state_dict().values())
+        if device_type != "cpu":
+            stack.enter_context(torch_only())
+        without_numbers = device_type != "cpu" and path == "dense"  # else sizes depend on them
+        where = "meta" if without_numbers else "cpu"
+        model = _network(replace_dotted(config, shallow), where).eval()
+        sides = META_SIDES if without_numbers else SIDES
+        small, large = (_inference_peak(model, side) for side in sides)
+    per_pixel = (large - small) / (sides[1] ** 2 - sides[0] ** 2)
+    return Memory(state, max(0.0, small - per_pixel * sides[0] ** 2), per_pixel)
+
+
+@torch.no_grad()
+def _inference_peak(model: MEASNet, side: int) -> int:
+    image = torch.rand(1, 3, side, side, device=model.patch_embed.weight.device)
+    count = _LiveOnMeta if image.is_meta else _Live
+    with count(besides=[*model.parameters(), *model.buffers()]) as live:
+        model(image)
     return live.peak
 
 

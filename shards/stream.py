@@ -93,6 +93,8 @@ class Picture(NamedTuple):
     """(3, H, W) float32 in [0, 1]."""
     clean: Tensor
     """(3, H, W) float32 in [0, 1]."""
+    position: int
+    """Place in the fixed order of all pictures that were asked for."""
 
 
 def open_reader(uri: str, data: DataConfig) -> Reader:
@@ -379,14 +381,25 @@ def pictures(
     limit: int = 0,
     degradations: Iterable[str] | None = None,
     data: DataConfig | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[Picture]:
     """Whole pictures of a packed set in a fixed order: by degradation as in `DEGRADATIONS`, then as
     packed.
 
-    `limit`: at most so many per degradation, 0 for all. `degradations`: only these; by default all
-    that the set holds. Noise (8 bit, truncated, as the field tests) is keyed by the clean picture's
-    bytes: the same picture always gets the same noise pattern, scaled by σ. `data` gives the cache
-    of remote sets. ValueError where a degradation is not held, or a sample is damaged.
+    Noise (8 bit, truncated, as the field tests) is keyed by the clean picture's bytes: the same
+    picture always gets the same noise pattern, scaled by σ.
+
+    Args:
+        uri: packed shards.
+        limit: at most so many per degradation, 0 for all.
+        degradations: only these; by default all that the set holds.
+        data: gives the cache for remote sets.
+        rank: gets every `world`-th picture of the order; only these are read and decoded.
+        world: number of ranks that share the pictures.
+
+    Raises:
+        ValueError: a degradation that the set does not hold, or a corrupt sample.
     """
     reader = open_reader(uri, data or DataConfig())
     counts = reader.manifest.counts
@@ -396,16 +409,23 @@ def pictures(
             raise ValueError(f"{name!r} is not a degradation; known: {', '.join(_NAMES)}")
         if degradations is not None and DEGRADATIONS[name].task not in counts:
             raise ValueError(f"{uri} holds no {name}; it holds {', '.join(counts)}")
+    order = [
+        (name, number)
+        for name in names
+        for number in range(_limited(counts.get(DEGRADATIONS[name].task, 0), limit))
+    ]
     try:
-        for name in names:
-            count = counts.get(DEGRADATIONS[name].task, 0)
-            for number in range(min(count, limit) if limit else count):
-                yield _picture(reader, name, number)
+        for position in range(rank, len(order), world):
+            yield _picture(reader, *order[position], position)
     finally:
         reader.close()
 
 
-def _picture(reader: Reader, name: str, number: int) -> Picture:
+def _limited(count: int, limit: int) -> int:
+    return min(count, limit) if limit else count
+
+
+def _picture(reader: Reader, name: str, number: int, position: int) -> Picture:
     task, sigma = DEGRADATIONS[name]
     place = reader.locate(task, number)
     clean = reader.clean(place)
@@ -418,5 +438,7 @@ def _picture(reader: Reader, name: str, number: int) -> Picture:
         rng = degrade.generator("evaluation", reader.checksum(place))
         degraded = degrade.noise(clean, sigma, rng)
         source = about["target"]
-    tensors = [torch.from_numpy(as_floats([pixels], [UPRIGHT])[0]) for pixels in (degraded, clean)]
-    return Picture(name, task, source, *tensors)
+    degraded, clean = (as_floats([pixels], [UPRIGHT])[0] for pixels in (degraded, clean))
+    return Picture(
+        name, task, source, torch.from_numpy(degraded), torch.from_numpy(clean), position
+    )

@@ -10,12 +10,16 @@ from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from distributed import evaluate as evaluation
-from distributed.evaluate import EvaluationReport, Score, Tiling, evaluate, main, score, share
+from distributed.evaluate import EvaluationReport, Held, evaluate, load, main, score, table
 from measnet.config import ModelConfig, tiny
 from measnet.metrics import FIELD, Protocol
 from measnet.network import MEASNet
+from measnet.tiling import Tiling
 from shards.pack import pack
 from shards.stream import pictures
+from tests.test_official import Golden
+
+WHOLE = Tiling(at_once=10**9)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +69,8 @@ def test_scores_are_those_of_scikit_image_on_what_the_network_gives(
                 for p in (before, after)
             ),
         ]
-        measured = [getattr(result, name) for name in Score._fields[7:11]]
+        names = ("input_psnr", "restored_psnr", "input_ssim", "restored_ssim")
+        measured = [getattr(result, name) for name in names]
         assert measured == pytest.approx(expected, abs=1e-5)
         assert (result.height, result.width) == clean.shape[:2]
 
@@ -88,24 +93,19 @@ def test_it_repeats(model: MEASNet, shards: str, report: EvaluationReport) -> No
         assert [getattr(s, name) for s in again.scores] == [getattr(s, name) for s in report.scores]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 5, 16])
-def test_ranks_share_the_pictures(report: EvaluationReport, world: int) -> None:
-    numbered = list(enumerate(report.scores))
-    parts = [list(share(numbered, rank, world)) for rank in range(world)]  # type: ignore[arg-type]
-    assert sorted(position for part in parts for position, _ in part) == list(range(12))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-def test_two_ranks_together_give_the_report_of_one(
-    model: MEASNet, shards: str, report: EvaluationReport
+@pytest.mark.parametrize("world", [2, 5])
+def test_ranks_together_give_the_report_of_one(
+    model: MEASNet, shards: str, report: EvaluationReport, world: int
 ) -> None:
     scores = [
         result
-        for rank in range(2)
-        for result in score(model, share(enumerate(pictures(shards)), rank, 2))
+        for rank in range(world)
+        for result in score(model, pictures(shards, rank=rank, world=world), WHOLE)
     ]
-    together = EvaluationReport(shards, FIELD, sorted(scores))
-    assert together.as_dict() == report.as_dict()
+    for ours, theirs in zip(sorted(scores), report.scores, strict=True):
+        assert (ours.position, ours.name) == (theirs.position, theirs.name)
+        assert ours.restored_psnr == pytest.approx(theirs.restored_psnr, abs=1e-6)
+        assert ours.restored_ssim == pytest.approx(theirs.restored_ssim, abs=1e-6)
 
 
 def test_shares_of_experts(report: EvaluationReport) -> None:
@@ -152,20 +152,38 @@ def test_a_network_without_experts_has_no_heat_map(shards: str, tmp_path: Path) 
     assert not (tmp_path / "experts.png").exists()
 
 
-def test_tiles_where_asked_or_where_large() -> None:
-    assert Tiling().side(1080, 1280) is None
-    assert Tiling().side(2160, 3840) == 512
-    assert Tiling(tile=128).side(100, 300) == 128
-    assert Tiling(tile=512).side(100, 300) is None
-
-
 def test_tiles_give_nearly_the_same_and_are_noted(model: MEASNet, shards: str) -> None:
     whole = evaluate(model, shards, None, limit=1)
-    tiled = evaluate(model, shards, None, limit=1, tiling=Tiling(tile=48, overlap=16))
-    assert [s.tile for s in tiled.scores] == [48] * 4 and whole.scores[0].tile == 0
+    tiled = evaluate(model, shards, None, limit=1, tiling=Tiling(0, tile=48, overlap=16))
+    assert [(s.tile, s.overlap) for s in tiled.scores] == [(48, 16)] * 4
+    assert whole.tiles == {"whole": 4} and tiled.tiles == {"in tiles of 48, overlap 16": 4}
+    assert tiled.as_dict()["restored"] == tiled.tiles
     assert tiled.mean.input_psnr == whole.mean.input_psnr
+    assert tiled.mean.restored_psnr == pytest.approx(whole.mean.restored_psnr, abs=1)
     shares = tiled.scores[0].routing["encoder1"]
     assert sum(shares) == pytest.approx(tiny().pixel_top_k)
+
+
+def test_counts_say_what_is_missing(model: MEASNet, shards: str) -> None:
+    report = evaluate(model, shards, None, limit=1)
+    assert report.count("derain") == "1 of 3"
+    assert report.as_dict()["held"]["derain"] == {"packed": 3, "benchmark": 0}
+    assert "benchmark" not in report.describe()
+    sample = EvaluationReport(shards, FIELD, report.scores, {"derain": Held(1, 100)})
+    assert sample.count("derain") == "1"
+    assert "derain: the packed set holds 1 of the benchmark's 100 pictures" in sample.describe()
+    assert table(sample).caption == sample.describe()
+
+
+def test_a_part_of_a_benchmark_is_known_from_its_manifest(tmp_path: Path) -> None:
+    for number in (1, 2):
+        picture = Image.fromarray(data.coffee()[: 20 * number, :30])
+        for folder, name in (("input", f"{number}.png"), ("target", f"{number}.png")):
+            (tmp_path / "raw" / folder).mkdir(parents=True, exist_ok=True)
+            picture.save(tmp_path / "raw" / folder / name)
+    out = str(tmp_path / "shards")
+    pack("rain100l-test", str(tmp_path / "raw"), out, allow_missing=True, workers=1)
+    assert evaluation.held_by(out) == {"derain": Held(2, 100)}
 
 
 def test_command_line(
@@ -174,7 +192,10 @@ def test_command_line(
     model.save_pretrained(tmp_path / "model.safetensors")
     arguments = [str(tmp_path / "model.safetensors"), shards, "--limit", "1", "--colour", "y"]
     assert main([*arguments, "--device", "cpu"]) == 0
-    assert "derain" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 of 3" in said
+    for line in ("device: cpu (asked for)", "arithmetic: fp32 without TF32 (", "tiles: "):
+        assert said.count(line) == 1
     summary = json.loads((tmp_path / "evaluation" / "summary.json").read_text())
     assert summary["protocol"]["description"] == Protocol(colour="y").describe()
 
@@ -184,6 +205,8 @@ def test_command_line(
     [
         (["no.safetensors", "SHARDS"], "there is no file no.safetensors"),
         (["TMP", "SHARDS"], "holds no whole checkpoint"),
+        (["no.ckpt", "SHARDS"], "there is no file no.ckpt"),
+        (["MODEL", "SHARDS", "--device", "cuda"], "device is cuda, but"),
         (["MODEL", "nowhere"], "nowhere"),
         (["MODEL", "SHARDS", "--limit", "-1"], "--limit is -1, but must be 0 or more"),
         (["MODEL", "SHARDS", "--tile", "32", "--overlap", "64"], "overlap is 64"),
@@ -203,6 +226,17 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(
     assert main([places.get(a, a) for a in arguments]) == 2
     said = capsys.readouterr().err
     assert message in said and len(said.strip().splitlines()) == 1
+
+
+def test_a_checkpoint_of_the_authors_program_is_loaded(golden: Path, tmp_path: Path) -> None:
+    reference = Golden(golden)
+    torch.save({"state_dict": reference.entries("tiny")}, tmp_path / "epoch.ckpt")
+    image = reference.image("model_64x64", 64, 64)
+    with torch.no_grad():
+        restored = load(str(tmp_path / "epoch.ckpt"), "cpu")(image).image
+    stride = reference.meta["model_64x64"]["stride"]
+    expected = reference.outputs["model_64x64"]
+    torch.testing.assert_close(restored[..., ::stride, ::stride], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_no_pictures_is_an_error() -> None:

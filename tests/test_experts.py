@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from measnet import experts
 from measnet.experts import ExpertBank, PixelExperts, resolve_path, squared_variation
+from measnet.official import LogExpertBank
 
 PATHS = ["dense", "sorted"]
 
@@ -134,3 +136,22 @@ def test_squared_variation_of_known_loads() -> None:
     torch.testing.assert_close(squared_variation(torch.tensor([1.0, 3.0])), torch.tensor(0.25))
     assert squared_variation(torch.full((4,), 7.0)) == 0
     assert squared_variation(torch.zeros(4)) == 0  # ε keeps an unused library from dividing by 0
+
+
+@pytest.mark.parametrize("kind", [ExpertBank, LogExpertBank])
+def test_without_gradients_pixels_come_in_chunks_and_the_result_is_the_same(
+    kind: type[ExpertBank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank, x = kind(5, 8, 16), torch.randn(100, 8)
+    gate, index = torch.rand(100, 5).log_softmax(-1).topk(2)
+    with_gradient = bank(x, gate, index, "dense")
+    monkeypatch.setattr(experts, "CHUNK", 32)
+    sizes = []
+    monkeypatch.setattr(
+        kind, "_mixed", lambda *given, of=kind._mixed: sizes.append(len(given[2])) or of(*given)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(bank(x, gate, index, "dense"), with_gradient.detach())
+    assert sizes == [32, 32, 32, 4]
+    torch.testing.assert_close(bank(x, gate, index, "dense"), with_gradient, rtol=0, atol=0)
+    assert sizes[4:] == [100]

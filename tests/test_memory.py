@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from measnet.kernels import torch_only
 
 from measnet import autocast
 from measnet import config as configs
@@ -35,6 +34,7 @@ from measnet.memory import (
     state_bytes,
 )
 from measnet.network import MEASNet
+from measnet.ops.cpu_library import torch_only
 from tests.ranks import run_ranks
 
 # Peaks of torch's allocator on one H100 (torch 2.11, CUDA 13.0): forward, backward and AdamW in a

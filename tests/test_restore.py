@@ -1,4 +1,4 @@
-"""Pictures through the command line: sizes, tiles, folders, wrong files."""
+"""Pictures through the command line: folders, wrong files."""
 
 from pathlib import Path
 
@@ -33,44 +33,6 @@ def save(path: Path, height: int, width: int, mode: str = "RGB") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).convert(mode).save(path)
     return path
-
-
-def test_at_once_is_the_network_clamped(model: MEASNet) -> None:
-    batch = torch.rand(2, 3, 21, 30)
-    with torch.no_grad():
-        expected = model(batch).image.clamp(0, 1)
-    torch.testing.assert_close(restore(model, batch), expected)
-    torch.testing.assert_close(restore(model, batch[0]), expected[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(restore(model, batch, tile=30, overlap=4), expected)
-
-
-@pytest.mark.parametrize(("tile", "overlap"), [(32, 8), (32, 0), (17, 16), (64, 20)])
-def test_tiles_cover_the_picture_once(tile: int, overlap: int) -> None:
-    """With a network that gives back its input, blended tiles are the picture itself."""
-    sizes = []
-
-    class Same(torch.nn.Linear):
-        def forward(self, image):  # type: ignore[no-untyped-def,override]
-            sizes.append(tuple(image.shape[-2:]))
-            return type("R", (), {"image": image})
-
-    image = torch.rand(2, 3, 75, 50)
-    out = restore(Same(1, 1), image, tile=tile, overlap=overlap)  # type: ignore[arg-type]
-    torch.testing.assert_close(out, image)
-    assert max(max(size) for size in sizes) <= tile  # memory is bounded
-
-
-def test_tiles_are_near_the_whole(model: MEASNet) -> None:
-    image = torch.rand(3, 70, 90)
-    whole, tiled = restore(model, image), restore(model, image, tile=48, overlap=16)
-    assert (whole - tiled).abs().mean() < 0.25 * (whole - image).abs().mean()
-
-
-def test_wrong_arguments(model: MEASNet) -> None:
-    with pytest.raises(ValueError, match=r"\(3, H, W\)"):
-        restore(model, torch.rand(1, 20, 20))
-    with pytest.raises(ValueError, match="overlap is 32"):
-        restore(model, torch.rand(3, 20, 20), tile=32, overlap=32)
 
 
 def test_a_file(model: MEASNet, weights: str, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from shards import degrade, pack
+from shards import degrade, pack, reader
 from shards.config import DataConfig
 from shards.stream import Batch, TrainStream, pictures
 from shards.tasks import DEGRADATIONS, TASKS
@@ -154,6 +154,36 @@ def test_whole_pictures_come_in_a_fixed_order_with_fixed_noise(packed: Path) -> 
         assert torch.equal(alone.degraded, among.degraded)
     with pytest.raises(ValueError, match="holds no dehaze"):
         next(pictures(str(packed), degradations=["dehaze"]))
+
+
+@pytest.mark.parametrize(("world", "limit"), [(2, 2), (3, 0), (16, 1)])
+def test_each_rank_decodes_its_own_pictures_only(
+    packed: Path, monkeypatch: pytest.MonkeyPatch, world: int, limit: int
+) -> None:
+    alone = list(pictures(str(packed), limit=limit))
+    assert [picture.position for picture in alone] == list(range(len(alone)))
+    decoded = []
+    decode = reader.decode
+
+    def counted(*given: object) -> np.ndarray:
+        decoded.append(1)
+        return decode(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(reader, "decode", counted)
+    together = []
+    for rank in range(world):
+        decoded.clear()
+        own = list(pictures(str(packed), limit=limit, rank=rank, world=world))
+        # The noise of denoise is made, so only its clean picture is decoded.
+        assert len(decoded) == sum(1 if p.task == "denoise" else 2 for p in own)
+        together += own
+    together.sort(key=lambda picture: picture.position)
+    assert len(together) == len(alone)
+    for one, other in zip(together, alone, strict=True):
+        assert (one.position, one.degradation, one.name) == (
+            *(other.position, other.degradation, other.name),
+        )
+        assert torch.equal(one.degraded, other.degraded) and torch.equal(one.clean, other.clean)
 
 
 def test_noise_is_the_fields(packed: Path) -> None:

@@ -1,12 +1,14 @@
 import json
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from distributed import mlflow_model, mlflow_tracker
+from distributed import environment, mlflow_model, mlflow_tracker
 from distributed.config import TrackingConfig, as_metrics
 from distributed.mlflow_tracker import Run, Tracker, finish, prepare, read_metrics, run_key
 from distributed.presets import PRESETS
@@ -240,11 +242,57 @@ def test_the_exported_model_restores_without_a_pickle(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", run.uri)
     folder = mlflow_tracker.client_of(run).download_artifacts(run.id, "model", str(tmp_path))
     assert not list(Path(folder).rglob("*.pkl"))
-    pictures = np.random.default_rng(0).random((2, 20, 24, 3), np.float32)
-    restored = pyfunc.load_model(f"runs:/{run.id}/model").predict(pictures)
-    with torch.no_grad():
-        expected = model(torch.from_numpy(pictures).permute(0, 3, 1, 2)).image.clamp(0, 1)
-    assert np.allclose(restored, expected.permute(0, 2, 3, 1).numpy(), atol=1e-5)
+    loaded = pyfunc.load_model(f"runs:/{run.id}/model")
+    for size in ((2, 20, 24, 3), (1, 33, 17, 3)):
+        pictures = np.random.default_rng(0).random(size, np.float32)
+        with torch.no_grad():
+            expected = model(torch.from_numpy(pictures).permute(0, 3, 1, 2)).image.clamp(0, 1)
+        restored = loaded.predict(pictures)
+        assert np.allclose(restored, expected.permute(0, 2, 3, 1).numpy(), atol=1e-5)
+
+
+ALONE = """
+import ast, pathlib, sys
+from mlflow import pyfunc
+import numpy as np
+model = pyfunc.load_model(sys.argv[1])
+print(model.predict(np.zeros((2, 24, 40, 3), np.float32)).shape)
+import measnet
+print(pathlib.Path(measnet.__file__).parent)
+names = set()
+for name in [name for name in sys.modules if name.split(".")[0] == "measnet"]:
+    source = pathlib.Path(sys.modules[name].__file__)
+    if source.suffix == ".py":
+        for node in ast.walk(ast.parse(source.read_text())):
+            found = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            found += [node.module] if isinstance(node, ast.ImportFrom) else []
+            names |= {one.split(".")[0] for one in found}
+print(" ".join(sorted(names - sys.stdlib_module_names - {"measnet"})))
+"""
+
+
+def test_the_exported_model_stands_alone(tmp_path: Path) -> None:
+    """It loads without the repository, and names all that it needs by versions that PyPI has."""
+    from measnet.config import tiny
+    from measnet.network import MEASNet
+
+    MEASNet(tiny()).save_pretrained(tmp_path / "model.safetensors")
+    folder = tmp_path / "model"
+    mlflow_model.save_model(tmp_path / "model.safetensors", folder)
+    listed = (folder / "requirements.txt").read_text().split()
+    assert all("+" not in line for line in listed)
+    command = [sys.executable, "-I", "-c", ALONE, str(folder)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    shape, place, imported = done.stdout.splitlines()
+    assert shape == "(2, 24, 40, 3)"
+    assert Path(place) == folder / "code" / "measnet"
+    assert set(imported.split()) <= {line.split("==")[0] for line in listed}
+
+
+def test_requirements_are_versions_that_an_index_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "installed_version", lambda _: "2.13.0+cpu")
+    assert environment.requirement("torch") == "torch==2.13.0"
+    assert "+" not in environment.installed_packages()
 
 
 def test_a_new_and_an_old_experiment_are_of_the_kind_that_trains_models(database: str) -> None:

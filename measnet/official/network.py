@@ -74,7 +74,7 @@ def additions(config: ModelConfig) -> dict[str, nn.Module]:
 class LogExpertBank(ExpertBank):
     """An ensemble in log space: log Σ_k g_k · exp(E_k(x)), as a stable log-sum-exp in fp32."""
 
-    def forward(self, x_pc: Tensor, gate_pk: Tensor, index_pk: Tensor, path: str) -> Tensor:
+    def _mixed(self, path: str, x_pc: Tensor, gate_pk: Tensor, index_pk: Tensor) -> Tensor:
         """As the paper's bank, but `gate_pk` are the logarithms of the gates."""
         if path == "sorted":
             terms = self.chosen(x_pc, index_pk).float() + gate_pk.unsqueeze(-1)

@@ -1,0 +1,67 @@
+"""Validation inside training: the ranks share the held-out pictures, and put their scores together.
+
+All functions are collective calls: every rank makes them.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from distributed.config import TrainConfig
+from distributed.evaluate import OVERLAP, EvaluationReport, Grids, Panels, Score, held_by, score
+from measnet.metrics import FIELD
+from measnet.network import MEASNet
+from measnet.tiling import Tiling, choose_tiling
+from shards.stream import pictures
+
+
+def agree_on_tiling(model: MEASNet, processes: int) -> Tiling:
+    """The tiling of the rank with the least free memory, for all ranks.
+
+    So the ranks' scores, put together, are those of one rank alone.
+
+    Args:
+        model: on this rank's device.
+        processes: ranks on this machine.
+    """
+    own = choose_tiling(model, overlap=OVERLAP, processes=processes)
+    least = torch.tensor([own.at_once], device=next(model.parameters()).device)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return own._replace(at_once=int(least.item()))
+
+
+def validate(
+    model: MEASNet, config: TrainConfig, tiling: Tiling, stopping: Callable[[], bool]
+) -> tuple[EvaluationReport, Grids] | None:
+    """Restore the pictures of `data.validation`.
+
+    Args:
+        model: with the weights to judge, on this rank's device.
+        config: of the run.
+        tiling: from `agree_on_tiling`.
+        stopping: whether this rank was asked to stop; asked after each picture.
+
+    Returns:
+        The report over all ranks' pictures and a grid per degradation; None where a rank was asked
+        to stop, because half a validation is none.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    uri, limit = config.data.validation, config.every.validation_pictures
+    own: list[Score] = []
+    panels = Panels(1)
+    source = pictures(uri, limit=limit, data=config.data, rank=rank, world=world)
+    for result in score(model, source, tiling, seen=panels.keep):
+        own.append(result)
+        if stopping():
+            break
+    stops = torch.tensor([float(stopping())], device=next(model.parameters()).device)
+    dist.all_reduce(stops)
+    if stops.item():
+        return None
+    panels.grids.pop("overview", None)  # of one rank's pictures only
+    parts: list[tuple[list[Score], Grids]] = [([], {}) for _ in range(world)]
+    dist.all_gather_object(parts, (own, panels.grids))
+    scores = sorted(one for part, _ in parts for one in part)
+    grids = {name: rows for _, part in parts for name, rows in part.items()}
+    return EvaluationReport(uri, FIELD, scores, held_by(uri)), grids
