@@ -9,8 +9,8 @@ from PIL import Image
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from distributed import evaluate as evaluation
 from distributed.evaluate import EvaluationReport, Score, Tiling, evaluate, main, score, share
+from distributed.storage import finite
 from measnet.config import ModelConfig, tiny
 from measnet.metrics import FIELD, Protocol
 from measnet.network import MEASNet
@@ -211,7 +211,7 @@ def test_no_pictures_is_an_error() -> None:
 
 
 def test_json_has_no_nan() -> None:
-    assert evaluation._finite({"a": [float("nan"), 1.0], "b": float("inf")}) == {
+    assert finite({"a": [float("nan"), 1.0], "b": float("inf")}) == {
         "a": [None, 1.0],
         "b": None,
     }
