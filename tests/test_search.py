@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -17,8 +18,10 @@ import torch
 
 from distributed import checkpoint as checkpoints
 from distributed.config import demo
+from distributed.guard import GoBackError, cause_of
 from measnet.config import replace_dotted, to_dict
 from measnet.network import MEASNet
+from shards.reader import DamagedError
 from tune.config import parse
 from tune.lock import exclusive, in_use
 from tune.record import SearchRecord, TrialRecord
@@ -210,6 +213,19 @@ def test_what_cannot_run_is_refused_before_a_trial_starts(
     assert main(command(packed, *more)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs" / "s" / "trials").exists()
+
+
+def test_ray_is_not_imported_before_its_token_is_set() -> None:
+    """Ray reads at its import whether it must ask for a token."""
+    code = (
+        "import sys; import tune.search, tune.results, tune.registry; "
+        "from distributed.internals import ray_tune; print(ray_tune.configure()); "
+        "assert 'ray' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "\n"  # and no warning of another version
 
 
 # ---- parts, without a run ------------------------------------------------------------------------
@@ -411,6 +427,29 @@ def test_losers_on_disk_go_while_the_search_runs(tmp_path: Path) -> None:
 def test_as_many_trials_run_as_there_is_room_for(parallel: int) -> None:
     share = trial_share(parallel)
     assert parallel * share <= 1 < (parallel + 1) * share
+
+
+@pytest.mark.parametrize(
+    ("errors", "cause"),
+    [
+        ([GoBackError("10 updates in a row were skipped")], "diverged"),
+        ([RuntimeError("Connection closed by peer"), GoBackError("late")], "diverged"),
+        ([torch.OutOfMemoryError("CUDA out of memory")], "out of memory"),
+        ([RuntimeError("lost"), MemoryError()], "out of memory"),
+        ([DamagedError("3 samples", "look")], "corrupt data"),
+        ([ValueError("out of memory, diverged: words do not count")], "other"),
+        ([], "other"),
+    ],
+)
+def test_a_failure_is_sorted_by_the_type_of_the_exception(
+    errors: list[Exception], cause: str
+) -> None:
+    from ray.train import WorkerGroupError  # type: ignore[attr-defined]
+
+    # As it travels from Ray Train's controller to the command.
+    failed = pickle.loads(pickle.dumps(WorkerGroupError("failed", dict(enumerate(errors)))))
+    assert cause_of(failed) == cause
+    assert not errors or len(errors) > 1 or cause_of(errors[0]) == cause
 
 
 NEW = {PSNR: "25.5", DATA: "d", PROTOCOL: "p"}

@@ -241,6 +241,28 @@ def test_a_trial_takes_one_worker_unless_told_otherwise(tmp_path: Path) -> None:
     assert parse(["--config", str(tmp_path / "own.yaml")]).train.scaling.workers == "2"
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, []),
+        ({"name": "b", "storage": "x", "scaling.workers": "1", "engine.zero_stage": 3}, []),
+        ({"data.train": "x", "data.prefetch": 1, "data.cache_gib": 9.0, "every.validate": 9}, []),
+        ({"every.validation_pictures": 9}, []),
+        ({"recipe.lr": 0.5}, ["recipe.lr 0.003 (now 0.5)"]),
+        ({"model.dim": 8, "seed": 1}, ["seed 0 (now 1)", "model.dim 16 (now 8)"]),
+        ({"data.crop": 32}, ["data.crop 48 (now 32)"]),
+        ({"data.repeats": {"derain": 1}}, ["data.repeats"]),
+    ],
+)
+def test_a_run_resumes_with_the_fields_that_do_not_change_what_is_learnt(
+    changes: dict[str, Any], expected: list[str]
+) -> None:
+    found = changed_fields(to_dict(demo()), apply(demo(), changes))
+    assert len(found) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(found, expected, strict=True))
+    assert not changed_fields({"model": {}}, demo())  # written by a version without these fields
+
+
 def test_only_what_keeps_trials_comparable_may_change() -> None:
     first = to_dict(parse(["demo", "--trials", "4"]))
 

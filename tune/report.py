@@ -79,11 +79,14 @@ def page(record: SearchRecord) -> str:
         _section("How it was measured", _protocol(record, config)),
     ]
     body = "\n".join(section for section in sections if section)
+    style, script = (
+        Path(__file__).with_name(f"report.{kind}").read_text() for kind in ("css", "js")
+    )
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(record.name)}</title>\n<style>{_STYLE}</style></head>\n"
-        f"<body><main>\n{body}\n</main><script>{_SORT}</script></body></html>\n"
+        f"<title>{_text(record.name)}</title>\n<style>{style}</style></head>\n"
+        f"<body><main>\n{body}\n</main><script>{script}</script></body></html>\n"
     )
 
 
@@ -379,56 +382,6 @@ def _db(psnr: float | None) -> str:
 def _text(value: Any) -> str:
     return html.escape(str(value))
 
-
-_STYLE = """
-:root { color: #22303c; background: #f4f6f8; font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; }
-body { margin: 0; } main { max-width: 1140px; margin: 0 auto; padding: 24px 20px 60px; }
-h1 { font-size: 26px; margin: 0; } h2 { font-size: 17px; margin: 0 0 10px; }
-h3 { font-size: 13px; margin: 12px 0 2px; color: #5f7285; }
-header p { margin: 4px 0 18px; color: #5f7285; }
-section { background: #fff; border: 1px solid #e1e6ea; border-radius: 8px; padding: 16px 20px;
-  margin: 0 0 16px; overflow-wrap: anywhere; }
-.big { font-size: 30px; font-weight: 650; margin: 0 0 6px; }
-.big small { font-size: 15px; font-weight: 400; color: #5f7285; }
-.warning { background: #fff4e0; border-left: 4px solid #e07b00; padding: 6px 12px; }
-.values { display: flex; flex-wrap: wrap; gap: 8px 28px; margin: 0 0 8px; }
-.values dt { font-size: 12px; color: #5f7285; } .values dd { margin: 0; font-weight: 600; }
-pre { background: #f4f6f8; padding: 10px 12px; border-radius: 6px; margin: 4px 0; font-size: 13px;
-  white-space: pre-wrap; }
-table { border-collapse: collapse; font-size: 12.5px; width: 100%;
-  font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 4px 5px; border-bottom: 1px solid #edf0f3;
-  overflow-wrap: normal; }
-td.left, th.left { text-align: left; }
-th { color: #5f7285; font-weight: 600; } table.sort th { cursor: pointer; }
-tr.best td { background: #e8f1fb; } tr.stopped td, tr.waiting td { color: #7c8a97; }
-tr.failed td { color: #b23b3b; }
-.badge { font-size: 11px; color: #fff; border-radius: 4px; padding: 0 5px; }
-.badge.best { background: #1565c0; } .badge.paper { background: #e07b00; }
-.badge.front { background: #5f7285; }
-.note { color: #5f7285; font-size: 13px; margin: 8px 0 0; }
-svg { max-width: 100%; height: auto; } .pair { display: flex; flex-wrap: wrap; gap: 8px; }
-.pair svg { flex: 0 1 480px; min-width: 0; } ul { margin: 4px 0; }
-summary { cursor: pointer; color: #1565c0; }
-"""
-
-_SORT = """
-for (const table of document.querySelectorAll("table.sort")) {
-  table.querySelectorAll("th").forEach((th, at) => {
-    let up = false;
-    th.addEventListener("click", () => {
-      up = !up;
-      const value = (r) => { const t = r.cells[at].textContent.replace(/,/g, "");
-        const n = parseFloat(t); return isNaN(n) ? t : n; };
-      const rows = [...table.tBodies[0].rows].sort((a, b) => {
-        const x = value(a), y = value(b);
-        if (typeof x !== typeof y) return typeof x === "number" ? -1 : 1;
-        return (x < y ? -1 : x > y ? 1 : 0) * (up ? 1 : -1); });
-      rows.forEach((r) => table.tBodies[0].append(r));
-    });
-  });
-}
-"""
 
 if __name__ == "__main__":
     sys.exit(main())

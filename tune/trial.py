@@ -8,7 +8,6 @@ the run to stop, which leaves a checkpoint and a complete MLflow run.
 import dataclasses
 import math
 import os
-import statistics
 import threading
 import time
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from distributed.config import TrainConfig
 from distributed.guard import cause_of
 from distributed.launch import GRACE_S, Outcome, launch
 from distributed.storage import open_folder
-from measnet.config import ModelConfig, to_dict
+from measnet.config import to_dict
 from tune.lock import exclusive
 from tune.space import apply
 
@@ -34,8 +33,6 @@ POLL_S = 0.5
 """Seconds between two looks for a validation."""
 LOCK_WAIT_S = 2 * GRACE_S + 30
 """Tune starts a trial again while its last actor still writes a checkpoint."""
-LATENCY_SIDE, LATENCY_RUNS = 128, 7
-"""Side in pixels of the picture whose restoration is timed, and how often."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,10 +113,10 @@ class Trial(Trainable):
                         "diverged", f"the validation's PSNR is {psnr} at {samples:,} samples"
                     )
             if not alive:
-                return self._last_result(curve)
+                return self._result_at_end(curve)
             time.sleep(POLL_S)
 
-    def _last_result(self, curve: list[tuple[int, float]]) -> dict[str, Any]:
+    def _result_at_end(self, curve: list[tuple[int, float]]) -> dict[str, Any]:
         if isinstance(self._ended, BaseException):
             raise self._ended
         outcome = self._ended
@@ -176,7 +173,7 @@ class Trial(Trainable):
             self._thread.join(GRACE_S + 15)
 
     def _count_costs(self) -> dict[str, float]:
-        from measnet.complexity import network_cost
+        from measnet.complexity import latency_ms, network_cost
 
         costs = network_cost(self._config.model)
         if device := self._settings.latency_on:
@@ -187,25 +184,6 @@ class Trial(Trainable):
             )
             costs["latency"] = ray.get(timed.remote(self._config.model, device))
         return costs
-
-
-def latency_ms(config: ModelConfig, device: str) -> float:
-    """Median time of restoring one picture of `LATENCY_SIDE` squared, in milliseconds."""
-    import torch
-
-    from measnet.network import MEASNet
-
-    model = MEASNet(config).to(device).eval()
-    picture = torch.full((1, 3, LATENCY_SIDE, LATENCY_SIDE), 0.5, device=device)
-    times = []
-    with torch.inference_mode():
-        for _ in range(LATENCY_RUNS + 2):  # the first two warm up
-            start = time.perf_counter()
-            model(picture)
-            if device != "cpu":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-    return statistics.median(times[2:]) * 1000
 
 
 def take_over(donor: str, name: str, config: TrainConfig) -> None:

@@ -2,11 +2,12 @@
 
 Each entry says what it does, why the documented way is not enough, and which test fails when Ray
 changes it.
+
+Imports no Ray: Ray reads at its import whether it must ask for a token.
 """
 
+import importlib.metadata
 import os
-
-import ray
 
 TESTED = "2.60"
 """Ray's version that everything here was tested with."""
@@ -35,10 +36,11 @@ def configure() -> str:
     """Set the variables, before Ray starts; returns a warning where Ray has another version."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    if ray.__version__.startswith(f"{TESTED}."):
+    version = importlib.metadata.version("ray")
+    if version.startswith(f"{TESTED}."):
         return ""
     return (
-        f"Ray is {ray.__version__}, but the search was tested with {TESTED}: "
+        f"Ray is {version}, but the search was tested with {TESTED}: "
         f"pip install 'ray=={TESTED}.*', or run pytest -m slow tests/test_search.py"
     )
 
@@ -50,6 +52,8 @@ def this_node() -> str:
     SQLite database are. A placement group, which Tune needs, knows no node affinity. Ray's manual
     shows this resource in examples only. test_a_search_leaves_what_is_needed.
     """
+    import ray
+
     own = ray.get_runtime_context().get_node_id()
     (address,) = (n["NodeManagerAddress"] for n in ray.nodes() if n["NodeID"] == own)
     return f"node:{address}"
