@@ -581,4 +581,4 @@ def test_ctrl_c_keeps_everything_and_ends_soon(packed: Path, tmp_path: Path) -> 
     assert trial["state"] == "waiting"
     newest = checkpoints.newest_whole(trial["folder"])
     assert newest is not None and newest.samples >= trial["samples"]
-    assert "go on" in (tmp_path / "log.txt").read_text()
+    assert "resume    python -m tune.search" in (tmp_path / "log.txt").read_text()

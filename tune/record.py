@@ -1,7 +1,7 @@
 """`search.json`: all that is known about a search, written after each event.
 
 The states of Optuna and Ray Tune are not stored: what comes next follows from this record alone. So
-a search that was killed goes on from it, and the report is made from it.
+a search that was killed resumes from it, and the report is made from it.
 """
 
 import dataclasses
@@ -97,7 +97,7 @@ class SearchRecord:
     config: dict[str, Any]
     """`tune.config.SearchConfig` as plain data."""
     command: str
-    """The command that goes on with it."""
+    """The command that resumes it."""
     budget: int
     """Samples of a trial that runs to its end."""
     cost: str

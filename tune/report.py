@@ -120,8 +120,8 @@ def _complete_study(
     trials: Iterable[tuple[TrialRecord, float]], config: SearchConfig, space: Space
 ) -> "optuna.Study":
     """A study in which all trials count as complete."""
-    told = [dataclasses.replace(t, state="finished", psnr=psnr) for t, psnr in trials]
-    return build_study(space, told, config.base(), cost="none", whole=True)
+    complete = [dataclasses.replace(t, state="finished", psnr=psnr) for t, psnr in trials]
+    return build_study(space, complete, config.base(), cost="none", whole=True)
 
 
 # ---- sections ------------------------------------------------------------------------------------

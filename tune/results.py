@@ -214,7 +214,7 @@ def _show_summary(record: SearchRecord, console: "Console") -> None:
         console.print(f"  registry  {record.registration}", soft_wrap=True, highlight=False)
     console.print(f"  report    {record.folder}/report.html", soft_wrap=True)
     if record.state == "stopped":
-        console.print(f"  go on     {record.command}", soft_wrap=True)
+        console.print(f"  resume    {record.command}", soft_wrap=True)
 
 
 def noise_warning(best: TrialRecord) -> str:

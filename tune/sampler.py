@@ -1,7 +1,7 @@
 """Which values the next trial takes: a pure function of the space, the seed and the trials so far.
 
 Optuna's study is built again from the record for each trial, which takes milliseconds. So a search
-that was killed goes on with the trials that it would have taken anyway.
+that was killed takes the trials that it would have taken anyway.
 """
 
 import warnings

@@ -59,7 +59,7 @@ class ResumableAsha(ASHAScheduler):
                 self._replay(None, ended, trial.name)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Enter a trial that goes on into the rungs that it has passed."""
+        """Enter a trial that resumes into the rungs that it has passed."""
         super().on_trial_add(tune_controller, trial)
         self._replay(tune_controller, trial, str(trial))
 

@@ -94,6 +94,10 @@ class Trial(Trainable):
                 self._donor = checkpoint
 
     def _next_result(self) -> dict[str, Any]:
+        if self._donor is not None:  # even if the search stops: the values have changed already
+            with exclusive(self._config.folder, wait_s=LOCK_WAIT_S):
+                take_over(self._donor["folder"], self._donor["name"], self._config)
+            self._donor = None
         if self._thread is None and not self._search_stops():
             self._start()
         while True:
@@ -130,11 +134,7 @@ class Trial(Trainable):
         return {"cause": cause, "reason": reason, "samples": self._reported, "done": True}
 
     def _start(self) -> None:
-        folder = self._config.folder
-        if self._donor is not None:
-            with exclusive(folder, wait_s=LOCK_WAIT_S):
-                take_over(self._donor["folder"], self._donor["name"], self._config)
-        state = checkpoints.newest_state(folder)
+        state = checkpoints.newest_state(self._config.folder)
         # The search has read these from the checkpoint itself.
         self._reported = state.validations[-1][0] if state and state.validations else 0
         self._costs = self._costs or self._count_costs()
