@@ -25,7 +25,7 @@ from shards.reader import DamagedError
 from tune.config import parse
 from tune.lock import exclusive, in_use
 from tune.record import SearchRecord, TrialRecord
-from tune.registry import DATA, PROTOCOL, PSNR, decide
+from tune.registry import DATA, PROTOCOL, PSNR, decide, register_champion
 from tune.results import prune_losers, refresh
 from tune.runner import trial_share
 from tune.schedulers import explore, make_scheduler
@@ -475,6 +475,41 @@ def test_a_model_is_registered_only_where_it_is_known_to_be_better(
 ) -> None:
     decision = decide(policy, NEW, champion, above_noise=above_noise)
     assert decision.choice == choice and reason in decision.reason
+
+
+def test_a_toy_search_does_not_take_the_place_of_a_better_champion(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    MEASNet(demo().model).save_pretrained(tmp_path / "champion.safetensors")
+
+    def search(name: str, psnr: float, *more: str) -> str:
+        config = parse(["demo", "--name", name, "--tracking.uri", uri, *more])
+        best = TrialRecord(
+            number=0,
+            name=f"{name}-000",
+            changes={},
+            psnr=psnr,
+            input_psnr=15.27,
+            gain_error=0.1,
+            folder=str(tmp_path / name),
+        )
+        record = SearchRecord(
+            name=name, config={}, command="", budget=8, cost="none", validation_data="d"
+        )
+        for _ in range(2):  # the same command again registers nothing twice
+            register_champion(config, record, best, tmp_path / "champion.safetensors", "# card")
+        return record.registration
+
+    assert "no champion" in search("first", 25.0)
+    assert "first-000 is measnet@champion now" in search("first", 25.0, "--register", "always")
+    assert "within noise" in search("toy", 15.29)
+    assert "it has 20.00 dB, the champion 25.00 dB" in search("worse", 20.0)
+    assert "other protocol" in search("other", 26.0, "--every.validation-pictures", "2")
+    assert "the champion had 25.00 dB" in search("better", 26.0)
+    client = MlflowClient(uri)
+    assert len(client.search_model_versions("name = 'measnet'")) == 2
+    assert client.get_model_version_by_alias("measnet", "champion").tags[PSNR] == "26.0"
 
 
 # ---- whole searches, slow ------------------------------------------------------------------------
