@@ -130,6 +130,23 @@ def test_importance_finds_the_parameter_that_matters() -> None:
     assert "more is better" in page(record)
 
 
+@pytest.mark.parametrize(
+    ("trials", "more"),
+    [
+        (1, ()),
+        (3, ("--space", "--vary", "recipe.optimizer=adam,adamw")),
+        (3, ("--space", "--vary", "model.mee=true,false", "--vary", "recipe.lr=log 1e-4..1e-2")),
+        (4, ("--space", "width")),
+    ],
+)
+def test_few_trials_of_any_kind_of_value_have_a_page(trials: int, more: tuple[str, ...]) -> None:
+    record, _ = searched(trials, *more)
+    assert "Trials" in page(record)
+    for entry in record.trials:  # nothing varies
+        entry.changes, entry.psnr = record.trials[0].changes, 25.0
+    assert "Trials" in page(record)
+
+
 def test_an_empty_search_has_a_page() -> None:
     record, _ = searched(4)
     record.trials = []

@@ -88,11 +88,10 @@ def curves(record: SearchRecord) -> str | None:
 def parallel(study: "Study") -> str:
     """A line per trial through its values, the darker the higher its PSNR."""
     from matplotlib import pyplot
-    from optuna.exceptions import ExperimentalWarning
     from optuna.visualization.matplotlib import plot_parallel_coordinate
 
     with warnings.catch_warnings(), pyplot.rc_context({"backend": "svg"}):
-        warnings.simplefilter("ignore", ExperimentalWarning)
+        warnings.simplefilter("ignore")  # experimental; an axis on which nothing varies
         axis = plot_parallel_coordinate(study, target_name="PSNR (dB)")
     axis.set_title("")
     fields = list(study.trials[0].params)

@@ -6,7 +6,6 @@ a search that was killed resumes from it, and the report is made from it.
 
 import dataclasses
 import math
-import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -122,7 +121,6 @@ class SearchRecord:
     tracking_uri: str = ""
     folder: str = ""
     version: int = VERSION
-    written: float = 0.0
 
     def trial(self, name: str) -> TrialRecord:
         """The trial of this name."""
@@ -165,7 +163,6 @@ class SearchRecord:
 
     def save(self) -> None:
         """Write the file; a reader sees the old one or the new one."""
-        self.written = time.time()
         self.rank()
         fs, root = open_folder(self.folder)
         fs.makedirs(root, exist_ok=True)

@@ -218,8 +218,7 @@ def _fixed_list(record: SearchRecord) -> str:
     rows = []
     for trial in record.trials[1:]:
         one, alone = record.trials[0].tasks.get(trial.label), trial.tasks.get(trial.label)
-        both = one is not None and alone is not None
-        difference = f"{one - alone:+.2f}" if both and one and alone else ""
+        difference = "" if one is None or alone is None else f"{one - alone:+.2f}"
         rows.append(("", [_text(trial.label), _db(one), _db(alone), difference]))
     return _section(
         "All in one against one per task",
@@ -234,7 +233,9 @@ def _plots(record: SearchRecord, config: SearchConfig, space: Space) -> list[str
     fronts = [plot for cost in costs if (plot := plots.cost_plot(record, cost))]
     if any("data.repeats" in trial.changes for trial in record.trials):
         fronts = []
-    shown = [(t, t.psnr) for t in record.trials if t.state != "failed" and t.psnr is not None]
+    shown = [
+        (t, t.psnr) for t in record.trials if t.state != "failed" and t.psnr and is_number(t.psnr)
+    ]
     lines = ""
     if len(shown) > 1 and space.parameters:
         lines = plots.parallel(_complete_study(shown, config, space))
