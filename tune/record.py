@@ -118,7 +118,6 @@ class SearchRecord:
     seconds: float = 0.0
     """Time of all launches of the search."""
     mlflow_run_id: str = ""
-    tracking_uri: str = ""
     folder: str = ""
     version: int = VERSION
 

@@ -106,7 +106,6 @@ def _open_record(config: SearchConfig, command: str) -> SearchRecord:
             cost=config.cost,
             validation_data=data,
             folder=config.folder,
-            tracking_uri=config.train.tracking.uri,
         )
     fixed = {"train.every.validation_pictures"}
     changed = changed_fields(record.config, config, fixed=fixed)
