@@ -25,7 +25,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,6 +66,10 @@ class RunState:
     """Best validation score so far: PSNR in dB, averaged over the tasks."""
     score: float | None = None
     """Validation score of these weights, where they were validated."""
+    validations: list[tuple[int, float]] = field(default_factory=list)
+    """(samples, PSNR in dB averaged over the tasks) of every validation so far."""
+    validation: dict[str, Any] = field(default_factory=dict)
+    """The last validation: `at` how many samples, `psnr`, `gain_error` and its `report`."""
     mlflow_run_id: str | None = None
     """The MLflow run that a resumed run goes on in."""
     finished: bool = False
@@ -182,6 +186,12 @@ class Snapshot:
 def listed(run: str) -> list[Checkpoint]:
     """All checkpoints of a run that have a marker, oldest first."""
     return [c for c in _all(run) if not c.flaw]
+
+
+def newest_state(run: str) -> RunState | None:
+    """Where the newest checkpoint stands; its files are not verified. None where there is none."""
+    there = listed(run)
+    return there[-1].state() if there else None
 
 
 def _all(run: str) -> list[Checkpoint]:
@@ -342,7 +352,9 @@ def _run(command: List | Show | Verify | Export | Prune) -> int:
         case List() | Verify():
             return _print_table(checkpoints, hashes=isinstance(command, Verify))
         case Show():
-            print(json.dumps(dataclasses.asdict(_choose(checkpoints, "newest").state()), indent=2))
+            state = dataclasses.asdict(_choose(checkpoints, "newest").state())
+            state["validation"].pop("report", None)  # long; the run's folder `validation` has it
+            print(json.dumps(state, indent=2))
         case Export():
             chosen = _choose(checkpoints, command.which)
             chosen.export(*open_folder(command.out))

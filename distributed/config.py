@@ -5,14 +5,16 @@ intervals are in samples, never in steps of one machine, so that a recipe means 
 number of workers.
 """
 
+import dataclasses
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import yaml
 
 from measnet.config import ModelConfig, from_dict, to_dict
-from shards.config import DataConfig
+from shards.config import MAY_CHANGE, DataConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,15 +185,15 @@ class IntervalConfig:
     """How often things happen besides training; all intervals in samples, rounded up to whole
     steps."""
 
-    checkpoint: int = 50_000
+    checkpoint: int = field(default=50_000, metadata=MAY_CHANGE)
     """Samples between checkpoints; one is always written at the end."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = field(default=2, metadata=MAY_CHANGE)
     """Checkpoints kept besides the best one."""
-    validate: int = 160_000
+    validate: int = field(default=160_000, metadata=MAY_CHANGE)
     """Samples between validations; 0 validates only at the end."""
-    validation_pictures: int = 20
+    validation_pictures: int = field(default=20, metadata=MAY_CHANGE)
     """Pictures restored per degradation in a validation while training; 0 takes all."""
-    log: int = 320
+    log: int = field(default=320, metadata=MAY_CHANGE)
     """Samples between two points of the curves in MLflow."""
 
     def __post_init__(self) -> None:
@@ -242,20 +244,20 @@ class TrackingConfig:
 class TrainConfig:
     """One training run."""
 
-    name: str = "paper-5task"
+    name: str = field(default="paper-5task", metadata=MAY_CHANGE)
     """Name of the run; the same name in the same storage goes on from its last checkpoint."""
-    storage: str = "runs"
+    storage: str = field(default="runs", metadata=MAY_CHANGE)
     """Folder or URI of runs, reachable from all nodes; the run lives in STORAGE/NAME."""
     seed: int = 0
     """Seed of weights, order, crops, flips, noise and gates."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     recipe: Recipe = field(default_factory=Recipe)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig, metadata=MAY_CHANGE)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig, metadata=MAY_CHANGE)
     every: IntervalConfig = field(default_factory=IntervalConfig)
-    guard: GuardConfig = field(default_factory=GuardConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig, metadata=MAY_CHANGE)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
         """Check what concerns several sections at once."""
@@ -325,3 +327,29 @@ def as_metrics(config: Any) -> dict[str, Any]:
         return {prefix[:-1]: value}
 
     return walk("", to_dict(config))
+
+
+def changed_fields(
+    old: Mapping[str, Any], new: Any, *, fixed: Collection[str] = (), prefix: str = ""
+) -> list[str]:
+    """Fields that a resume must not change and that differ, as `recipe.lr 0.001 (now 0.002)`.
+
+    Args:
+        old: the configuration at the start, as `to_dict` gives it. Fields that it lacks are new in
+            this version and are not compared.
+        new: the configuration now, a dataclass. Its fields marked `MAY_CHANGE` may differ.
+        fixed: dotted names that must stay in spite of their mark.
+        prefix: dotted path of `new`, for the messages.
+    """
+    found: list[str] = []
+    for field_ in dataclasses.fields(new):
+        name, value = prefix + field_.name, getattr(new, field_.name)
+        free = field_.metadata.get("may_change") and name not in fixed
+        if free or field_.name not in old:
+            continue
+        before = old[field_.name]
+        if dataclasses.is_dataclass(value):
+            found += changed_fields(before, value, fixed=fixed, prefix=f"{name}.")
+        elif before != (now := list(value) if isinstance(value, tuple) else value):
+            found.append(f"{name} {before} (now {now})")
+    return found

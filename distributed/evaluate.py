@@ -26,6 +26,7 @@ from torch import Tensor
 
 from distributed import figures
 from distributed.checkpoint import newest_whole
+from distributed.storage import finite
 from measnet.config import ModelConfig, from_dict
 from measnet.hardware import Decision, DeviceChoice, choose_device, this_machine
 from measnet.metrics import FIELD, Protocol, psnr, ssim
@@ -143,6 +144,12 @@ class EvaluationReport:
         tasks = list(self.tasks.values())
         return _mean(tasks)._replace(pictures=sum(s.pictures for s in tasks))
 
+    @property
+    def gain_error(self) -> float:
+        """Standard error of the mean gain in PSNR (dB) over the pictures; NaN for one picture."""
+        gains = [s.restored_psnr - s.input_psnr for s in self.scores]
+        return float(np.std(gains, ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else math.nan
+
     def metrics(self, prefix: str = "val") -> dict[str, float]:
         """The figures under the names that MLflow groups into charts: `PREFIX_psnr/TASK`."""
         rows = {**self.tasks, "mean": self.mean}
@@ -191,9 +198,10 @@ class EvaluationReport:
             "tasks": {name: row._asdict() for name, row in self.tasks.items()},
             "degradations": {name: row._asdict() for name, row in self.degradations.items()},
             "mean": self.mean._asdict(),
+            "gain_error": self.gain_error,
             "routing": self.routing,
         }
-        return _finite(report)
+        return dict(finite(report))
 
 
 def evaluate(
@@ -479,15 +487,6 @@ def _cells(row: Summary) -> tuple[str, ...]:
 
 def _digits(value: Any) -> Any:
     return f"{value:.6f}" if isinstance(value, float) else value
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

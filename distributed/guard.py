@@ -7,18 +7,48 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import nn
 
 from distributed.storage import open_folder, read_json, write_json
+from shards.reader import DamagedError
 
 PASSED_OVER = "passed_over.json"
 """File of a run: spans of samples that are not trained on, because they led to nothing but NaN."""
 
 
+Cause = Literal[
+    "", "diverged", "out of memory", "corrupt data", "worker lost", "no workers", "other"
+]
+"""Why a run failed, for programs to decide by; empty where it did not fail."""
+
+
 class GoBackError(RuntimeError):
     """Too many updates in a row were skipped; Ray restarts the workers from the last checkpoint."""
+
+
+def cause_of(error: BaseException) -> Cause:
+    """Sort the failure of a run by the type of the exception, or of those of Ray Train's workers.
+
+    Where several workers failed, the first cause of the list counts: those who wait for a worker
+    that diverged or ran out of memory fail too, by a lost connection.
+    """
+    from ray.exceptions import OutOfMemoryError, RayActorError, WorkerCrashedError
+
+    types: dict[Cause, tuple[type[BaseException], ...]] = {
+        "diverged": (GoBackError, FloatingPointError),
+        "out of memory": (torch.OutOfMemoryError, OutOfMemoryError, MemoryError),
+        "corrupt data": (DamagedError,),
+        "worker lost": (RayActorError, WorkerCrashedError),
+        "no workers": (TimeoutError,),
+    }
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    for cause, kinds in types.items():
+        if any(isinstance(failure, kinds) for failure in failures.values()):
+            return cause
+    return "other"
 
 
 def chain(before: str, micro_batches: Sequence[int]) -> str:

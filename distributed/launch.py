@@ -23,7 +23,7 @@ from rich.console import Console
 
 from distributed import checkpoint as checkpoints
 from distributed.checkpoint import Checkpoint
-from distributed.config import TrainConfig, as_metrics, to_yaml
+from distributed.config import TrainConfig, changed_fields, to_yaml
 from distributed.decisions import training_device
 from distributed.storage import absolute, open_folder, write_json, write_whole
 from measnet.hardware import Machine, this_machine
@@ -33,14 +33,6 @@ from shards.order import Plan
 
 GRACE_S = 12.0
 """Seconds that a run asked to stop may take to end by itself before it is ended."""
-
-FREE_TO_CHANGE = ("name", "storage", "scaling.", "every.", "guard.", "tracking.", "engine.")
-"""Fields that may differ when a run goes on: they do not change what is learnt beyond rounding."""
-
-FREE_DATA_FIELDS = ("train", "validation", "loader_workers", "prefetch", "cache_dir", "cache_gib")
-"""Fields of `data` that may differ when a run goes on; the shards' fingerprint is compared
-instead."""
-
 
 MODEL = "model.safetensors"
 """File of a finished run: the averaged weights, with the configuration inside."""
@@ -86,6 +78,8 @@ class Outcome:
     """Folder or URI of the run."""
     reason: str = ""
     """Why it stopped or failed, in one line."""
+    cause: str = ""
+    """Why it failed, as a `distributed.guard.Cause`."""
     samples: int = 0
     """Samples consumed by the run so far."""
     mlflow_run_id: str = ""
@@ -131,8 +125,7 @@ def check(config: TrainConfig) -> tuple[Manifest, Plan, Checkpoint | None]:
     found = checkpoints.newest_whole(config.folder)
     if found is not None:
         state = found.state()
-        changed = _changes(state.config, config)
-        if changed:
+        if changed := changed_fields(state.config, config):
             raise ValueError(
                 f"{config.folder} was started with {'; '.join(changed)}. "
                 "Take those values to go on with it, or another --name to start a new run"
@@ -145,30 +138,6 @@ def _starts_its_own_ray() -> bool:
     """Whether a run uses this machine alone: no cluster is named, and none is connected to."""
     ray = sys.modules.get("ray")
     return not os.environ.get("RAY_ADDRESS") and not (ray and ray.is_initialized())
-
-
-def _changes(old: dict[str, Any], new: TrainConfig) -> list[str]:
-    free_data = tuple(f"data.{name}" for name in FREE_DATA_FIELDS)
-    before, after = _flat(old), as_metrics(new)
-    return [
-        f"{name} {before[name]} (now {value})"
-        for name, value in after.items()
-        if not name.startswith(FREE_TO_CHANGE)
-        and name not in free_data
-        and name in before
-        and before[name] != value
-    ]
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in data.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{name}": value}
-        )
-    return flat
 
 
 def launch(
@@ -205,7 +174,7 @@ def launch(
         training_device(config.scaling, len(machine.cards), machine)
         if machine.problem and config.scaling.device != "cpu":
             console.print(f"no GPU is used: {machine.problem}", highlight=False, markup=False)
-    _show_plan(console, config, manifest, plan)
+    _show_plan(console, config, plan)
 
     from distributed import mlflow_tracker
 
@@ -360,12 +329,19 @@ def _outcome(config: TrainConfig, ended: dict[str, Any], signals: list[str]) -> 
         newest = checkpoints.newest_whole(config.folder)
         samples = newest.samples if newest else 0
         if "error" in ended:
-            return Outcome("failed", config.folder, _one_line(ended["error"]), samples)
-        return Outcome("stopped", config.folder, signals[0] if signals else "", samples)
+            from distributed.guard import cause_of
+
+            error = ended["error"]
+            return Outcome("failed", config.folder, _one_line(error), cause_of(error), samples)
+        return Outcome("stopped", config.folder, signals[0] if signals else "", samples=samples)
     told = ended["result"].return_value
     status = "finished" if told["finished"] else "stopped"
     return Outcome(
-        status, config.folder, told["stop_reason"], told["samples"], validation=told["validation"]
+        status,
+        config.folder,
+        told["stop_reason"],
+        samples=told["samples"],
+        validation=told["validation"],
     )
 
 
@@ -500,7 +476,7 @@ def _forget_listed_checkpoints(config: TrainConfig) -> None:
         fs.rm(snapshot)
 
 
-def _show_plan(console: Console, config: TrainConfig, manifest: Manifest, plan: Plan) -> None:
+def _show_plan(console: Console, config: TrainConfig, plan: Plan) -> None:
     epochs = config.recipe.samples / plan.epoch_samples
     console.print(
         f"[bold]{config.name}[/bold]: {config.recipe.samples:,} samples = {config.recipe.steps:,} "
@@ -512,6 +488,7 @@ def _show_plan(console: Console, config: TrainConfig, manifest: Manifest, plan: 
 
 def _describe(run: Any, config: TrainConfig, manifest: Manifest) -> None:
     from distributed import mlflow_tracker
+    from measnet.complexity import network_cost
 
     validation = read_manifest(config.data.validation)
     mlflow_tracker.describe(
@@ -521,19 +498,8 @@ def _describe(run: Any, config: TrainConfig, manifest: Manifest) -> None:
             "training": (config.data.train, manifest.fingerprint),
             "validation": (config.data.validation, validation.fingerprint),
         },
-        cost=_cost(config),
+        cost=network_cost(config.model),
     )
-
-
-def _cost(config: TrainConfig) -> dict[str, float]:
-    from measnet.complexity import count
-    from measnet.network import MEASNet
-
-    counted = count(MEASNet(config.model))
-    return {
-        "parameters": counted.total_parameters,
-        "multiply_adds_256x256": counted.total_multiply_adds,
-    }
 
 
 def _export(config: TrainConfig, run: Any) -> None:

@@ -2,6 +2,7 @@
 
 import tempfile
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,10 +51,28 @@ def save_model(weights: Path, folder: Path) -> None:
         )
 
 
-def register(run: Run, name: str, alias: str, card: str) -> bool:
+def registered(run: Run, name: str, alias: str) -> dict[str, str] | None:
+    """Tags of the version of the registered model `name` that `alias` points at.
+
+    Empty where there is no such version; None where MLflow does not answer.
+    """
+    tags: dict[str, str] = {}
+
+    def ask(client: "MlflowClient", run: Run) -> None:
+        for model in client.search_registered_models(f"name = '{name}'"):
+            if alias in model.aliases:
+                version = client.get_model_version(name, model.aliases[alias])
+                tags.update(version.tags, **{"measnet.version": str(version.version)})
+
+    return tags if attempt(run, f"the question for {name}@{alias}", ask) else None
+
+
+def register(
+    run: Run, name: str, alias: str, card: str, tags: Mapping[str, str] | None = None
+) -> bool:
     """Make the run's model a new version of the registered model `name`, and point `alias` at it.
 
-    `models:/NAME@ALIAS` loads it. The card is Markdown.
+    `models:/NAME@ALIAS` loads it. The card is Markdown; the tags are those of the version.
 
     Returns:
         Whether MLflow took it.
@@ -63,7 +82,9 @@ def register(run: Run, name: str, alias: str, card: str) -> bool:
         if not client.search_registered_models(f"name = '{name}'"):
             client.create_registered_model(name)
         source = f"{client.get_run(run.id).info.artifact_uri}/model"
-        version = client.create_model_version(name, source, run.id, description=card)
+        version = client.create_model_version(
+            name, source, run.id, tags=dict(tags or {}), description=card
+        )
         client.set_registered_model_alias(name, alias, version.version)
 
     return attempt(run, f"the model {name}@{alias}", send)

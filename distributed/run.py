@@ -143,13 +143,14 @@ class TrainRun:
         self.updates = state.updates if state else 0
         self._consumed = state.consumed if state else ""
         self._best = state.best if state else None
+        self._validations = list(state.validations) if state else []
+        self._validation = dict(state.validation) if state else {}
         self._mlflow_run_id = settings["tracking"].id or None
 
         self.meter = Meter(self.device, counts=not self._stands_by)
         self._sums_before = [0.0] * 5
         self._damaged = 0
         self.stop_reason = ""
-        self._validation: dict[str, Any] = {}
         self._tiling: Tiling | None = None
         self._tracker: Tracker | None = None
         if self.rank == 0:
@@ -305,7 +306,7 @@ class TrainRun:
             own,
             dtype=torch.float64,  # holds 32 bits exactly
         )
-        wants_stop = float(bool(self._reporter.stop_reason))
+        wants_stop = bool(self._reporter.stop_reason)
         counts = torch.tensor([wants_stop, len(damage)], dtype=torch.float64)
         told = torch.cat([self.meter.sums(), torch.cat([counts, digests]).to(self.device)])
         dist.all_reduce(told)
@@ -396,13 +397,12 @@ class TrainRun:
         # Rank 0 shares the work always; what another rank would say here is shown to nobody.
         samples = self.meter.micro_batches * self._sharing * self.config.recipe.micro_batch
         seconds = time.perf_counter() - self.meter.started
-        steps = self.samples // self.config.recipe.global_batch
         return {
             "train/loss": total / counted,
             "train/l1": l1 / counted,
             "train/balance": balance / counted,
             "train/learning_rate": lr,
-            "train/skipped_updates": steps - self.updates,
+            "train/skipped_updates": self.samples // self.config.recipe.global_batch - self.updates,
             "speed/samples_per_s": samples / seconds,
             "speed/data_wait": min(1.0, data_wait / self.world / seconds),
         }
@@ -427,7 +427,8 @@ class TrainRun:
             return
         report, grids = done
         mean = report.mean.restored_psnr
-        self._best = mean if self._best is None else max(self._best, mean)
+        self._best = max(self._best or mean, mean)
+        self._validations.append((self.samples, mean))
         self._validation = {"at": self.samples, "psnr": mean, "report": report.as_dict()}
         self._warn_of_idle_experts()
         if self._tracker:
@@ -446,8 +447,7 @@ class TrainRun:
 
     def _warn_of_idle_experts(self) -> None:
         for library, usage in self.meter.take_usage().items():
-            idle = [str(n) for n, chosen in enumerate(usage) if chosen == 0]
-            if idle:
+            if idle := [str(n) for n, chosen in enumerate(usage) if chosen == 0]:
                 self._note(
                     f"warning: experts {', '.join(idle)} of {library} were not chosen once "
                     "since the last validation"
@@ -466,17 +466,18 @@ class TrainRun:
             consumed=self._consumed,
             best=self._best,
             score=score,
+            validations=list(self._validations),
+            validation=self._validation,
             mlflow_run_id=self._mlflow_run_id,
             finished=self.samples >= self._end,
         )
         snapshot = Snapshot(
             state, weights(self.engine), self._averaged_weights(), optimizer_state(self.engine)
         )
-        keep = self.config.every.keep_checkpoints
 
         def write(_local: ray.train.Checkpoint, _name: str) -> ray.train.Checkpoint:
             written = snapshot.write(self._folder)
-            prune(self._folder, keep)
+            prune(self._folder, self.config.every.keep_checkpoints)
             storage = ray.train.get_context().get_storage()
             path = f"{storage.experiment_fs_path}/checkpoints/{written.name}"
             return ray.train.Checkpoint(path, filesystem=storage.storage_filesystem)

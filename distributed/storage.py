@@ -1,6 +1,7 @@
 """Folders and URIs alike: the file system behind a run's storage."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,15 @@ def write_whole(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
     else:  # object stores show an object only when it is whole
         with fs.open(path, "wb") as file:
             file.write(data)
+
+
+def finite(value: Any) -> Any:
+    """The same plain data with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {str(name): finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(fs: fsspec.AbstractFileSystem, path: str, data: Any) -> None:

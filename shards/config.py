@@ -22,13 +22,18 @@ PAPER_REPEATS = {
 epoch."""
 
 
+MAY_CHANGE = {"may_change": True}
+"""Mark (dataclass metadata) of a field that may differ when a run resumes: it does not change what
+is learnt beyond rounding. Of shards the fingerprint is compared instead of the folder."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is read, and how a sample becomes part of a batch."""
 
-    train: str = "data/shards/train"
+    train: str = field(default="data/shards/train", metadata=MAY_CHANGE)
     """Folder or URI of packed shards (with manifest.json) to train on."""
-    validation: str = "data/shards/validation"
+    validation: str = field(default="data/shards/validation", metadata=MAY_CHANGE)
     """Folder or URI of packed shards whose whole pictures are restored while training."""
     repeats: dict[str, int] = field(default_factory=lambda: dict(PAPER_REPEATS))
     """Degradation -> uses of each of its samples per epoch; 0, or not named: not trained on."""
@@ -46,14 +51,14 @@ class DataConfig:
     noise_rounding: Literal["truncate", "round"] = "truncate"
     """How noisy pictures become 8 bit: `truncate` as the field does it (half a grey level
     darker)."""
-    loader_workers: int = 2
+    loader_workers: int = field(default=2, metadata=MAY_CHANGE)
     """Decoding processes per training worker; 0 decodes in the training process."""
-    prefetch: int = 64
+    prefetch: int = field(default=64, metadata=MAY_CHANGE)
     """Micro-batches whose remote shards are fetched ahead; 0 fetches a shard when it is read."""
-    cache_dir: str = "data/cache"
+    cache_dir: str = field(default="data/cache", metadata=MAY_CHANGE)
     """Folder of each node's local copies of remote shards; relative to the folder the command is
     run in."""
-    cache_gib: float = 50.0
+    cache_gib: float = field(default=50.0, metadata=MAY_CHANGE)
     """Limit of the cache in GiB; the shards least recently used go first."""
     on_corrupt: Literal["stop", "substitute"] = "stop"
     """A damaged sample stops the run, or another sample of its task takes its place (the same for

@@ -9,8 +9,8 @@ from PIL import Image
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from distributed import evaluate as evaluation
-from distributed.evaluate import EvaluationReport, Held, evaluate, load, main, score, table
+from distributed.evaluate import EvaluationReport, Held, evaluate, held_by, load, main, score, table
+from distributed.storage import finite
 from measnet.config import ModelConfig, tiny
 from measnet.metrics import FIELD, Protocol
 from measnet.network import MEASNet
@@ -183,7 +183,7 @@ def test_a_part_of_a_benchmark_is_known_from_its_manifest(tmp_path: Path) -> Non
             picture.save(tmp_path / "raw" / folder / name)
     out = str(tmp_path / "shards")
     pack("rain100l-test", str(tmp_path / "raw"), out, allow_missing=True, workers=1)
-    assert evaluation.held_by(out) == {"derain": Held(2, 100)}
+    assert held_by(out) == {"derain": Held(2, 100)}
 
 
 def test_command_line(
@@ -245,7 +245,7 @@ def test_no_pictures_is_an_error() -> None:
 
 
 def test_json_has_no_nan() -> None:
-    assert evaluation._finite({"a": [float("nan"), 1.0], "b": float("inf")}) == {
+    assert finite({"a": [float("nan"), 1.0], "b": float("inf")}) == {
         "a": [None, 1.0],
         "b": None,
     }

@@ -9,18 +9,20 @@ import pytest
 
 from measnet.config import to_dict
 from tune.config import SearchConfig, parse
-from tune.propose import propose
-from tune.record import Record, Row
-from tune.report import importance, main, page, tendency
+from tune.record import SearchRecord, TrialRecord
+from tune.report import importance, main, page
+from tune.sampler import next_changes
 from tune.space import Space, build
 
 
-def searched(trials: int = 16, *more: str, cost: str = "parameters") -> tuple[Record, SearchConfig]:
+def searched(
+    trials: int = 16, *more: str, cost: str = "parameters"
+) -> tuple[SearchRecord, SearchConfig]:
     """A search whose PSNR depends on the pixel experts' N and a little on lambda, and on nothing
     else; every third trial was stopped, the last but one diverged."""
     config = parse(["demo", "--trials", str(trials), "--cost", cost, "--samples", "1600", *more])
     space = build(config.space, config.vary, config.base())
-    record = Record(
+    record = SearchRecord(
         name="known",
         config=to_dict(config),
         command="python -m tune.search demo",
@@ -29,13 +31,13 @@ def searched(trials: int = 16, *more: str, cost: str = "parameters") -> tuple[Re
         state="finished",
     )
     for number in range(len(space.points) or trials):
-        changes = propose(space, record.rows, config)
-        record.rows.append(trial(number, changes, config, space))
+        changes = next_changes(space, record.trials, config)
+        record.trials.append(trial(number, changes, config, space))
     record.rank()
     return record, config
 
 
-def trial(number: int, changes: dict, config: SearchConfig, space: Space) -> Row:
+def trial(number: int, changes: dict, config: SearchConfig, space: Space) -> TrialRecord:
     stopped = number % 3 == 2 and not space.points
     n = changes.get("model.pixel_experts", number)
     weight = changes.get("recipe.balance_weight", 1e-4)
@@ -44,7 +46,7 @@ def trial(number: int, changes: dict, config: SearchConfig, space: Space) -> Row
     curve = [(s * config.interval, final - 3 * math.exp(-s / 2)) for s in steps]
     if not stopped:
         curve[-1] = (config.budget, curve[-1][1])
-    row = Row(
+    row = TrialRecord(
         number=number,
         name=f"known-{number:03d}",
         changes=changes,
@@ -54,6 +56,8 @@ def trial(number: int, changes: dict, config: SearchConfig, space: Space) -> Row
         curve=curve,
         samples=curve[-1][0],
         psnr=curve[-1][1],
+        input_psnr=20.0,
+        gain_error=0.4,
         tasks={"denoise": curve[-1][1] + 2, "derain": curve[-1][1] - 2},
         costs={"parameters": 1e5 * n * changes.get("model.dim", 16), "multiply_adds": 1.9e9 + n},
         routing={
@@ -101,7 +105,7 @@ def test_the_page_is_whole_and_loads_nothing(more: tuple[str, ...]) -> None:
     assert all(link.startswith(("#", "data:image/png;")) for link in tags.links)
     assert "url(http" not in text and "@import" not in text
     assert ("every row trained to the end" in text) == bool(more)
-    for row in record.rows:
+    for row in record.trials:
         assert f"<td>{row.number}" in text
 
 
@@ -126,25 +130,28 @@ def test_importance_finds_the_parameter_that_matters() -> None:
     assert "more is better" in page(record)
 
 
+@pytest.mark.parametrize(
+    ("trials", "more"),
+    [
+        (1, ()),
+        (3, ("--space", "--vary", "recipe.optimizer=adam,adamw")),
+        (3, ("--space", "--vary", "model.mee=true,false", "--vary", "recipe.lr=log 1e-4..1e-2")),
+        (4, ("--space", "width")),
+    ],
+)
+def test_few_trials_of_any_kind_of_value_have_a_page(trials: int, more: tuple[str, ...]) -> None:
+    record, _ = searched(trials, *more)
+    assert "Trials" in page(record)
+    for entry in record.trials:  # nothing varies
+        entry.changes, entry.psnr = record.trials[0].changes, 25.0
+    assert "Trials" in page(record)
+
+
 def test_an_empty_search_has_a_page() -> None:
     record, _ = searched(4)
-    record.rows = []
+    record.trials = []
     record.rank()
     assert "No trial has run to its end yet" in page(record)
-
-
-@pytest.mark.parametrize(
-    ("values", "scores", "expected"),
-    [([1, 2, 3], [5, 6, 9], 1.0), ([1, 2, 3], [3, 2, 1], -1.0), ([1, 1, 1], [1, 2, 3], 0.0)],
-)
-def test_tendency(values: list[float], scores: list[float], expected: float) -> None:
-    assert tendency(values, scores) == pytest.approx(expected)
-
-
-def test_tendency_is_spearmans() -> None:
-    stats = pytest.importorskip("scipy.stats")
-    values, scores = [3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8, 2, 8, 1, 8]
-    assert tendency(values, scores) == pytest.approx(stats.spearmanr(values, scores).statistic)
 
 
 def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,3 +162,46 @@ def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
     assert main([str(tmp_path / "nothing")]) == 2
     assert "holds no search.json" in capsys.readouterr().err
+
+
+def test_a_gain_within_noise_is_warned_of() -> None:
+    record, _ = searched()
+    assert "gain of +" in page(record) and "within noise" not in page(record)
+    best = record.best
+    assert best is not None and best.psnr is not None
+    best.input_psnr = best.psnr - 0.02
+    assert "gains +0.02 dB over the degraded pictures" in page(record)
+    assert "within noise (±0.80 dB)" in page(record)
+
+
+@pytest.mark.parametrize(
+    ("psnr", "before", "error", "expected"),
+    [
+        (15.29, 15.27, 0.05, (0.02, False)),
+        (25.0, 15.0, 2.0, (10.0, True)),
+        (25.0, 15.0, None, (10.0, False)),  # one picture has no spread
+        (None, 15.0, 0.1, None),
+    ],
+)
+def test_noise_is_twice_the_standard_error(
+    psnr: float | None, before: float, error: float | None, expected: tuple[float, bool] | None
+) -> None:
+    trial = TrialRecord(
+        number=0, name="0", changes={}, psnr=psnr, input_psnr=before, gain_error=error
+    )
+    found = trial.gain()
+    assert found == (None if expected is None else (pytest.approx(expected[0]), expected[1]))
+
+
+def test_idle_experts_are_judged_only_after_training_at_full_length() -> None:
+    record, config = searched()
+    assert "N can be smaller" not in page(record)
+    record.budget = config.train.recipe.samples
+    assert "N can be smaller" in page(record)
+
+
+def test_curves_have_axis_titles_and_a_legend() -> None:
+    text = page(searched()[0])
+    assert "training samples" in text and "validation PSNR (dB)" in text
+    for label in ("stopped here", "the paper’s point", "the best"):
+        assert label in text

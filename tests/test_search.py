@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -16,17 +17,21 @@ import pytest
 import torch
 
 from distributed import checkpoint as checkpoints
+from distributed.guard import GoBackError, cause_of
 from distributed.presets import demo
 from measnet.config import replace_dotted, to_dict
 from measnet.network import MEASNet
-from tune.conclude import complete_curve, prune_losers
+from shards.reader import DamagedError
 from tune.config import parse
-from tune.owner import ownership
-from tune.record import Record, Row
+from tune.lock import exclusive, in_use
+from tune.record import SearchRecord, TrialRecord
+from tune.registry import DATA, PROTOCOL, PSNR, decide, register_champion
+from tune.results import prune_losers, refresh
+from tune.runner import trial_share
+from tune.schedulers import explore, make_scheduler
 from tune.search import main
 from tune.space import Parameter, Space
-from tune.trial import reason, take_over
-from tune.tuner import explore, make_scheduler, trial_resources
+from tune.trial import take_over
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,7 +60,18 @@ def finished(packed: Path, ray_local: None, tmp_path_factory: pytest.TempPathFac
     before = Path.cwd()
     os.chdir(folder)
     try:
-        more = ("--trials", "2", "--keep", "1", "--cost", "latency", "--register", "net")
+        more = (
+            "--trials",
+            "2",
+            "--keep",
+            "1",
+            "--cost",
+            "latency",
+            "--register",
+            "always",
+            "--model-name",
+            "net",
+        )
         assert main(command(packed, *more)) == 0
     finally:
         os.chdir(before)
@@ -89,6 +105,8 @@ def test_a_search_leaves_what_is_needed(finished: Path) -> None:
     assert config.pixel_experts == best["changes"]["model.pixel_experts"]
     assert (folder / "report.html").read_text().startswith("<!doctype html>")
     assert not (folder / "tune").exists()
+    assert best["input_psnr"] > 0 and best["routing"]
+    assert "is net@champion now" in search["registration"]
 
 
 @pytest.mark.slow
@@ -126,6 +144,8 @@ def test_mlflow_has_flat_trials_a_summary_and_the_champion(finished: Path) -> No
     champion = client.get_model_version_by_alias("net", "champion")
     assert champion.run_id == search["trials"][search["champion"]]["mlflow_run_id"]
     assert "validation PSNR" in champion.description
+    assert float(champion.tags["measnet.psnr"]) == search["trials"][search["champion"]]["psnr"]
+    assert champion.tags["measnet.validation_data"] == search["validation_data"]
 
 
 @pytest.mark.slow
@@ -150,7 +170,18 @@ def test_a_finished_search_says_so_and_another_one_of_its_name_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(finished)
-    more = ("--trials", "2", "--keep", "1", "--cost", "latency", "--register", "net")
+    more = (
+        "--trials",
+        "2",
+        "--keep",
+        "1",
+        "--cost",
+        "latency",
+        "--register",
+        "always",
+        "--model-name",
+        "net",
+    )
     before = read(finished)["trials"]
     assert main(command(packed, *more)) == 0
     assert "is finished: 2 trials" in capsys.readouterr().out
@@ -184,10 +215,25 @@ def test_what_cannot_run_is_refused_before_a_trial_starts(
     assert not (tmp_path / "runs" / "s" / "trials").exists()
 
 
+def test_ray_is_not_imported_before_its_token_is_set() -> None:
+    """Ray reads at its import whether it must ask for a token."""
+    code = (
+        "import sys; import tune.search, tune.results, tune.registry; "
+        "from distributed.internals import ray_tune; print(ray_tune.configure()); "
+        "assert 'ray' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "\n"  # and no warning of another version
+
+
 # ---- parts, without a run ------------------------------------------------------------------------
 
 
-def saved(folder: Path, config: Any, *, samples: int, value: float) -> checkpoints.Checkpoint:
+def saved(
+    folder: Path, config: Any, *, samples: int, value: float, **more: Any
+) -> checkpoints.Checkpoint:
     """A checkpoint of a network with one weight."""
     state = checkpoints.RunState(
         samples=samples,
@@ -198,6 +244,7 @@ def saved(folder: Path, config: Any, *, samples: int, value: float) -> checkpoin
         best=value,
         score=value,
         mlflow_run_id=folder.name,
+        **more,
     )
     tensors = [{"w": torch.full((2,), value + n)} for n in range(3)]
     return checkpoints.Snapshot(state, *tensors).write(str(folder))
@@ -235,8 +282,8 @@ def test_pbt_varies_the_recipe_inside_its_range_and_keeps_the_network() -> None:
         "recipe.optimizer": Parameter(field="recipe.optimizer", choices=("adam", "adamw")),
     }
     changes = {"model.pixel_experts": 6, "recipe.lr": 9e-3, "recipe.optimizer": "adam"}
-    config = {"spec": {"changes": changes, "name": "x"}}
-    seen = [explore(config, ranges)["spec"] for _ in range(40)]
+    config = {"trial": {"changes": changes, "name": "x"}}
+    seen = [explore(config, ranges)["trial"] for _ in range(40)]
     assert {s["changes"]["recipe.lr"] for s in seen} == {1e-2, 9e-3 * 0.8}
     assert {s["changes"]["recipe.optimizer"] for s in seen} == {"adam", "adamw"}
     assert all(s["changes"]["model.pixel_experts"] == 6 and s["name"] == "x" for s in seen)
@@ -257,16 +304,18 @@ def curve(psnr: float, upto: int = 720) -> list[tuple[int, float]]:
     return [(samples, psnr) for samples in range(80, upto + 1, 80)]
 
 
-def asha_with(*rows: Row) -> Any:
+def asha_with(*rows: TrialRecord) -> Any:
     config = parse(["demo", "--samples", "720", "--reduction", "3"])
-    assert config.least == 80
-    record = Record(name="s", config={}, command="", budget=720, cost="none", rows=list(rows))
+    assert config.first_rung == 80
+    record = SearchRecord(
+        name="s", config={}, command="", budget=720, cost="none", trials=list(rows)
+    )
     return make_scheduler(config, Space(), record)
 
 
 def test_asha_remembers_the_trials_of_an_earlier_launch() -> None:
     rows = [
-        Row(number=n, name=f"s-00{n}", changes={}, state="finished", curve=curve(30.0 + n))
+        TrialRecord(number=n, name=f"s-00{n}", changes={}, state="finished", curve=curve(30.0 + n))
         for n in range(3)
     ]
     for psnr, decision in ((29.0, "STOP"), (33.0, "CONTINUE")):
@@ -278,12 +327,14 @@ def test_asha_remembers_the_trials_of_an_earlier_launch() -> None:
 
 def test_asha_gives_a_trial_that_goes_on_its_place_in_the_rungs_it_has_passed() -> None:
     """Its next figure, lower and at more samples, is not held against its rivals' early ones."""
-    rows = [Row(number=0, name="s-000", changes={})]
+    rows = [TrialRecord(number=0, name="s-000", changes={})]
     rows += [
-        Row(number=n, name=f"s-00{n}", changes={}, state="stopped", curve=curve(30.0 + n / 10, 240))
+        TrialRecord(
+            number=n, name=f"s-00{n}", changes={}, state="stopped", curve=curve(30.0 + n / 10, 240)
+        )
         for n in (1, 2)
     ]
-    rows.append(Row(number=3, name="s-003", changes={}, curve=curve(31.0, 240)))
+    rows.append(TrialRecord(number=3, name="s-003", changes={}, curve=curve(31.0, 240)))
     asha, resumed = asha_with(*rows), Stand("s-003")
     asha.on_trial_add(None, resumed)
     assert asha.on_trial_result(None, resumed, {"samples": 320, "psnr": 29.0}) == "CONTINUE"
@@ -291,96 +342,174 @@ def test_asha_gives_a_trial_that_goes_on_its_place_in_the_rungs_it_has_passed() 
 
 def test_asha_spares_the_papers_point() -> None:
     rows = [
-        Row(number=n, name=f"s-00{n}", changes={}, state="finished", curve=curve(30.0))
+        TrialRecord(number=n, name=f"s-00{n}", changes={}, state="finished", curve=curve(30.0))
         for n in range(1, 4)
     ]
-    asha = asha_with(Row(number=0, name="s-000", changes={}), *rows)
+    asha = asha_with(TrialRecord(number=0, name="s-000", changes={}), *rows)
     for name, decision in (("s-000", "CONTINUE"), ("s-004", "STOP")):
         asha.on_trial_add(None, Stand(name))
         assert asha.on_trial_result(None, Stand(name), {"samples": 80, "psnr": 9.0}) == decision
 
 
-def test_a_validation_that_was_not_reported_is_found_in_the_runs_folder(tmp_path: Path) -> None:
-    lines = [(80, 20.0), (160, 21.0), (240, 22.0), (320, math.nan)]
-    (tmp_path / "metrics.jsonl").write_text(
-        "".join(
-            json.dumps({"time": 0, "step": s, "metrics": {"val_psnr/mean": p}}) + "\n"
-            for s, p in lines
-        )
-        + '{"time": 0, "st'
+def test_what_a_killed_search_did_not_hear_is_read_from_the_checkpoint(tmp_path: Path) -> None:
+    report = {
+        "tasks": {"denoise": {"restored_psnr": 22.0}},
+        "mean": {"input_psnr": 15.0},
+        "gain_error": 0.25,
+        "routing": {"denoise": {"encoder1": [1.0]}},
+    }
+    curve = [(80, 20.0), (160, 21.5), (240, 22.0)]
+    saved(
+        tmp_path, demo(), samples=240, value=1.0, validations=curve, validation={"report": report}
     )
-    row = Row(number=0, name="0", changes={}, folder=str(tmp_path))
-    row.validated(160, 21.0)
-    complete_curve(row)
-    assert row.curve == lines[:3]
-    assert (row.samples, row.psnr) == (240, 22.0)
+    entry = TrialRecord(number=0, name="0", changes={}, folder=str(tmp_path))
+    entry.validated(160, 21.0)
+    refresh(entry)
+    assert entry.curve == [(80, 20.0), (160, 21.0), (240, 22.0)]
+    assert (entry.samples, entry.psnr, entry.input_psnr) == (240, 22.0, 15.0)
+    assert entry.tasks == {"denoise": 22.0} and entry.gain() == (7.0, True)
+    refresh(fresh := TrialRecord(number=1, name="1", changes={}, folder=str(tmp_path / "none")))
+    assert fresh.psnr is None and not fresh.curve
 
 
 def test_two_launches_of_one_search_do_not_meet(tmp_path: Path) -> None:
     hold = (
-        "import sys, time; from tune.owner import ownership\n"
-        "with ownership(sys.argv[1]): print('in', flush=True); time.sleep(60)"
+        "import sys, time; from tune.lock import exclusive\n"
+        "with exclusive(sys.argv[1]): print('in', flush=True); time.sleep(60)"
     )
     other = subprocess.Popen(
         [sys.executable, "-c", hold, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
     )
     assert other.stdout is not None and other.stdout.readline() == b"in\n"
+    assert in_use(str(tmp_path))
     with (
-        pytest.raises(ValueError, match=f"process {other.pid} is at work"),
-        ownership(str(tmp_path)),
+        pytest.raises(ValueError, match=rf"in use by process {other.pid} since \w+ \w+ .*:"),
+        exclusive(str(tmp_path)),
     ):
         pass
-    other.kill()  # leaves its file behind
+    other.kill()
     other.wait()
-    with ownership(str(tmp_path)):
-        assert (tmp_path / "owner.pid").exists()
-    assert not (tmp_path / "owner.pid").exists()
+    assert not in_use(str(tmp_path))
+    with exclusive(str(tmp_path)):
+        assert in_use(str(tmp_path))
+    assert not in_use(str(tmp_path)) and not in_use(str(tmp_path / "none"))
 
 
 def test_losers_on_disk_go_while_the_search_runs(tmp_path: Path) -> None:
-    record = Record(name="s", config={}, command="", budget=100, cost="none", folder=str(tmp_path))
+    record = SearchRecord(
+        name="s", config={}, command="", budget=100, cost="none", folder=str(tmp_path)
+    )
     states = ["finished", "finished", "stopped", "failed", "failed", "running"]
-    reasons = ["", "", "ASHA", "diverged: nan", "out of memory", ""]
-    for number, (state, why) in enumerate(zip(states, reasons, strict=True)):
+    causes = ["", "", "", "diverged", "out of memory", ""]
+    for number, (state, cause) in enumerate(zip(states, causes, strict=True)):
         folder = tmp_path / "trials" / str(number)
         saved(folder, demo(), samples=100, value=float(number))
-        record.rows.append(
-            Row(
+        record.trials.append(
+            TrialRecord(
                 number=number,
                 name=str(number),
                 changes={},
                 state=state,  # type: ignore[arg-type]
-                reason=why,
+                cause=cause,
                 psnr=30.0 - number,
                 folder=str(folder),
             )
         )
-    (tmp_path / "trials" / "2" / "owner.pid").write_text("{}")  # still writing
-    prune_losers(record, 1)
-    left = [bool(checkpoints.listed(row.folder)) for row in record.rows]
+    with exclusive(record.trials[2].folder):  # still writing
+        prune_losers(record, 1)
+    left = [bool(checkpoints.listed(trial.folder)) for trial in record.trials]
     assert left == [True, False, True, False, True, True]
-    (tmp_path / "trials" / "2" / "owner.pid").unlink()
     prune_losers(record, 1)
-    assert not checkpoints.listed(record.rows[2].folder)
+    assert not checkpoints.listed(record.trials[2].folder)
 
 
 @pytest.mark.parametrize("parallel", [1, 2, 3, 7, 16])
-def test_as_many_trials_as_there_is_room_for_and_rays_helpers_besides(parallel: int) -> None:
-    (share,) = trial_resources(parallel).values()
-    assert parallel * share + 0.001 * parallel <= 1
-    assert (parallel + 1) * share + 0.001 * parallel > 1
+def test_as_many_trials_run_as_there_is_room_for(parallel: int) -> None:
+    share = trial_share(parallel)
+    assert parallel * share <= 1 < (parallel + 1) * share
 
 
 @pytest.mark.parametrize(
-    ("text", "kind"),
+    ("errors", "cause"),
     [
-        ("GoBackError: 10 updates in a row were skipped up to 40 samples", "diverged"),
-        ("torch.OutOfMemoryError: CUDA out of memory", "out of memory"),
-        ("ValueError: x", "ValueError"),
+        ([GoBackError("10 updates in a row were skipped")], "diverged"),
+        ([RuntimeError("Connection closed by peer"), GoBackError("late")], "diverged"),
+        ([torch.OutOfMemoryError("CUDA out of memory")], "out of memory"),
+        ([RuntimeError("lost"), MemoryError()], "out of memory"),
+        ([DamagedError("3 samples", "look")], "corrupt data"),
+        ([ValueError("out of memory, diverged: words do not count")], "other"),
+        ([], "other"),
     ],
 )
-def test_reasons_are_sorted(text: str, kind: str) -> None:
-    assert reason(text).startswith(kind)
+def test_a_failure_is_sorted_by_the_type_of_the_exception(
+    errors: list[Exception], cause: str
+) -> None:
+    from ray.train import WorkerGroupError  # type: ignore[attr-defined]
+
+    # As it travels from Ray Train's controller to the command.
+    failed = pickle.loads(pickle.dumps(WorkerGroupError("failed", dict(enumerate(errors)))))
+    assert cause_of(failed) == cause
+    assert not errors or len(errors) > 1 or cause_of(errors[0]) == cause
+
+
+NEW = {PSNR: "25.5", DATA: "d", PROTOCOL: "p"}
+
+
+@pytest.mark.parametrize(
+    ("policy", "champion", "above_noise", "choice", "reason"),
+    [
+        ("never", {}, True, "no", "never"),
+        ("always", NEW | {PSNR: "30"}, False, "yes", "always"),
+        ("if-better", {}, True, "no", "no champion"),
+        ("if-better", NEW | {PSNR: "25.4"}, True, "yes", "the champion had 25.40 dB"),
+        ("if-better", NEW | {PSNR: "25.4"}, False, "no", "within noise"),
+        ("if-better", NEW, True, "no", "the champion 25.50 dB"),
+        ("if-better", NEW | {PSNR: "9", DATA: "other"}, True, "no", "other validation data"),
+        ("if-better", NEW | {PSNR: "9", PROTOCOL: "other"}, True, "no", "other protocol"),
+        ("if-better", {PSNR: "9"}, True, "no", "unknown validation data"),
+        ("if-better", {DATA: "d", PROTOCOL: "p"}, True, "no", "nan"),
+    ],
+)
+def test_a_model_is_registered_only_where_it_is_known_to_be_better(
+    policy: Any, champion: dict[str, str], above_noise: bool, choice: str, reason: str
+) -> None:
+    decision = decide(policy, NEW, champion, above_noise=above_noise)
+    assert decision.choice == choice and reason in decision.reason
+
+
+def test_a_toy_search_does_not_take_the_place_of_a_better_champion(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    MEASNet(demo().model).save_pretrained(tmp_path / "champion.safetensors")
+
+    def search(name: str, psnr: float, *more: str) -> str:
+        config = parse(["demo", "--name", name, "--tracking.uri", uri, *more])
+        best = TrialRecord(
+            number=0,
+            name=f"{name}-000",
+            changes={},
+            psnr=psnr,
+            input_psnr=15.27,
+            gain_error=0.1,
+            folder=str(tmp_path / name),
+        )
+        record = SearchRecord(
+            name=name, config={}, command="", budget=8, cost="none", validation_data="d"
+        )
+        for _ in range(2):  # the same command again registers nothing twice
+            register_champion(config, record, best, tmp_path / "champion.safetensors", "# card")
+        return record.registration
+
+    assert "no champion" in search("first", 25.0)
+    assert "first-000 is measnet@champion now" in search("first", 25.0, "--register", "always")
+    assert "within noise" in search("toy", 15.29)
+    assert "it has 20.00 dB, the champion 25.00 dB" in search("worse", 20.0)
+    assert "other protocol" in search("other", 26.0, "--every.validation-pictures", "2")
+    assert "the champion had 25.00 dB" in search("better", 26.0)
+    client = MlflowClient(uri)
+    assert len(client.search_model_versions("name = 'measnet'")) == 2
+    assert client.get_model_version_by_alias("measnet", "champion").tags[PSNR] == "26.0"
 
 
 # ---- whole searches, slow ------------------------------------------------------------------------
@@ -449,7 +578,8 @@ def test_asha_stops_what_lags_and_what_diverges_fails_with_its_reason(
     assert trials[0.002]["state"] == "finished"
     assert trials[1e-7]["state"] == "stopped" and trials[1e-7]["samples"] < 480
     assert "ASHA" in trials[1e-7]["reason"]
-    assert trials[1e25]["state"] == "failed" and trials[1e25]["reason"].startswith("diverged")
+    assert (trials[1e25]["state"], trials[1e25]["cause"]) == ("failed", "diverged")
+    assert trials[1e25]["reason"].startswith("diverged: ")
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
@@ -486,4 +616,4 @@ def test_ctrl_c_keeps_everything_and_ends_soon(packed: Path, tmp_path: Path) -> 
     assert trial["state"] == "waiting"
     newest = checkpoints.newest_whole(trial["folder"])
     assert newest is not None and newest.samples >= trial["samples"]
-    assert "go on" in (tmp_path / "log.txt").read_text()
+    assert "resume    python -m tune.search" in (tmp_path / "log.txt").read_text()

@@ -8,24 +8,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distributed.config import changed_fields
 from distributed.presets import demo
 from measnet.config import ABLATION, to_dict
-from tune.config import SearchConfig, comparable, parse
-from tune.propose import build_study, propose
-from tune.record import Record, Row, front, load
-from tune.resources import fit
+from tune.capacity import plan_capacity
+from tune.config import SearchConfig, parse
+from tune.record import SearchRecord, TrialRecord, front, load
+from tune.sampler import build_study, next_changes
 from tune.space import PAPER, apply, build, parameter
 
 
-def rows_of(config: SearchConfig, states: Sequence[str]) -> list[Row]:
+def rows_of(config: SearchConfig, states: Sequence[str]) -> list[TrialRecord]:
     """Trials as a search would propose them, with figures that favour few pixel experts."""
     space = build(config.space, config.vary, config.base())
-    rows: list[Row] = []
+    rows: list[TrialRecord] = []
     for number, state in enumerate(states):
-        changes = propose(space, rows, config)
+        changes = next_changes(space, rows, config)
         psnr = 30.0 - changes.get("model.pixel_experts", 0)
         rows.append(
-            Row(
+            TrialRecord(
                 number=number,
                 name=f"s-{number:03d}",
                 changes=changes,
@@ -66,7 +67,7 @@ def test_every_proposal_is_a_network_that_can_be_built(
 def test_trial_0_is_the_papers_point() -> None:
     config = parse(["demo"])
     space = build(config.space, config.vary, config.base())
-    assert propose(space, [], config) == PAPER
+    assert next_changes(space, [], config) == PAPER
     train = apply(config.base(), PAPER)
     assert (train.model.pixel_experts, train.model.pixel_top_k) == (6, 2)
     assert (train.model.image_experts, train.model.image_top_k) == (5, 2)
@@ -86,7 +87,7 @@ def test_what_is_proposed_follows_from_the_record_alone() -> None:
     undisturbed = rows_of(config, ["finished", "stopped", "failed"] * 4)
     space = build(config.space, config.vary, config.base())
     for number in range(len(undisturbed)):
-        assert propose(space, undisturbed[:number], config) == undisturbed[number].changes
+        assert next_changes(space, undisturbed[:number], config) == undisturbed[number].changes
     other = parse(["demo", "--trials", "12", "--search-seed", "1"])
     assert rows_of(other, ["finished"] * 3)[1].changes != undisturbed[1].changes
 
@@ -140,7 +141,7 @@ def test_ranges(field: str, text: Any, expected: tuple) -> None:
         (["--vary", "recipe.lr=5"], "cannot read the range"),
         (["--vary", "model.pixel_experts=2.5..8"], "cannot read the range"),
         (["--vary", "recipe.lr=log 0..1"], "begin above 0"),
-        (["--vary", "recipe.lr=2..1"], "holds nothing"),
+        (["--vary", "recipe.lr=2..1"], "is empty"),
         (["--vary", "model.dim=15,16"], "multiple of 4"),
         (["--vary", "model.dim=8,12"], "trial 0 needs 16"),
         (["--vary", "model.pixel_top_k=1,2"], "needs a range"),
@@ -231,7 +232,7 @@ def test_a_shorter_trial_keeps_its_shape(samples: int, validations: int) -> None
     assert share == pytest.approx(full.recipe.warmup_samples / full.recipe.samples, abs=0.01)
     assert config.interval % base.recipe.global_batch == 0
     assert -(-config.budget // config.interval) <= validations
-    assert config.interval <= config.least <= config.budget
+    assert config.interval <= config.first_rung <= config.budget
 
 
 def test_a_trial_takes_one_worker_unless_told_otherwise(tmp_path: Path) -> None:
@@ -241,24 +242,57 @@ def test_a_trial_takes_one_worker_unless_told_otherwise(tmp_path: Path) -> None:
     assert parse(["--config", str(tmp_path / "own.yaml")]).train.scaling.workers == "2"
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, []),
+        ({"name": "b", "storage": "x", "scaling.workers": "1", "engine.zero_stage": 3}, []),
+        ({"data.train": "x", "data.prefetch": 1, "data.cache_gib": 9.0, "every.validate": 9}, []),
+        ({"every.validation_pictures": 9}, []),
+        ({"recipe.lr": 0.5}, ["recipe.lr 0.003 (now 0.5)"]),
+        ({"model.dim": 8, "seed": 1}, ["seed 0 (now 1)", "model.dim 16 (now 8)"]),
+        ({"data.crop": 32}, ["data.crop 48 (now 32)"]),
+        ({"data.repeats": {"derain": 1}}, ["data.repeats"]),
+    ],
+)
+def test_a_run_resumes_with_the_fields_that_do_not_change_what_is_learnt(
+    changes: dict[str, Any], expected: list[str]
+) -> None:
+    found = changed_fields(to_dict(demo()), apply(demo(), changes))
+    assert len(found) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(found, expected, strict=True))
+    assert not changed_fields({"model": {}}, demo())  # written by a version without these fields
+
+
 def test_only_what_keeps_trials_comparable_may_change() -> None:
-    first = comparable(parse(["demo", "--trials", "4"]))
+    first = to_dict(parse(["demo", "--trials", "4"]))
+
+    def changed(*more: str) -> list[str]:
+        return changed_fields(
+            first, parse(["demo", *more]), fixed={"train.every.validation_pictures"}
+        )
+
     more = ["--trials", "9", "--parallel", "1", "--scaling.workers", "2", "--keep", "1"]
-    assert comparable(parse(["demo", *more])) == first
+    assert not changed(
+        *more, "--data.prefetch", "1", "--data.train", "elsewhere", "--every.log", "9"
+    )
     for change in (
         ["--samples", "800"],
         ["--recipe.lr", "1e-3"],
         ["--seed", "1"],
         ["--vary", "model.dim=8,16"],
         ["--scheduler", "none"],
+        ["--every.validation-pictures", "2"],
     ):
-        assert comparable(parse(["demo", *change])) != first
+        assert len(changed(*change)) == 1
 
 
 def test_the_front_is_what_no_other_beats() -> None:
     figures = [(30.0, 5.0), (31.0, 9.0), (29.0, 5.0), (30.0, 6.0), (28.0, 1.0), (31.0, 9.0)]
     rows = [
-        Row(number=n, name=str(n), changes={}, state="finished", psnr=p, costs={"parameters": c})
+        TrialRecord(
+            number=n, name=str(n), changes={}, state="finished", psnr=p, costs={"parameters": c}
+        )
         for n, (p, c) in enumerate(figures)
     ]
     assert [row.number for row in front(rows, "parameters")] == [4, 0, 1, 5]
@@ -266,10 +300,10 @@ def test_the_front_is_what_no_other_beats() -> None:
 
 
 def test_only_trials_that_ran_to_the_end_can_win() -> None:
-    record = Record(name="s", config={}, command="", budget=9, cost="none")
+    record = SearchRecord(name="s", config={}, command="", budget=9, cost="none")
     for number, (state, psnr) in enumerate([("stopped", 40.0), ("finished", 30.0)]):
-        record.rows.append(
-            Row(number=number, name=str(number), changes={}, state=state, psnr=psnr)  # type: ignore[arg-type]
+        record.trials.append(
+            TrialRecord(number=number, name=str(number), changes={}, state=state, psnr=psnr)  # type: ignore[arg-type]
         )
     record.rank()
     assert (record.champion, record.front) == (1, [1])
@@ -277,21 +311,21 @@ def test_only_trials_that_ran_to_the_end_can_win() -> None:
 
 def test_the_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
     config = parse(["demo"])
-    record = Record(
+    record = SearchRecord(
         name="s",
         config=to_dict(config),
         command="c",
         budget=config.budget,
         cost="none",
         folder=str(tmp_path),
-        rows=rows_of(config, ["finished", "failed", "running"]),
+        trials=rows_of(config, ["finished", "failed", "running"]),
     )
-    record.rows[0].curve = [(100, 20.0), (200, 21.0)]
+    record.trials[0].curve = [(100, 20.0), (200, 21.0)]
     record.save()
     back = load(str(tmp_path))
     assert back is not None
-    assert [r.changes for r in back.rows] == [r.changes for r in record.rows]
-    assert back.rows[0].curve == [(100, 20.0), (200, 21.0)]
+    assert [r.changes for r in back.trials] == [r.changes for r in record.trials]
+    assert back.trials[0].curve == [(100, 20.0), (200, 21.0)]
     assert load(str(tmp_path / "none")) is None
     (tmp_path / "search.json").write_text('{"version": 99}')
     with pytest.raises(ValueError, match="version is 99"):
@@ -317,7 +351,7 @@ def test_the_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
 def test_trials_fit_on_the_cluster(
     arguments: list[str], nodes: list[dict[str, float]], expected: tuple
 ) -> None:
-    room = fit(parse(arguments), nodes)
+    room = plan_capacity(parse(arguments), nodes)
     assert (room.parallel, room.workers, room.cpus, room.gpu) == expected
 
 
@@ -338,5 +372,5 @@ def test_what_does_not_fit_is_refused_before_the_start(
     arguments: list[str], nodes: list[dict[str, float]], message: str
 ) -> None:
     with pytest.raises(ValueError) as error:
-        fit(parse(arguments), nodes)
+        plan_capacity(parse(arguments), nodes)
     assert message in str(error.value)

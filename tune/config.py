@@ -1,50 +1,30 @@
-"""`SearchConfig`: what a search is made of, and its command line. Imports neither torch nor Ray."""
+"""`SearchConfig`: all settings of a search, and its command line. Imports neither torch nor Ray."""
 
 import dataclasses
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from distributed.config import TrainConfig, as_metrics
+from distributed.config import TrainConfig
 from distributed.presets import PRESETS, starting_point
+from shards.config import MAY_CHANGE
 
 Cost = Literal["none", "multiply_adds", "parameters", "latency"]
 
-FREE_TO_CHANGE = (
-    "trials",
-    "parallel",
-    "keep",
-    "register",
-    "retry_failed",
-    "train.storage",
-    "train.scaling",
-    "train.tracking",
-    "train.guard",
-    "train.engine",
-    "train.data.train",
-    "train.data.validation",
-    "train.data.loader_workers",
-    "train.data.cache_dir",
-    "train.data.cache_gib",
-    "train.every.log",
-    "train.every.keep_checkpoints",
-    "train.every.checkpoint",
-    "train.every.validate",
-)
-"""Fields that may differ when a search goes on: its trials stay comparable."""
+Register = Literal["if-better", "always", "never"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """One search; every other field is one of a training run, and holds for all trials."""
+    """One search. The fields of a training run beside these hold for all trials."""
 
-    trials: int = 20
-    """Trials in all; the same command with a larger number goes on with more. Fixed lists
-    (ablation, tasks) ignore it."""
+    trials: int = field(default=20, metadata=MAY_CHANGE)
+    """Trials in all; the same command with a larger number adds trials. Fixed lists (ablation,
+    tasks) ignore it."""
     space: tuple[str, ...] = ("experts",)
     """What to search: `experts` (N and K of both kinds, and lambda), `width`, a FILE.yaml of
     `field: range`, or several of them; or a fixed list: `ablation` (Table VI), `tasks` (Fig. 8)."""
@@ -52,34 +32,37 @@ class SearchConfig:
     """Search one more field, as in `--vary "recipe.lr=log 1e-4..1e-2"`, `--vary model.dim=16,24`;
     may be given several times."""
     samples: int = 0
-    """Samples per trial; 0 trains each trial at the full length of the preset."""
+    """Samples per trial; 0 trains each trial for the full length of the preset."""
     validations: int = 9
-    """Validations per trial, evenly spread; stopping and PBT happen there."""
+    """Validations per trial, at equal distances; ASHA and PBT act at these."""
     algorithm: Literal["tpe", "random"] = "tpe"
-    """How new trials are chosen: Optuna's TPE learns from those before, `random` does not."""
+    """How new trials are chosen: Optuna's TPE learns from earlier trials, `random` does not."""
     scheduler: Literal["asha", "pbt", "none"] = "asha"
-    """`asha` stops trials that lag behind, except trial 0; `pbt` has them take over the weights of
-    better ones and vary the recipe.* fields that are searched; `none` trains all to the end, as
-    fixed lists always are."""
+    """`asha` stops trials that are behind, except trial 0. With `pbt` such trials take over the
+    weights of better ones, and the searched recipe.* fields are varied. `none` trains all trials to
+    the end; fixed lists always are."""
     cost: Cost = "none"
-    """A second objective, to be low, beside PSNR: `multiply_adds` (of 256x256 pixels),
-    `parameters` or measured `latency`. K alone moves multiply-adds by about 2 %: search the width
-    too (`--space experts width`) where the cost matters."""
+    """A second objective beside PSNR, which should be low: `multiply_adds` (of 256x256 pixels),
+    `parameters` or measured `latency`. K alone changes the multiply-adds by about 2 %: search the
+    width too (`--space experts width`) if the cost matters."""
     reduction: int = 3
     """ASHA keeps the best 1/reduction of the trials at each rung."""
     grace: int = 0
     """Samples that every trial gets before ASHA may stop it; 0: 1/reduction^2 of a trial."""
-    parallel: int = 0
+    parallel: int = field(default=0, metadata=MAY_CHANGE)
     """Trials at the same time; 0: as many as the cluster holds, two on one machine without GPU."""
     search_seed: int = 0
-    """Seed of the choice of trials; `--seed` is that of the training."""
-    keep: int = 3
-    """Best trials whose checkpoints are kept; those of the others are deleted."""
-    register: str = "measnet"
-    """Name in MLflow's model registry under which the best gets the alias `champion`; empty does
-    not register."""
-    retry_failed: bool = False
-    """When the search goes on, train failed trials once more."""
+    """Seed for the choice of trials; `--seed` is the seed of the training."""
+    keep: int = field(default=3, metadata=MAY_CHANGE)
+    """Number of best trials whose checkpoints are kept; those of the others are deleted."""
+    register: Register = field(default="if-better", metadata=MAY_CHANGE)
+    """Whether the best trial gets the alias `champion` in MLflow's model registry. `if-better`:
+    only if its PSNR is higher than the present champion's on the same validation data by the same
+    protocol, and above noise."""
+    model_name: str = field(default="measnet", metadata=MAY_CHANGE)
+    """Name of the model in MLflow's registry."""
+    retry_failed: bool = field(default=False, metadata=MAY_CHANGE)
+    """Train failed trials once more when the search resumes."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
@@ -99,8 +82,10 @@ class SearchConfig:
                     f"--{name.replace('_', '-')} is {getattr(self, name)}, "
                     f"but must be at least {least}"
                 )
-        if self.register and not re.fullmatch(r"[\w.-]+", self.register):
-            raise ValueError(f"--register is {self.register!r}; use letters, digits, dot and dash")
+        if not re.fullmatch(r"[\w.-]+", self.model_name):
+            raise ValueError(
+                f"--model-name is {self.model_name!r}; use letters, digits, dot and dash"
+            )
         steps = self.budget // self.train.recipe.global_batch
         if steps < self.validations:
             raise ValueError(
@@ -110,13 +95,13 @@ class SearchConfig:
 
     @property
     def budget(self) -> int:
-        """Samples of a trial that runs to its end, whole steps."""
+        """Samples of a trial that runs to its end, in whole steps."""
         batch = self.train.recipe.global_batch
         return -(-(self.samples or self.train.recipe.samples) // batch) * batch
 
     @property
     def fixed(self) -> bool:
-        """Whether the space is a fixed list, all of which is trained to the end."""
+        """Whether the space is a fixed list, whose rows are all trained to the end."""
         return bool({"ablation", "tasks"} & set(self.space))
 
     @property
@@ -125,7 +110,7 @@ class SearchConfig:
         return self.train.folder
 
     def base(self) -> TrainConfig:
-        """What all trials have in common: the shorter recipe, validated at the rungs."""
+        """What all trials have in common: a shorter recipe, validated and saved at intervals."""
         train, batch = self.train, self.train.recipe.global_batch
         share = self.budget / train.recipe.samples
         recipe = dataclasses.replace(
@@ -147,12 +132,12 @@ class SearchConfig:
 
     @property
     def interval(self) -> int:
-        """Samples between two validations, whole steps."""
+        """Samples between two validations, in whole steps."""
         batch = self.train.recipe.global_batch
         return -(-(self.budget // batch) // self.validations) * batch
 
     @property
-    def least(self) -> int:
+    def first_rung(self) -> int:
         """Samples that every trial gets before ASHA may stop it."""
         return self.grace or max(self.interval, self.budget // self.reduction**2)
 
@@ -166,12 +151,10 @@ def parse(argv: Sequence[str] | None = None) -> SearchConfig:
     try:
         own_file = "--config" in arguments
         train = starting_point(arguments)
-        # Trials side by side use a machine better than workers side by side; the curves are equal.
-        scaling = (
-            train.scaling
-            if own_file
-            else dataclasses.replace(train.scaling, workers="1", device="auto")
-        )
+        # Several trials use a machine better than several workers; the curves are the same.
+        scaling = train.scaling
+        if not own_file:
+            scaling = dataclasses.replace(scaling, workers="1", device="auto")
         named = dataclasses.replace(train, name=f"{train.name}-search", scaling=scaling)
         return tyro.cli(
             SearchConfig,
@@ -188,18 +171,8 @@ def parse(argv: Sequence[str] | None = None) -> SearchConfig:
 _DESCRIPTION = """python -m tune.search [PRESET | --config FILE.yaml] [--option value ...]
 
 Search the number of experts N, the number chosen K, the balance weight lambda, or any other field
-of a training run. Trial 0 is always the paper's point. The same command goes on where a search was
-stopped or lost. Note that K alone moves the multiply-adds by about 2 %: where the cost matters,
-search the width too (--space experts width --cost multiply_adds).
+of a training run. Trial 0 is always the paper's point. The same command resumes a search that was
+stopped or killed. K alone changes the multiply-adds by about 2 %: if the cost matters, search the
+width too (--space experts width --cost multiply_adds).
 
 Presets: """ + ", ".join(PRESETS)
-
-
-def comparable(config: SearchConfig) -> dict[str, Any]:
-    """The fields that must be the same when a search goes on, flat."""
-    free = tuple(FREE_TO_CHANGE)
-    return {
-        name: value
-        for name, value in as_metrics(config).items()
-        if not any(name == f or name.startswith(f + ".") for f in free)
-    }

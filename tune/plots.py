@@ -1,289 +1,203 @@
-"""The plots of a search's page, as SVG text.
+"""The plots of a search's report, as SVG text.
 
-The same colours everywhere: the best trial blue, the paper's point orange, other finished trials
-slate, stopped ones light, failed ones not drawn.
+Colours: the best trial blue, trial 0 orange, other finished trials dark grey, stopped ones light
+grey, failed ones red.
 """
 
 import io
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tune.record import Record, Row, is_number
-from tune.record import front as best_of
-from tune.space import show, symbol
+from tune.record import SearchRecord, TrialRecord, front, is_number
+from tune.space import symbol
 
-BEST, PAPER, FINISHED, STOPPED, INK = "#1565c0", "#e07b00", "#5f7285", "#c3ccd4", "#22303c"
-COST_NAMES = {
-    "multiply_adds": ("multiply-adds of 256×256 (G)", 1e-9),
-    "parameters": ("parameters (M)", 1e-6),
+if TYPE_CHECKING:
+    from optuna import Study
+
+BEST, PAPER, FINISHED, STOPPED, INK = "#1565c0", "#e07b00", "#5f7285", "#b4bfc9", "#22303c"
+FAILED = "#c62828"
+COSTS = {
+    "multiply_adds": ("multiply-adds of 256×256 (10⁹)", 1e-9),
+    "parameters": ("parameters (10⁶)", 1e-6),
     "latency": ("latency (ms)", 1.0),
 }
+"""Cost -> its axis title, and the factor to its unit."""
+VALIDATION_PSNR = "validation PSNR (dB)"
 
 
-def colour(record: Record, row: Row) -> str:
-    """The colour of a trial."""
-    if row.number == record.champion:
-        return BEST
-    if row.number == 0:
-        return PAPER
-    return FINISHED if row.state == "finished" else STOPPED
-
-
-def front(record: Record, cost: str) -> str | None:
+def cost_plot(record: SearchRecord, cost: str) -> str | None:
     """PSNR against a cost, with the front; None where nothing is known."""
-    rows = [r for r in record.rows if is_number(r.psnr) and is_number(r.costs.get(cost))]
-    done = [r for r in rows if r.state == "finished"]
+    done = [t for t in record.finished if is_number(t.costs.get(cost))]
     if not done:
         return None
-    label, scale = COST_NAMES[cost]
+    label, scale = COSTS[cost]
     figure, axis = _axes(5.6, 3.7)
-    steps = best_of(done, cost)
-    for row in _back_to_front(record, done):
-        axis.scatter(
-            row.costs[cost] * scale,
-            row.psnr,
-            s=90 if row.number in (0, record.champion) else 50,
-            color=colour(record, row),
-            edgecolor="white",
-            linewidth=0.8,
-            zorder=3,
-        )
-        if row.number not in (0, record.champion) and row not in steps:
-            continue
-        axis.annotate(
-            str(row.number),
-            (row.costs[cost] * scale, row.psnr or 0),
-            xytext=(5, 4),
-            textcoords="offset points",
-            fontsize=8,
-            color=INK,
-        )
-    axis.step(
-        [r.costs[cost] * scale for r in steps],
-        [r.psnr for r in steps],
-        where="post",
-        color=BEST,
-        linewidth=1.2,
-        linestyle="--",
-        zorder=2,
-    )
+    steps = front(done, cost)
+    for trial in _best_last(record, done):
+        special = trial.number in (0, record.champion)
+        at = (trial.costs[cost] * scale, trial.psnr or 0)
+        colour, size = _colour(record, trial), 90 if special else 50
+        axis.scatter(*at, s=size, color=colour, edgecolor="white", linewidth=0.8, zorder=3)
+        if special or trial in steps:
+            _annotate(axis, str(trial.number), at, (5, 4), va="baseline")
+    line = [(t.costs[cost] * scale, t.psnr) for t in steps]
+    axis.step(*zip(*line, strict=True), where="post", color=BEST, linestyle="--", linewidth=1.2)
     axis.set_xlabel(label)
-    axis.set_ylabel("validation PSNR (dB)")
+    axis.set_ylabel(VALIDATION_PSNR)
     axis.margins(0.1)
     return _svg(figure)
 
 
-def curves(record: Record) -> str | None:
-    """PSNR over the samples, stopped trials to where they were stopped."""
-    rows = [r for r in record.rows if any(is_number(p) for _, p in r.curve)]
-    if not rows:
+def curves(record: SearchRecord) -> str | None:
+    """PSNR over the samples; a stopped trial's curve ends where it was stopped."""
+    trials = [t for t in record.trials if any(is_number(p) for _, p in t.curve)]
+    if not trials:
         return None
     figure, axis = _axes(10.2, 4.2)
-    for row in _back_to_front(record, rows):
-        special = row.number in (0, record.champion)
-        points = [(s, p) for s, p in row.curve if is_number(p)]
+    for trial in _best_last(record, trials):
+        special = trial.number in (0, record.champion)
+        points = [(s, p) for s, p in trial.curve if is_number(p)]
         axis.plot(
             *zip(*points, strict=True),
-            color=colour(record, row),
+            color=_colour(record, trial),
             linewidth=2.2 if special else 1.2,
-            marker="o" if len(points) == 1 else None,  # a line of one point is not seen
+            marker="o" if len(points) == 1 else None,  # a line of one point is invisible
             zorder=3 if special else 2,
+            label=_kind(record, trial),
         )
-        if row.state == "stopped":
-            axis.plot(*points[-1], marker="x", color=FINISHED, markersize=6, zorder=3)
-        if row.state == "failed":
-            axis.plot(*points[-1], marker="x", color="#c62828", markersize=8, zorder=3)
-        for event in row.inherited:
-            axis.axvline(event["samples"], color=STOPPED, linewidth=0.6, linestyle=":")
-    axis.set_xlabel("samples")
-    axis.set_ylabel("validation PSNR (dB)")
+        if trial.state in ("stopped", "failed"):
+            cross = FAILED if trial.state == "failed" else FINISHED
+            axis.plot(*points[-1], "x", color=cross, markersize=7, label=f"{trial.state} here")
+        for event in trial.inherited:
+            style: Any = {"color": STOPPED, "linestyle": ":", "label": "took over better weights"}
+            axis.axvline(event["samples"], **style)
+    handles, labels = axis.get_legend_handles_labels()
+    legend = dict(zip(labels, handles, strict=True))
+    axis.legend(legend.values(), legend.keys(), loc="lower right", fontsize=9)
+    axis.set_xlabel("training samples")
+    axis.set_ylabel(VALIDATION_PSNR)
+    axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.set_xlim(0, record.budget * 1.02)
     return _svg(figure)
 
 
-def parallel(record: Record, logs: Mapping[str, bool]) -> str | None:
-    """A line per trial through its values, to its PSNR."""
-    rows = [r for r in record.rows if is_number(r.psnr) and r.state != "failed"]
-    fields = [f for f in rows[0].changes if f in logs] if rows else []
-    if len(rows) < 2 or not fields:
-        return None
-    done = [r for r in rows if r.state == "finished"] or rows
-    figure, axis = _axes(10.2, 4.2)
-    columns = [_column([r.changes[f] for r in rows], logs[f]) for f in fields]
-    columns.append(_column([r.psnr for r in rows], False))
-    names = [symbol(f) for f in fields] + ["PSNR (dB)"]
-    by_number = {row.number: at for at, row in enumerate(rows)}
-    for row in _back_to_front(record, rows):
-        special = row.number in (0, record.champion)
-        line = [positions[by_number[row.number]] for positions, _ in columns]
-        axis.plot(
-            range(len(line)),
-            line,
-            color=colour(record, row),
-            linewidth=2.4 if special else 1.1,
-            alpha=1 if special or row in done else 0.8,
-            zorder=3 if special else 2,
-        )
-    for at, (_, ticks) in enumerate(columns):
-        axis.axvline(at, color=INK, linewidth=0.8, zorder=1)
-        for y, text in ticks:
-            axis.annotate(
-                text,
-                (at, y),
-                xytext=(4, 0),
-                textcoords="offset points",
-                fontsize=8,
-                va="center",
-                color=INK,
-                bbox={"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 0.8},
-                zorder=4,
-            )
-    axis.set_xticks(range(len(names)), names)
-    axis.tick_params(axis="x", length=0)
-    axis.set_yticks([])
-    axis.set_xlim(-0.15, len(names) - 0.6)
-    for side in ("left", "bottom"):
-        axis.spines[side].set_visible(False)
-    axis.grid(False)
-    return _svg(figure)
+def parallel(study: "Study") -> str:
+    """A line per trial through its values, the darker the higher its PSNR."""
+    from matplotlib import pyplot
+    from optuna.visualization.matplotlib import plot_parallel_coordinate
 
-
-def bars(values: Mapping[str, float], label: str, *, notes: Mapping[str, str] | None = None) -> str:
-    """Horizontal bars, the longest on top."""
-    ordered = sorted(values.items(), key=lambda item: item[1])
-    figure, axis = _axes(6.4, 0.36 * len(ordered) + 1.0)
-    names = [name for name, _ in ordered]
-    axis.barh(names, [value for _, value in ordered], color=FINISHED, height=0.6)
-    for name, value in ordered:
-        axis.annotate(
-            (notes or {}).get(name, f"{value:.2f}"),
-            (value, name),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8.5,
-            color=INK,
-        )
-    axis.set_xlim(0, max([value for _, value in ordered] + [1e-9]) * 1.45)
-    axis.set_xlabel(label)
-    axis.grid(False)
-    return _svg(figure)
-
-
-def levels(rows: Sequence[Row]) -> str | None:
-    """PSNR of the rows of a fixed list, in their order, on an axis cut to where they differ."""
-    known = [r for r in rows if is_number(r.psnr)]
-    if not known:
-        return None
-    figure, axis = _axes(6.4, 0.42 * len(known) + 1.0)
-    names = [r.label for r in known][::-1]
-    values = [float(r.psnr or 0) for r in known][::-1]
-    axis.hlines(names, min(values), values, color=STOPPED, linewidth=2)
-    axis.scatter(values, names, color=BEST, s=60, zorder=3)
-    for name, value in zip(names, values, strict=True):
-        axis.annotate(
-            f"{value:.2f}", (value, name), xytext=(8, 0), textcoords="offset points", va="center"
-        )
-    axis.margins(x=0.18, y=0.12)
-    axis.set_xlabel("validation PSNR (dB), mean over tasks")
-    return _svg(figure)
-
-
-def usage(rows: Sequence[tuple[str, Row]], library: str) -> str | None:
-    """How much each task uses each expert of a library, a heat map per trial, side by side."""
-    known = [(title, row) for title, row in rows if row.routing]
-    tables = [
-        (title, [shares.get(library, []) for shares in row.routing.values()], list(row.routing))
-        for title, row in known
+    with warnings.catch_warnings(), pyplot.rc_context({"backend": "svg"}):
+        warnings.simplefilter("ignore")  # experimental; an axis on which nothing varies
+        axis = plot_parallel_coordinate(study, target_name="PSNR (dB)")
+    axis.set_title("")
+    fields = list(study.trials[0].params)
+    shown = [tick.get_text() for tick in axis.get_xticklabels()]  # long names are cut
+    names = [
+        next((symbol(f) for f in fields if f.startswith(text.removesuffix("..."))), text)
+        for text in shown
     ]
-    tables = [t for t in tables if t[1] and t[1][0]]
+    axis.set_xticklabels(names, rotation=0)
+    figure: Any = axis.figure
+    figure.set_size_inches(10.2, 4.2)
+    text = _svg(figure)
+    pyplot.close(figure)
+    return text
+
+
+def bars(
+    values: Mapping[str, float],
+    label: str,
+    *,
+    start: float = 0.0,
+    notes: Mapping[str, str] | None = None,
+) -> str:
+    """A row per value, from top to bottom; the axis begins at `start`."""
+    figure, axis = _axes(6.4, 0.4 * len(values) + 1.0)
+    names, lengths = list(values)[::-1], list(values.values())[::-1]
+    axis.hlines(names, start, lengths, color=STOPPED, linewidth=2)
+    axis.scatter(lengths, names, color=BEST, s=60, zorder=3)
+    for name, value in zip(names, lengths, strict=True):
+        _annotate(axis, (notes or {}).get(name, f"{value:.2f}"), (value, name), (8, 0))
+    span = max([*lengths, start]) - start or 1.0
+    axis.set_xlim(start - 0.05 * span, start + span * (2 if notes else 1.2))
+    axis.margins(y=0.12)
+    axis.set_xlabel(label)
+    return _svg(figure)
+
+
+def usage(trials: Sequence[tuple[str, TrialRecord]], library: str) -> str | None:
+    """How much each task uses each expert of a library: a heat map per trial, side by side."""
+    tables = [
+        (title, {task: shares[library] for task, shares in t.routing.items() if library in shares})
+        for title, t in trials
+    ]
+    tables = [(title, rows) for title, rows in tables if rows]
     if not tables:
         return None
-    figure, axes = _figure(
-        10.2, 0.34 * len(tables[0][1]) + 0.9, len(tables), [len(t[1][0]) for t in tables]
-    )
-    for axis, (title, shares, tasks) in zip(axes, tables, strict=True):
-        table = np.array(shares)
+    widths = [len(next(iter(rows.values()))) for _, rows in tables]
+    figure, axes = _figure(10.2, 0.34 * len(tables[0][1]) + 0.9, widths)
+    for axis, (title, rows) in zip(axes, tables, strict=True):
+        table = np.array(list(rows.values()))
         axis.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto")
         for (y, x), value in np.ndenumerate(table):
-            axis.text(
-                x,
-                y,
-                f"{value:.2f}".removeprefix("0") if value < 1 else "1",
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="white" if value > 0.6 else INK,
-            )
+            text = f"{value:.2f}".removeprefix("0") if value < 1 else "1"
+            ink = "white" if value > 0.6 else INK
+            axis.text(x, y, text, ha="center", va="center", fontsize=8, color=ink)
         axis.set_title(title, fontsize=9, loc="left")
-        axis.set_xticks(range(table.shape[1]), [str(n) for n in range(table.shape[1])])
-        axis.set_yticks(range(len(tasks)), tasks)
+        axis.set_xticks(range(table.shape[1]))
+        axis.set_yticks(range(len(rows)), list(rows))
         axis.tick_params(length=0)
         axis.grid(False)
-        for spine in axis.spines.values():
-            spine.set_visible(False)
+        axis.spines[:].set_visible(False)
     return _svg(figure)
 
 
-def _column(values: Sequence[Any], log: bool) -> tuple[list[float], list[tuple[float, str]]]:
-    """Heights in [0, 1] of the values, and the ticks of their axis."""
-    if any(isinstance(v, bool) or not is_number(v) for v in values):
-        kinds = list(dict.fromkeys(map(str, values)))
-        at = {kind: n / max(1, len(kinds) - 1) for n, kind in enumerate(kinds)}
-        return [at[str(v)] for v in values], [(y, kind) for kind, y in at.items()]
-    numbers = np.array(values, dtype=float)
-    scaled = np.log10(numbers) if log else numbers
-    low, high = float(scaled.min()), float(scaled.max())
-    span = (high - low) or 1.0
-    positions = [(v - low) / span if high > low else 0.5 for v in scaled]
-    if all(isinstance(v, int) for v in values) and high - low <= 8:
-        marks = list(range(int(numbers.min()), int(numbers.max()) + 1))
-        ticks = [((m - low) / span if high > low else 0.5, str(m)) for m in marks]
-    else:
-        places = np.linspace(low, high, 5 if high > low else 1)
-        worth = 10**places if log else places
-        ticks = [
-            ((p - low) / span if high > low else 0.5, _tick(float(w)))
-            for p, w in zip(places, worth, strict=True)
-        ]
-    return positions, ticks
+def _kind(record: SearchRecord, trial: TrialRecord) -> str:
+    if trial.number == record.champion:
+        return f"trial {trial.number}, the best"
+    if trial.number == 0:
+        return f"trial 0, {trial.label or 'the paper’s point'}"
+    return {"finished": "finished", "failed": "failed"}.get(trial.state, "stopped or running")
 
 
-def _tick(value: float) -> str:
-    return f"{value:.2f}" if 1 <= abs(value) < 1000 else show(value)
+def _colour(record: SearchRecord, trial: TrialRecord) -> str:
+    if trial.number == record.champion:
+        return BEST
+    if trial.number == 0:
+        return PAPER
+    return {"finished": FINISHED, "failed": FAILED}.get(trial.state, STOPPED)
 
 
-def _back_to_front(record: Record, rows: Sequence[Row]) -> list[Row]:
-    rank = {STOPPED: 0, FINISHED: 1, PAPER: 2, BEST: 3}
-    return sorted(rows, key=lambda r: rank[colour(record, r)])
+def _best_last(record: SearchRecord, trials: Iterable[TrialRecord]) -> list[TrialRecord]:
+    """In the order of drawing."""
+    order = [STOPPED, FAILED, FINISHED, PAPER, BEST]
+    return sorted(trials, key=lambda t: order.index(_colour(record, t)))
+
+
+def _annotate(axis: Any, text: str, at: Any, offset: tuple[int, int], va: str = "center") -> None:
+    where = {"xytext": offset, "textcoords": "offset points", "va": va}
+    axis.annotate(text, at, fontsize=8.5, color=INK, **where)
 
 
 def _axes(width: float, height: float) -> tuple[Any, Any]:
-    figure, (axis,) = _figure(width, height, 1, [1])
+    figure, (axis,) = _figure(width, height, [1])
     return figure, axis
 
 
-def _figure(
-    width: float, height: float, count: int, ratios: Sequence[float]
-) -> tuple[Any, list[Any]]:
-    """A figure outside of pyplot, which would look for a display."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
+def _figure(width: float, height: float, ratios: Sequence[float]) -> tuple[Any, list[Any]]:
+    """A figure with axes side by side; not from pyplot, which would look for a display."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = list(figure.subplots(1, count, squeeze=False, width_ratios=list(ratios)).flat)
+    axes = list(figure.subplots(1, len(ratios), squeeze=False, width_ratios=list(ratios)).flat)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.spines[["left", "bottom"]].set_color("#9aa7b2")
         axis.tick_params(labelsize=9, colors=INK)
-        axis.xaxis.label.set_color(INK)
-        axis.yaxis.label.set_color(INK)
-        axis.xaxis.label.set_size(9)
-        axis.yaxis.label.set_size(9)
         axis.grid(color="#e6eaee", linewidth=0.8)
         axis.set_axisbelow(True)
     return figure, axes

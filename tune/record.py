@@ -1,27 +1,25 @@
-"""`search.json`: all that is known about a search, written whole after each event.
+"""`search.json`: all that is known about a search, written after each event.
 
-Optuna's and Ray's own states are not kept: what comes next follows from this record alone. So a
-search that was killed goes on from here, and the report is made from here.
+The states of Optuna and Ray Tune are not stored: what comes next follows from this record alone. So
+a search that was killed resumes from it, and the report is made from it.
 """
 
 import dataclasses
 import math
-import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from distributed.storage import open_folder, read_json, write_json
+from distributed.storage import finite, open_folder, read_json, write_json
 from tune.space import Changes
 
 FILE = "search.json"
-VERSION = 1
+VERSION = 2
 
 State = Literal["waiting", "running", "finished", "stopped", "failed"]
-ENDED = ("finished", "stopped", "failed")
 
 
 @dataclass
-class Row:
+class TrialRecord:
     """One trial."""
 
     number: int
@@ -35,53 +33,75 @@ class Row:
     state: State = "waiting"
     reason: str = ""
     """Why it was stopped or failed, in one line."""
+    cause: str = ""
+    """Why it failed, as a `distributed.guard.Cause`."""
     samples: int = 0
-    """Samples it was trained on when it was last heard of."""
+    """Samples it was trained on so far."""
     psnr: float | None = None
-    """Validation PSNR in dB, mean over tasks, at `samples`."""
+    """PSNR of the last validation in dB, mean over tasks."""
+    input_psnr: float | None = None
+    """PSNR of the degraded pictures of that validation in dB, mean over tasks."""
+    gain_error: float | None = None
+    """Standard error in dB of the mean gain over the pictures of that validation."""
     tasks: dict[str, float] = field(default_factory=dict)
-    """Task -> validation PSNR in dB at its end."""
+    """Task -> PSNR of the last validation in dB."""
     costs: dict[str, float] = field(default_factory=dict)
     """`parameters`, `multiply_adds` (256x256), and `latency` in ms where it was asked for."""
     curve: list[tuple[int, float]] = field(default_factory=list)
     """(samples, PSNR) of each validation."""
     inherited: list[dict[str, Any]] = field(default_factory=list)
-    """PBT: at how many samples it took over whose weights, and its values from there on."""
+    """PBT: at how many samples it took over other weights, and its values from there on."""
     routing: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    """Task -> expert library -> mean share per expert, at its end."""
+    """Task -> expert library -> mean share per expert."""
     seconds: float = 0.0
-    """Time that its launches took."""
+    """Time of all its launches."""
     folder: str = ""
     mlflow_run_id: str = ""
 
     @property
     def ended(self) -> bool:
         """Whether nothing more happens to it."""
-        return self.state in ENDED
+        return self.state in ("finished", "stopped", "failed")
+
+    @property
+    def title(self) -> str:
+        """PSNR in words."""
+        return "no validation" if self.psnr is None else f"{self.psnr:.2f} dB"
 
     def validated(self, samples: int, psnr: float) -> bool:
-        """Take a validation; False where it was known already."""
+        """Add a validation; False where it is known."""
         if self.curve and samples <= self.curve[-1][0]:
             return False
         self.curve.append((samples, psnr))
-        self.samples, self.psnr = samples, psnr
+        self.samples, self.psnr = max(samples, self.samples), psnr
         return True
+
+    def gain(self) -> tuple[float, bool] | None:
+        """PSNR gained over the degraded pictures in dB, and whether that is more than noise.
+
+        Noise is twice the standard error of the mean gain over the validation pictures. With one
+        picture it is unknown, and the gain counts as noise.
+        """
+        if not (is_number(self.psnr) and is_number(self.input_psnr)):
+            return None
+        gain = float(self.psnr or 0) - float(self.input_psnr or 0)
+        return gain, is_number(self.gain_error) and gain > 2 * float(self.gain_error or 0)
 
 
 @dataclass
-class Record:
+class SearchRecord:
     """The search and its trials."""
 
     name: str
     config: dict[str, Any]
     """`tune.config.SearchConfig` as plain data."""
     command: str
-    """The command that goes on with it."""
+    """The command that resumes it."""
     budget: int
     """Samples of a trial that runs to its end."""
     cost: str
     """The second objective, or `none`."""
-    rows: list[Row] = field(default_factory=list)
+    trials: list[TrialRecord] = field(default_factory=list)
     state: Literal["running", "finished", "stopped"] = "running"
     front: list[int] = field(default_factory=list)
     """Numbers of the finished trials that no other beats in PSNR and cost, cheapest first."""
@@ -89,56 +109,66 @@ class Record:
     """Number of the finished trial with the best PSNR."""
     best_command: str = ""
     """Trains the champion at full length."""
+    registration: str = ""
+    """Whether the champion was registered in MLflow, and why."""
+    validation_data: str = ""
+    """Fingerprint of the validation shards."""
     pruned: list[str] = field(default_factory=list)
     """Names of trials whose checkpoints were deleted."""
     seconds: float = 0.0
     """Time of all launches of the search."""
     mlflow_run_id: str = ""
-    tracking_uri: str = ""
     folder: str = ""
     version: int = VERSION
-    written: float = 0.0
 
-    def row(self, name: str) -> Row:
+    def trial(self, name: str) -> TrialRecord:
         """The trial of this name."""
-        return next(row for row in self.rows if row.name == name)
+        return next(trial for trial in self.trials if trial.name == name)
 
     @property
-    def finished(self) -> list[Row]:
-        """Trials that ran to the end and have a figure."""
-        return [r for r in self.rows if r.state == "finished" and is_number(r.psnr)]
+    def finished(self) -> list[TrialRecord]:
+        """Trials that ran to the end and were validated there."""
+        return [t for t in self.trials if t.state == "finished" and is_number(t.psnr)]
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """The champion."""
+        return None if self.champion is None else self.trials[self.champion]
 
     @property
     def samples(self) -> int:
         """Samples that all trials were trained on."""
-        return sum(row.samples for row in self.rows)
+        return sum(trial.samples for trial in self.trials)
+
+    @property
+    def counts(self) -> str:
+        """How many trials are in which state, in words."""
+        states = [trial.state for trial in self.trials]
+        return ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states)) or "no trial yet"
 
     def rank(self) -> None:
-        """Work out the front and the champion from the trials that ran to the end."""
-        self.front = [row.number for row in front(self.finished, self.cost)]
-        best = max(self.finished, key=lambda r: (r.psnr or 0.0, -r.number), default=None)
+        """Find the front and the champion among the trials that ran to the end."""
+        self.front = [trial.number for trial in front(self.finished, self.cost)]
+        best = max(self.finished, key=lambda t: (t.psnr or 0.0, -t.number), default=None)
         self.champion = None if best is None else best.number
 
-    def best(self, count: int) -> list[Row]:
-        """The champion, the front, and the next best finished trials, up to `count` or the
-        front."""
-        ordered = sorted(self.finished, key=lambda r: -(r.psnr or 0.0))
-        chosen = [r for r in ordered if r.number in self.front]
-        chosen += [r for r in ordered if r.number not in self.front]
-        return chosen[: max(count, len(self.front))]
+    def kept(self, count: int) -> set[int]:
+        """Numbers of the trials whose checkpoints stay: the front, then the best, `count` in all
+        if the front is not larger."""
+        ordered = sorted(
+            self.finished, key=lambda t: (t.number not in self.front, -(t.psnr or 0.0))
+        )
+        return {trial.number for trial in ordered[: max(count, len(self.front))]}
 
     def save(self) -> None:
-        """Write it aside and rename."""
-        self.written = time.time()
+        """Write the file; a reader sees the old one or the new one."""
         self.rank()
         fs, root = open_folder(self.folder)
         fs.makedirs(root, exist_ok=True)
-        data = _plain(dataclasses.asdict(self))
-        data["trials"] = data.pop("rows")
-        write_json(fs, f"{root}/{FILE}", data)
+        write_json(fs, f"{root}/{FILE}", finite(dataclasses.asdict(self)))
 
 
-def load(folder: str) -> Record | None:
+def load(folder: str) -> SearchRecord | None:
     """The record of the search in `folder`; None where there is none.
 
     Raises:
@@ -152,24 +182,24 @@ def load(folder: str) -> Record | None:
         data = read_json(fs, path)
         if data.get("version") != VERSION:
             raise ValueError(f"its version is {data.get('version')}, not {VERSION}")
-        rows = [_row(row) for row in data.pop("trials")]
-        return Record(rows=rows, **(data | {"folder": folder}))
+        trials = [_trial(trial) for trial in data.pop("trials")]
+        return SearchRecord(trials=trials, **(data | {"folder": folder}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
 
 
-def front(rows: list[Row], cost: str) -> list[Row]:
-    """The rows that no other beats in PSNR (up) and cost (down), cheapest first; with cost `none`
+def front(trials: list[TrialRecord], cost: str) -> list[TrialRecord]:
+    """The trials that no other beats in PSNR (up) and cost (down), cheapest first; with cost `none`
     the best alone."""
-    known = [r for r in rows if cost == "none" or is_number(r.costs.get(cost))]
-    price = {r.number: 0.0 if cost == "none" else r.costs[cost] for r in known}
+    known = [t for t in trials if cost == "none" or is_number(t.costs.get(cost))]
+    price = {t.number: 0.0 if cost == "none" else t.costs[cost] for t in known}
 
-    def beats(a: Row, b: Row) -> bool:
+    def beats(a: TrialRecord, b: TrialRecord) -> bool:
         better = (a.psnr or 0.0, -price[a.number]), (b.psnr or 0.0, -price[b.number])
         return all(x >= y for x, y in zip(*better, strict=True)) and better[0] != better[1]
 
     kept = [b for b in known if not any(beats(a, b) for a in known)]
-    return sorted(kept, key=lambda r: (price[r.number], r.number))
+    return sorted(kept, key=lambda t: (price[t.number], t.number))
 
 
 def is_number(value: Any) -> bool:
@@ -177,15 +207,6 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _row(data: dict[str, Any]) -> Row:
+def _trial(data: dict[str, Any]) -> TrialRecord:
     data["curve"] = [(int(s), math.nan if p is None else float(p)) for s, p in data["curve"]]
-    return Row(**data)
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    if isinstance(value, dict):
-        return {str(name): _plain(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return TrialRecord(**data)

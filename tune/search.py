@@ -1,7 +1,7 @@
 """Search: `python -m tune.search [PRESET | --config FILE.yaml] [--option value ...]`.
 
 Each trial is a full training run of `distributed.launch` under Ray Tune. Everything that is known
-lies in STORAGE/NAME/search.json; the same command goes on from there.
+is in STORAGE/NAME/search.json; the same command resumes the search from it.
 """
 
 import dataclasses
@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tune.config import SearchConfig, comparable, parse
-from tune.owner import ownership
-from tune.record import Record, load
-from tune.space import Space, build
+from distributed.config import changed_fields
+from tune.config import SearchConfig, parse
+from tune.lock import exclusive
+from tune.record import SearchRecord, load
+from tune.space import Space, build, symbol
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,121 +40,121 @@ def main(argv: Sequence[str] | None = None) -> int:
     return {"finished": 0, "stopped": 130}.get(record.state, 1)
 
 
-def search(config: SearchConfig, command: str = "", *, console: "Console") -> Record:
-    """Run a search to its end, or as far as it gets, and write its page.
+def search(config: SearchConfig, command: str = "", *, console: "Console") -> SearchRecord:
+    """Run a search to its end, or until it is stopped, and write its report.
 
     Raises:
-        ValueError: a search that cannot be: ranges, shards, resources, or one of the same name
-            that was started otherwise.
+        ValueError: ranges, shards or resources that do not work, or a search of the same name that
+            was started with other values.
     """
-    config = _resolve(config)
+    from distributed.launch import check, ray_cluster
+    from distributed.mlflow_tracker import tracking_uri
+    from tune.results import open_summary, write_results
+
+    config = _with_absolute_paths(config, tracking_uri(config.train.tracking))
     space = build(config.space, config.vary, config.base())
-    with ownership(config.folder):
-        return _search(config, space, command, console)
+    with exclusive(config.folder):
+        record = _open_record(config, command)
+        started = time.monotonic()
+        total = len(space.points) or config.trials
+        if left := total - sum(trial.ended for trial in record.trials):
+            from distributed.internals import ray_tune
 
-
-def _search(config: SearchConfig, space: Space, command: str, console: "Console") -> Record:
-    from distributed.launch import ray_cluster
-    from tune.conclude import conclude, open_summary
-
-    record = _open(config, space, command)
-    started = time.monotonic()
-    total = len(space.points) or config.trials
-    if left := total - sum(row.ended for row in record.rows):
-        _check_run(config)
-        # A trial is several small processes, and Ray would warn of each that it starts.
-        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
-        open_summary(config, record)  # one process creates the database, before there are several
-        console.print(f"[bold]{record.name}[/bold]: {_summary(config, space, left)}")
-        with ray_cluster(config.base(), console):
-            record.state = "running"
-            _run(config, space, record, total, console)
-    else:
-        console.print(f"{record.folder} is finished: {len(record.rows)} trials")
-    record.state = "finished" if sum(r.ended for r in record.rows) >= total else "stopped"
-    record.seconds += time.monotonic() - started
-    conclude(config, space, record, console)
+            check(config.base())
+            if warning := ray_tune.configure():
+                console.print(f"[yellow]warning[/yellow]: {warning}")
+            open_summary(config, record)  # one process creates the database, before there are many
+            console.print(f"[bold]{record.name}[/bold]: {_plan_line(config, space, left)}")
+            with ray_cluster(config.base(), console):
+                record.state = "running"
+                _run_trials(config, space, record, total, console)
+        else:
+            console.print(f"{record.folder} is finished: {len(record.trials)} trials")
+        ended = sum(trial.ended for trial in record.trials)
+        record.state = "finished" if ended >= total else "stopped"
+        record.seconds += time.monotonic() - started
+        write_results(config, record, console)
     return record
 
 
-def _resolve(config: SearchConfig) -> SearchConfig:
-    """Absolute places, for trials run in folders of their own."""
+def _with_absolute_paths(config: SearchConfig, uri: str) -> SearchConfig:
     from distributed.launch import resolve
-    from distributed.mlflow_tracker import tracking_uri
 
     train = resolve(config.train)
-    tracking = dataclasses.replace(train.tracking, uri=tracking_uri(train.tracking))
+    tracking = dataclasses.replace(train.tracking, uri=uri)
     return dataclasses.replace(config, train=dataclasses.replace(train, tracking=tracking))
 
 
-def _check_run(config: SearchConfig) -> None:
-    from distributed.launch import check
+def _open_record(config: SearchConfig, command: str) -> SearchRecord:
+    """The record of the folder, or a new one.
 
-    check(config.base())
-
-
-def _open(config: SearchConfig, space: Space, command: str) -> Record:
-    """The record that is there, or a new one; refuses to mix different searches."""
-    from measnet.config import from_dict, to_dict
-    from tune.conclude import complete_curve
+    Raises:
+        ValueError: the folder's search has other values, so its trials would not be comparable.
+    """
+    from measnet.config import to_dict
+    from tune.registry import validation_fingerprint
+    from tune.results import refresh
 
     record = load(config.folder)
+    data = validation_fingerprint(config)
     if record is None:
-        return Record(
+        return SearchRecord(
             name=config.train.name,
             config=to_dict(config),
             command=command,
             budget=config.budget,
             cost=config.cost,
+            validation_data=data,
             folder=config.folder,
-            tracking_uri=config.train.tracking.uri,
         )
-    before, now = comparable(from_dict(SearchConfig, record.config)), comparable(config)
-    changed = [f"{k} {before[k]} (now {v})" for k, v in now.items() if before.get(k) != v]
+    fixed = {"train.every.validation_pictures"}
+    changed = changed_fields(record.config, config, fixed=fixed)
+    if data != record.validation_data:
+        changed.append(f"other validation pictures ({config.train.data.validation})")
     if changed:
         raise ValueError(
             f"{config.folder} was started with {'; '.join(changed)}. "
-            "Take those values to go on with it, or another --name to start a new search"
+            "Use those values to resume it, or another --name to start a new search"
         )
-    for row in record.rows:
-        if row.state == "running" or (row.state == "failed" and config.retry_failed):
-            row.state, row.reason = "waiting", ""
-        if row.state == "waiting":
-            complete_curve(row)
+    for trial in record.trials:
+        if trial.state == "running" or (trial.state == "failed" and config.retry_failed):
+            trial.state, trial.reason, trial.cause = "waiting", "", ""
+        if trial.state == "waiting":
+            refresh(trial)
     record.config, record.command = to_dict(config), command or record.command
     return record
 
 
-def _summary(config: SearchConfig, space: Space, left: int) -> str:
-    from tune.space import symbol
-
+def _plan_line(config: SearchConfig, space: Space, left: int) -> str:
     what = (
         f"{len(space.points)} fixed points"
         if space.points
         else ", ".join(symbol(p.field) for p in space.parameters)
     )
     cost = "" if config.cost == "none" else f", {config.cost} down"
-    return f"{left} trials to go, {config.budget:,} samples each, over {what}; PSNR up{cost}; " + (
-        "all to the end" if config.fixed else f"{config.algorithm}, {config.scheduler}"
-    )
+    how = "all to the end" if config.fixed else f"{config.algorithm}, {config.scheduler}"
+    return f"{left} trials to go, {config.budget:,} samples each, over {what}; PSNR up{cost}; {how}"
 
 
-def _run(
-    config: SearchConfig, space: Space, record: Record, total: int, console: "Console"
+def _run_trials(
+    config: SearchConfig, space: Space, record: SearchRecord, total: int, console: "Console"
 ) -> None:
-    """Have Ray Tune run what is left, until the end or a signal."""
+    """Let Ray Tune run what is left, until the end or a signal."""
     import ray
 
+    from distributed.internals import ray_tune
     from distributed.launch import on_signal
-    from tune.resources import fit
-    from tune.tuner import Live, make_tuner
+    from tune.capacity import plan_capacity
+    from tune.runner import Search, make_tuner
 
-    room = fit(config, [n["Resources"] for n in ray.nodes() if n["Alive"]])
-    console.print(room.describe())
+    capacity = plan_capacity(config, [n["Resources"] for n in ray.nodes() if n["Alive"]])
+    console.print(capacity.describe())
     with tempfile.TemporaryDirectory(prefix="measnet-search-") as folder:
-        live = Live(config, space, record, total, console, room, Path(folder) / "stop")
-        tuner = make_tuner(live)
+        stop_file = Path(folder) / "stop"
+        running = Search(config, space, record, total, console, capacity, stop_file)
+        tuner = make_tuner(running, ray_tune.this_node())
         failed: list[BaseException] = []
+        signals: list[str] = []
 
         def run() -> None:
             try:
@@ -161,19 +162,18 @@ def _run(
             except BaseException as error:
                 failed.append(error)
 
-        thread = threading.Thread(target=run, name="tune", daemon=True)
-
         def stop(name: str) -> None:
-            """The first has the trials write a checkpoint and end; a second one does not wait."""
-            live.signals += 1
-            live.stop_file.touch()
-            # Not by the console, which may be locked by what was interrupted.
+            """The first signal lets the trials write a checkpoint; the second does not wait."""
+            signals.append(name)
+            stop_file.touch()
             line = f"{name}: trials write a last checkpoint; once more ends at once\n"
-            os.write(1, line.encode())
+            os.write(1, line.encode())  # the interrupted code may hold the console's lock
 
+        # In a thread of its own, because Ray Tune handles Ctrl-C differently in a main thread.
+        thread = threading.Thread(target=run, name="tune", daemon=True)
         with on_signal(stop):
             thread.start()
-            while thread.is_alive() and live.signals < 2:
+            while thread.is_alive() and len(signals) < 2:
                 thread.join(0.3)
         record.save()
         if failed:

@@ -1,8 +1,7 @@
-"""What a search may change: dotted `TrainConfig` fields with their ranges, or a fixed list of
-points.
+"""What a search varies: dotted `TrainConfig` fields with their ranges, or a fixed list of points.
 
-    experts     N and K of both kinds of expert library, and lambda: what the paper set by hand
-    width       the channels of the network, which move its cost far more than K does
+    experts     N and K of both kinds of expert library, and lambda, which the paper set by hand
+    width       the channels of the network, which change its cost far more than K does
     ablation    the six rows of Table VI
     tasks       all tasks in one network against one network per task (Fig. 8)
     FILE.yaml   field: range, one per line; `--vary FIELD=RANGE` adds one on the command line
@@ -22,7 +21,7 @@ from measnet.config import ABLATION, ModelConfig, replace_dotted
 from shards.tasks import DEGRADATIONS
 
 if TYPE_CHECKING:
-    from optuna import Trial
+    from optuna import Study
     from optuna.distributions import BaseDistribution
 
 Changes = dict[str, Any]
@@ -42,12 +41,12 @@ PAPER: Changes = {
     "model.image_top_k": ModelConfig.image_top_k,
     "recipe.balance_weight": 1e-4,
 }
-"""Section IV.B of the paper; always trial 0, for the fields that are searched."""
+"""Section IV.B of the paper. Trial 0 has these values in the fields that are searched."""
 BOUND_BY = {
     "model.pixel_top_k": "model.pixel_experts",
     "model.image_top_k": "model.image_experts",
 }
-"""K of a library cannot be more than its N."""
+"""K of a library cannot exceed its N."""
 SYMBOLS = {
     "model.pixel_experts": "N pixel",
     "model.pixel_top_k": "K pixel",
@@ -57,12 +56,12 @@ SYMBOLS = {
     "model.dim": "width",
     "recipe.lr": "learning rate",
 }
-"""Short names for tables and plots."""
+"""Short names for table and plots."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """One field and the values it may take: a range, or choices."""
+    """One field and its possible values: a range, or choices."""
 
     field: str
     low: float | int = 0
@@ -71,16 +70,15 @@ class Parameter:
     choices: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse what is no range, and choices where a bound is needed."""
+        """Refuse an empty range, and choices for a field that has a bound."""
         if self.choices:
-            if self.field in BOUND_BY:
+            if self.bound:
                 raise ValueError(
-                    f"{self.field} needs a range such as 1..4, for it is cut at {self.bound}"
+                    f"{self.field} needs a range such as 1..4, which is cut at {self.bound}"
                 )
-            return
-        if not self.low < self.high:
-            raise ValueError(f"{self.field}: the range {self.low}..{self.high} holds nothing")
-        if self.log and self.low <= 0:
+        elif not self.low < self.high:
+            raise ValueError(f"{self.field}: the range {self.low}..{self.high} is empty")
+        elif self.log and self.low <= 0:
             raise ValueError(f"{self.field}: a log range must begin above 0, not at {self.low}")
 
     @property
@@ -88,13 +86,8 @@ class Parameter:
         """The field that this one cannot exceed."""
         return BOUND_BY.get(self.field)
 
-    @property
-    def extremes(self) -> tuple[Any, ...]:
-        """The values to try whether the range is possible at all."""
-        return self.choices or (self.low, self.high)
-
     def distribution(self, *, most: int | None = None, value: Any = None) -> "BaseDistribution":
-        """Optuna's description; `most` cuts the range, and it is widened to hold `value`."""
+        """Optuna's description of the range, cut at `most`, and widened to include `value`."""
         from optuna.distributions import (
             CategoricalDistribution,
             FloatDistribution,
@@ -103,29 +96,13 @@ class Parameter:
 
         if self.choices:
             return CategoricalDistribution(self.choices)
-        low, high = self._range(most)
+        high = self.high if most is None else max(1, min(self.high, most))
+        low = min(self.low, high)
         if value is not None:
             low, high = min(low, value), max(high, value)
         if isinstance(self.low, int):
             return IntDistribution(int(low), int(high), log=self.log)
         return FloatDistribution(low, high, log=self.log)
-
-    def draw(self, trial: "Trial", most: int | None = None) -> Any:
-        """Have Optuna choose a value, at most `most`."""
-        if self.choices:
-            return trial.suggest_categorical(self.field, self.choices)
-        low, high = self._range(most)
-        if isinstance(self.low, int):
-            return trial.suggest_int(self.field, int(low), int(high), log=self.log)
-        return trial.suggest_float(self.field, low, high, log=self.log)
-
-    def clip(self, value: float) -> float:
-        """The nearest value inside the range."""
-        return min(max(value, self.low), self.high)
-
-    def _range(self, most: int | None) -> tuple[float, float]:
-        high = self.high if most is None else max(1, min(self.high, most))
-        return min(self.low, high), high
 
 
 @dataclass(frozen=True)
@@ -147,7 +124,7 @@ class Space:
         """Try the ends of each range on `base`.
 
         Raises:
-            ValueError: an end that the configuration refuses; no choice for the paper's value.
+            ValueError: the configuration refuses an end, or the choices lack the value of trial 0.
         """
         first = self.first(base)
         for parameter in self.parameters:
@@ -157,9 +134,9 @@ class Space:
                     f"{', '.join(map(str, parameter.choices))}, but trial 0 needs "
                     f"{first[parameter.field]} among them"
                 )
-            for value in parameter.extremes:
+            for value in parameter.choices or (parameter.low, parameter.high):
                 changes = first | {parameter.field: value}
-                if parameter.bound:  # a K beyond N is cut, so it is tried with an N that has room
+                if parameter.bound:  # a K above N is cut, so try it with an N that is large enough
                     changes[parameter.bound] = max(
                         value, changes.get(parameter.bound, _get(base, parameter.bound))
                     )
@@ -174,26 +151,26 @@ class Space:
             return dict(self.points[0].changes)
         return {p.field: PAPER.get(p.field, _get(base, p.field)) for p in self.parameters}
 
-    def suggest(self, trial: "Trial", base: TrainConfig) -> Changes:
+    def suggest(self, study: "Study", base: TrainConfig) -> Changes:
         """Let Optuna choose a value for each parameter, each K up to its N."""
-        changes: Changes = {}
-        for parameter in self._ordered():
-            changes[parameter.field] = parameter.draw(trial, self._most(parameter, changes, base))
-        return {p.field: changes[p.field] for p in self.parameters}
+        free = {p.field: p.distribution() for p in self.parameters if not p.bound}
+        trial = study.ask(free)
+        for parameter in self.parameters:
+            if parameter.bound:
+                cut: Any = parameter.distribution(most=self._most(parameter, trial.params, base))
+                trial.suggest_int(parameter.field, cut.low, cut.high, log=cut.log)
+        return {p.field: trial.params[p.field] for p in self.parameters}
 
     def distributions(
         self, changes: Mapping[str, Any], base: TrainConfig, *, whole: bool = False
     ) -> "dict[str, BaseDistribution]":
-        """What each value of a trial was drawn from; `whole` leaves the K uncut by their N."""
+        """The range that each value of a trial was drawn from; `whole` does not cut K at N."""
         return {
             p.field: p.distribution(
                 most=None if whole else self._most(p, changes, base), value=changes[p.field]
             )
             for p in self.parameters
         }
-
-    def _ordered(self) -> list[Parameter]:
-        return sorted(self.parameters, key=lambda p: p.bound is not None)
 
     def _most(self, parameter: Parameter, chosen: Mapping[str, Any], base: TrainConfig) -> Any:
         if parameter.bound is None:
@@ -217,7 +194,7 @@ def build(names: Sequence[str], vary: Sequence[str], base: TrainConfig) -> Space
     """The space that the command line asks for.
 
     Raises:
-        ValueError: unknown name or field, a range that cannot be read or that `base` refuses.
+        ValueError: an unknown name or field, or a range that cannot be read or that `base` refuses.
     """
     fixed = [name for name in names if name in ("ablation", "tasks")]
     if fixed:
@@ -244,7 +221,7 @@ def parameter(field: str, text: Any, base: TrainConfig) -> Parameter:
     """Read one range: `2..8`, `log 1e-6..1e-2`, `16,24,32`, or a YAML list of choices.
 
     Raises:
-        ValueError: unknown field, or no range.
+        ValueError: an unknown field, or not a range.
     """
     known = as_metrics(base)
     if field not in known:
@@ -253,24 +230,23 @@ def parameter(field: str, text: Any, base: TrainConfig) -> Parameter:
         raise ValueError(f"cannot search {field}: there is no such field{hint}")
     if isinstance(text, list):
         return Parameter(field=field, choices=tuple(text))
-    log, words = False, str(text).replace(":", " ").split()
-    if words and words[0] == "log":
-        log, words = True, words[1:]
-    body = "".join(words)
+    unreadable = ValueError(
+        f"cannot read the range {text!r} of {field}; write 2..8, log 1e-6..1e-2 or 16,24,32"
+    )
+    words = str(text).replace(":", " ").split()
+    log = words[:1] == ["log"]
+    body = "".join(words[log:])
     if ".." in body:
+        number = int if isinstance(known[field], int) else float
         low, _, high = body.partition("..")
         try:
-            ends = [_number(end, integer=isinstance(known[field], int)) for end in (low, high)]
+            ends = number(low), number(high)
         except ValueError:
-            raise ValueError(
-                f"cannot read the range {text!r} of {field}; write 2..8, log 1e-6..1e-2 or 16,24,32"
-            ) from None
+            raise unreadable from None
         return Parameter(field=field, low=ends[0], high=ends[1], log=log)
     choices = [yaml.safe_load(item) for item in body.split(",") if item]
     if len(choices) < 2 or log:
-        raise ValueError(
-            f"cannot read the range {text!r} of {field}; write 2..8, log 1e-6..1e-2 or 16,24,32"
-        )
+        raise unreadable
     if isinstance(known[field], float):
         choices = [float(choice) for choice in choices]
     return Parameter(field=field, choices=tuple(choices))
@@ -292,7 +268,7 @@ def symbol(field: str) -> str:
 
 
 def show(value: Any) -> str:
-    """A value in few characters."""
+    """A value as short text."""
     if isinstance(value, dict):
         return "+".join(name for name, count in value.items() if count) or "none"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
@@ -352,7 +328,3 @@ def _get(base: TrainConfig, field: str) -> Any:
 
 def _multiple_of_4(channels: float) -> int:
     return max(4, round(channels / 4) * 4)
-
-
-def _number(text: str, *, integer: bool) -> float | int:
-    return int(text) if integer else float(text)

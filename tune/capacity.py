@@ -1,0 +1,68 @@
+"""How many trials run at once on the cluster: a pure function, used before anything starts.
+
+A trial itself takes no CPU or GPU, only its training workers do. So trials cannot hold what their
+own workers wait for.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tune.config import SearchConfig
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How many trials run at once, and what each of their workers gets."""
+
+    parallel: int
+    workers: int
+    """Workers of a trial."""
+    cpus: int
+    """CPUs of a worker."""
+    gpu: bool
+    """Whether a worker gets a GPU."""
+
+    def describe(self) -> str:
+        """One line for the user."""
+        each = f"{self.cpus} CPU{'s' if self.cpus > 1 else ''}" + (" and 1 GPU" if self.gpu else "")
+        return f"{self.parallel} trials at a time, each of {self.workers} workers with {each}"
+
+
+def plan_capacity(config: SearchConfig, nodes: Sequence[Mapping[str, float]]) -> Capacity:
+    """Divide the nodes' resources among trials.
+
+    Args:
+        config: of the search.
+        nodes: resource -> amount of each node, as Ray gives it.
+
+    Raises:
+        ValueError: there is no room for one trial, or for as many as asked for.
+    """
+    scaling = config.train.scaling
+    workers = scaling.bounds[1]
+    total = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
+    gpu = scaling.device == "gpu" or (scaling.device == "auto" and total["GPU"] > 0)
+    cpus = scaling.cpus_per_worker
+    if not cpus and gpu:  # the CPUs that come with a GPU, on the node that has least of them
+        cpus = int(min((n.get("CPU", 0) / n["GPU"] for n in nodes if n.get("GPU")), default=1))
+    elif not cpus:
+        cpus = int(total["CPU"] / ((config.parallel or 2) * workers))
+    cpus = max(1, cpus)
+    slots = sum(
+        int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) if gpu else float("inf")))
+        for node in nodes
+    )
+    room = slots // workers
+    has = f"the cluster has {total['GPU']:g} GPUs and {total['CPU']:g} CPUs on {len(nodes)} nodes"
+    need = f"{workers} GPUs and {workers * cpus} CPUs" if gpu else f"{workers * cpus} CPUs"
+    if room == 0:
+        raise ValueError(
+            f"a trial needs {need}, but {has}; lower scaling.workers or scaling.cpus_per_worker"
+        )
+    if config.parallel > room:
+        raise ValueError(
+            f"--parallel is {config.parallel}, but there is room for {room}: "
+            f"a trial needs {need}, and {has}"
+        )
+    default = room if gpu else min(room, 2 if len(nodes) == 1 else 64)
+    return Capacity(config.parallel or default, workers, cpus, gpu)
