@@ -33,9 +33,10 @@ from distributed.config import (
     TrackingConfig,
     TrainConfig,
 )
-from distributed.engine import build_optimizer, learning_rate
+from distributed.engine import build_optimizer
 from distributed.launch import launch
-from distributed.run import CONSUMED
+from distributed.schedule import learning_rate
+from distributed.session import CONSUMED
 from measnet.config import tiny
 from measnet.losses import restoration_loss
 from measnet.network import MEASNet

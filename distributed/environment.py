@@ -226,6 +226,36 @@ def replace_environment(folder: str, environment: Mapping[str, Any]) -> list[str
     return hardware_changes(before, environment["workers"])
 
 
+def record_environment(
+    device: "torch.device", driver_process: Mapping[str, Any], folder: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Gather the hardware of all ranks, and keep it with the run; a collective call.
+
+    Args:
+        device: of this rank.
+        driver_process: versions and machine of the process that started the run.
+        folder: folder or URI of the run.
+
+    Returns:
+        The environment, and on rank 0 in what the workers differ from those of the last start.
+    """
+    import torch.distributed as dist
+
+    of_ranks: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_ranks, hardware(device))
+    environment = {"workers": by_hardware(of_ranks), "driver_process": dict(driver_process)}
+    changes = replace_environment(folder, environment) if dist.get_rank() == 0 else []
+    return environment, changes
+
+
+def keep_environment(environment: Mapping[str, Any], folder: Path, samples: int) -> Path:
+    """Write the environment of a start after `samples` samples; returns the starts' folder."""
+    kept = folder / "environment" / f"{samples:012d}.json"
+    kept.parent.mkdir(exist_ok=True)
+    write_json(*open_folder(str(kept)), environment)
+    return kept.parent
+
+
 def _values(entries: Sequence[Mapping[str, Any]], name: str) -> str:
     """The different values of one field, in words."""
     found = (entry.get(name) for entry in entries)

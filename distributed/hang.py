@@ -89,7 +89,7 @@ def step_limit(ranks: Iterable[Activity], patience: ScalingConfig) -> float:
 
 
 def describe(activities: Mapping[int, Activity], world: int, patience: ScalingConfig) -> str:
-    """`rank 1: in step 120 for 43 s (distributed/run.py:316, _agree)`, the first `SHOWN` ranks."""
+    """`rank 1: in step 120 for 43 s (distributed/session.py:316)`, the first `SHOWN` ranks."""
     told = [f"rank {rank}: {_words(activities[rank], patience)}" for rank in range(world)]
     more = [f"and {world - SHOWN} more"] if world > SHOWN else []
     return ", ".join(told[:SHOWN] + more)

@@ -6,11 +6,7 @@ command itself, given again, goes on from the last whole checkpoint.
 """
 
 import dataclasses
-import os
-import secrets
 import signal
-import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +19,14 @@ from rich.console import Console
 
 from distributed import checkpoint as checkpoints
 from distributed.checkpoint import Checkpoint
+from distributed.cluster import (
+    GPU_ENVIRONMENT,
+    cpus_per_worker,
+    is_local,
+    ray_cluster,
+    ray_storage,
+    starts_its_own_ray,
+)
 from distributed.config import TrainConfig, changed_fields, to_yaml
 from distributed.decisions import training_device
 from distributed.storage import absolute, open_folder, write_json, write_whole
@@ -36,36 +40,6 @@ GRACE_S = 12.0
 
 MODEL = "model.safetensors"
 """File of a finished run: the averaged weights, with the configuration inside."""
-
-PLACEMENT_S = 2.0
-"""Seconds to wait for the workers of a range: what Ray has set apart for them is there at once, or
-its node is lost, and as many workers as are left have to be asked for."""
-
-LEAVE_S = "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"
-"""Environment variable: how long the workers' process group may take its leave. A hung worker never
-does, and Ray would wait 30 s before it replaces it."""
-
-LOCAL_ENVIRONMENT = {
-    "GOMP_SPINCOUNT": "20000",
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(2**25),
-    "MALLOC_TRIM_THRESHOLD_": str(2**32),
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-}
-"""What a Ray of this machine alone runs with, unless the caller's environment says otherwise.
-
-Threads that wait for work stay awake for a fraction of a millisecond: from one operation to the
-next, yet not so long that the loader and other workers miss the core. Memory of one step stays for
-the next: given back, its pages would have to be zeroed for each step again (malloc's limits; all
-three, for one alone would switch off the others' adjustment). Nobody announces that one's
-own machine will be taken away, and the watcher for it is a process."""
-
-GPU_ENVIRONMENT = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-"""What workers on GPUs run with. Segments that grow waste less memory when sizes change, as between
-training and the whole pictures of a validation."""
-
-_QUIET: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-"""What people need to see comes through the monitor; Ray keeps the workers' own logs."""
 
 
 @dataclass(frozen=True)
@@ -134,12 +108,6 @@ def check(config: TrainConfig) -> tuple[Manifest, Plan, Checkpoint | None]:
     return manifest, plan, found
 
 
-def _starts_its_own_ray() -> bool:
-    """Whether a run uses this machine alone: no cluster is named, and none is connected to."""
-    ray = sys.modules.get("ray")
-    return not os.environ.get("RAY_ADDRESS") and not (ray and ray.is_initialized())
-
-
 def launch(
     config: TrainConfig,
     *,
@@ -169,7 +137,7 @@ def launch(
     manifest, plan, found = check(config)
     if found is not None and found.state().finished:
         return _already_finished(config, found, console, export=export)
-    machine = this_machine() if _starts_its_own_ray() else None
+    machine = this_machine() if starts_its_own_ray() else None
     if machine is not None:
         training_device(config.scaling, len(machine.cards), machine)
         if machine.problem and config.scaling.device != "cpu":
@@ -241,18 +209,24 @@ def _fit(
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
-    from distributed.elastic import CountBeforeStart, NodeWatch
     from distributed.environment import driver_process
-    from distributed.monitor import Display, start_monitor
-    from distributed.trainer import ShardTrainer
+    from distributed.internals.ray import (
+        NodeWatch,
+        RecountBeforeStart,
+        ShardTrainer,
+        version_warning,
+    )
+    from distributed.progress import Display, start_monitor
     from distributed.worker import train_loop
     from measnet.config import to_dict
 
+    if warning := version_warning():
+        console.print(f"[yellow]warning[/yellow]: {warning}")
     scaling, (low, high) = config.scaling, config.scaling.bounds
     monitor = start_monitor(scaling)
     device = training_device(scaling, ray.cluster_resources().get("GPU", 0), machine)
     use_gpu = device == "cuda"
-    cpus = _cpus_per_worker(config, local=_is_local(), use_gpu=use_gpu)
+    cpus = cpus_per_worker(config, local=is_local(), use_gpu=use_gpu)
     wanted = f"{scaling.workers} workers of {cpus} CPUs" + (" and 1 GPU" if use_gpu else "")
     _forget_listed_checkpoints(config)
     trainer = ShardTrainer(
@@ -282,7 +256,7 @@ def _fit(
             failure_config=FailureConfig(
                 max_failures=scaling.max_failures, controller_failure_limit=-1
             ),
-            callbacks=[*callbacks, *([CountBeforeStart()] if scaling.elastic else [])],
+            callbacks=[*callbacks, *([RecountBeforeStart()] if scaling.elastic else [])],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -361,107 +335,6 @@ def on_signal(tell: Callable[[str], object]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def ray_cluster(config: TrainConfig, console: Console) -> Iterator[None]:
-    """Connect to the cluster of RAY_ADDRESS, or start one of this machine alone for the time
-    inside.
-
-    The local one listens on 127.0.0.1 only and answers nobody without its token, which lives in
-    this process's environment.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing phones home
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it prints each line twice
-    # How often Ray Train looks at its workers: the lower, the sooner a lost one is replaced.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault(LEAVE_S, "5")
-    patience = config.scaling.start_timeout_s
-    if config.scaling.elastic:
-        patience = min(patience, PLACEMENT_S)
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(patience)
-    elsewhere = os.environ.get("RAY_ADDRESS")
-    if not elsewhere and "ray" not in sys.modules:
-        _require_token()
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.scaling.health_timeout_s)
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    if elsewhere:
-        console.print(f"connecting to the Ray cluster at {elsewhere}")
-        ray.init(runtime_env={"env_vars": {LEAVE_S: os.environ[LEAVE_S]}}, **_QUIET)
-    else:
-        # More workers than cores is slow, not wrong: how else to try a cluster's run at home?
-        wanted = config.scaling.bounds[1] * _cpus_per_worker(config, local=True, use_gpu=False)
-        start_local_ray(num_cpus=max(os.cpu_count() or 1, wanted))
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _is_local() -> bool:
-    """Whether the run stays on this machine: no cluster is named by RAY_ADDRESS."""
-    return not os.environ.get("RAY_ADDRESS")
-
-
-def _cpus_per_worker(config: TrainConfig, *, local: bool, use_gpu: bool) -> int:
-    """As configured; else this machine's cores in equal parts, or what a cluster's node spares."""
-    if config.scaling.cpus_per_worker:
-        return config.scaling.cpus_per_worker
-    if local:
-        return max(1, (os.cpu_count() or 1) // config.scaling.bounds[1])
-    return 4 if use_gpu else 1
-
-
-def _require_token() -> None:
-    """Have the local Ray answer this process's children only; Ray reads this once, at its
-    import."""
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-
-
-def start_local_ray(**options: Any) -> None:
-    """Start Ray on this machine alone, bound to 127.0.0.1, its cores for the training steps."""
-    for name, value in LOCAL_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    import ray
-    from ray._private import services
-
-    # Ray would put the machine's outward address in the place of 127.0.0.1, and listen there.
-    outward = services.resolve_ip_for_localhost
-    services.resolve_ip_for_localhost = lambda host: host
-    # Ray Train's helpers ask the cluster that RAY_ADDRESS names, else any that they find on this
-    # machine; another one does not know this run, and they would take its workers for orphans.
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pinned = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
-    os.environ.update(pinned)
-    try:
-        ray.init(
-            address="local",
-            _node_ip_address="127.0.0.1",
-            include_dashboard=False,
-            **_QUIET,
-            **options,
-        )
-    finally:
-        services.resolve_ip_for_localhost = outward
-        for name in pinned:  # for Ray's own processes only
-            del os.environ[name]
-
-
-def ray_storage(storage: str) -> dict[str, Any]:
-    """Where Ray keeps its own files of a run, as arguments of its RunConfig."""
-    if "://" not in storage:
-        return {"storage_path": storage}
-    from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-    fs, path = open_folder(storage)
-    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
 
 
 def _forget_listed_checkpoints(config: TrainConfig) -> None:

@@ -1,46 +1,52 @@
-"""The training loop, on one screen; what it stands on is in `distributed.run`.
+"""The training loop. Runs in each Ray Train worker, inside the process group that Ray has made."""
 
-Runs in each Ray Train worker, inside the process group that Ray has made.
-"""
-
-import time
 from typing import Any
 
-from distributed.engine import guarded_optimizer, learning_rate, set_learning_rate
-from distributed.run import TrainRun, gate_noise
+import numpy as np
+import torch
+
+from distributed.engine import set_learning_rate
+from distributed.schedule import learning_rate
+from distributed.session import Session
 from measnet.frequency import commit_statistics
 from measnet.losses import restoration_loss
 
 
+def gate_noise(seed: int, step: int, micro_batch: int, device: torch.device) -> torch.Generator:
+    """Generator of the gates' noise for one micro-batch, the same on whichever rank it falls."""
+    # torch's CPU generators read the low 32 bits of a seed only, so the key is hashed to 32 bits.
+    key = np.random.SeedSequence((seed, step, micro_batch)).generate_state(1)[0]
+    return torch.Generator(device).manual_seed(int(key))
+
+
 def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
-    """One worker's part of the run, from the newest whole checkpoint to the end or a wish to stop.
+    """One worker's part of a run, from the newest complete checkpoint to the end or a stop.
 
     Returns what the command that started the run shows at the end; the same on all ranks.
     """
-    run = TrainRun(settings)
-    recipe, engine = run.config.recipe, run.engine
-    batches = run.batches()
-    while not run.over:
-        lr = learning_rate(recipe, run.samples)
+    session = Session(settings)
+    config, engine, device = session.config, session.engine, session.device
+    batches = session.batches()
+    while not session.over:
+        lr = learning_rate(config.recipe, session.samples)
         set_learning_rate(engine, lr)
-        step = run.samples // recipe.global_batch
-        for place in range(run.accumulation):
-            waiting_since = time.perf_counter()
+        for micro_batch in session.micro_batches:
             batch = next(batches)
-            run.meter.waited(time.perf_counter() - waiting_since)
-            noise = gate_noise(run.config.seed, step, run.first_micro_batch + place, run.device)
-            restoration = engine(batch.degraded.to(run.device), generator=noise)
-            losses = restoration_loss(
-                restoration, batch.clean.to(run.device), recipe.balance_weight
-            )
-            engine.backward(losses.total * run.loss_weight)
+            noise = gate_noise(config.seed, session.step, micro_batch, device)
+            restoration = engine(batch.degraded.to(device), generator=noise)
+            clean = batch.clean.to(device)
+            losses = restoration_loss(restoration, clean, config.recipe.balance_weight)
+            engine.backward(losses.total * session.loss_weight)
             engine.step()  # DeepSpeed updates the weights at the last micro-batch of the step
-            run.meter.add(losses, restoration, batch)
-        commit_statistics(engine.module, reduce=run.sum_statistics)
-        updated = guarded_optimizer(engine).updates > run.updates
-        if updated:
-            run.updates += 1
-            run.average.update(run.updates)
-        run.samples += recipe.global_batch
-        run.after_step(lr, updated=updated)
-    return run.finish()
+            session.meter.add(losses, restoration, batch)
+        commit_statistics(engine.module, reduce=session.sum_statistics)
+        session.count_step()
+        if session.updated:
+            session.average.update(session.updates)
+        session.report(lr)
+        if session.validation_is_due:
+            session.validate()
+        if session.checkpoint_is_due:
+            session.save()
+        session.skip_left_out_samples()
+    return session.finish()

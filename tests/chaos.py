@@ -32,8 +32,8 @@ from rich.console import Console
 from rich.table import Table
 
 from distributed import checkpoint as checkpoints
-from distributed.launch import LOCAL_ENVIRONMENT
-from distributed.run import CONSUMED
+from distributed.cluster import LOCAL_ENVIRONMENT
+from distributed.session import CONSUMED
 from tests.hanging import FLAG
 from tests.photographs import pack_photographs
 

@@ -60,7 +60,7 @@ def ray_local() -> Iterator[None]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
 
-    from distributed.launch import start_local_ray
+    from distributed.cluster import start_local_ray
 
     start_local_ray(num_cpus=4, object_store_memory=100 * 2**20)
     yield

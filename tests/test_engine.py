@@ -9,8 +9,11 @@ import torch.distributed as dist
 from torch import nn
 
 from distributed import engine as engines
+from distributed import sharded_state
 from distributed.config import EngineConfig, Recipe, TrainConfig
 from distributed.decisions import decide
+from distributed.schedule import learning_rate
+from distributed.sharded_state import WeightAverage
 from tests.ranks import run_ranks
 
 RECIPE = Recipe(
@@ -19,11 +22,11 @@ RECIPE = Recipe(
 
 
 def test_learning_rate_warms_up_from_above_zero_and_falls_to_zero() -> None:
-    rates = [engines.learning_rate(RECIPE, s) for s in range(0, 801, 8)]
+    rates = [learning_rate(RECIPE, s) for s in range(0, 801, 8)]
     assert rates[0] == pytest.approx(RECIPE.lr * 8 / 80)
     assert max(rates) == pytest.approx(RECIPE.lr)
     assert rates[-1] == pytest.approx(0, abs=1e-12)
-    half = engines.learning_rate(RECIPE, 80 + 720 // 2)
+    half = learning_rate(RECIPE, 80 + 720 // 2)
     assert half == pytest.approx(RECIPE.lr * 0.5 * (1 + math.cos(math.pi / 2)))
     assert all(later <= earlier for earlier, later in itertools.pairwise(rates[10:]))
 
@@ -45,13 +48,13 @@ def _network() -> nn.Module:
     )
 
 
-def _steps(engine: Any, average: engines.WeightAverage, steps: range, poison: int) -> list[float]:
+def _steps(engine: Any, average: WeightAverage, steps: range, poison: int) -> list[float]:
     """Mean loss of each step; step `poison` has a NaN on the last rank only."""
     rank, world = dist.get_rank(), dist.get_world_size()
     share = RECIPE.micro_batches // world
     means = []
     for step in steps:
-        engines.set_learning_rate(engine, engines.learning_rate(RECIPE, step * RECIPE.global_batch))
+        engines.set_learning_rate(engine, learning_rate(RECIPE, step * RECIPE.global_batch))
         updates = engines.guarded_optimizer(engine).updates
         total = torch.zeros(1, dtype=torch.float64)
         for place in range(rank * share, (rank + 1) * share):
@@ -71,13 +74,13 @@ def _steps(engine: Any, average: engines.WeightAverage, steps: range, poison: in
     return means
 
 
-def _state(engine: Any, average: engines.WeightAverage) -> dict[str, dict[str, torch.Tensor]]:
+def _state(engine: Any, average: WeightAverage) -> dict[str, dict[str, torch.Tensor]]:
     with average.in_place():
-        averaged = engines.weights(engine)
+        averaged = sharded_state.weights(engine)
     return {
-        "weights": engines.weights(engine),
+        "weights": sharded_state.weights(engine),
         "ema": averaged,
-        "optimizer": engines.optimizer_state(engine),
+        "optimizer": sharded_state.optimizer_state(engine),
     }
 
 
@@ -91,7 +94,7 @@ def train_and_resume(stages: list[int], precision: str) -> list[dict[str, Any]]:
         )
         decisions = decide(config, dist.get_world_size(), None)
         engine = engines.initialize(config, decisions, _network())
-        average = engines.WeightAverage(engine, RECIPE.ema_decay)
+        average = sharded_state.WeightAverage(engine, RECIPE.ema_decay)
         losses = _steps(engine, average, range(3), poison=2)
         middle = _state(engine, average)
         updates = engines.guarded_optimizer(engine).updates
@@ -102,8 +105,8 @@ def train_and_resume(stages: list[int], precision: str) -> list[dict[str, Any]]:
         network = _network()
         network.load_state_dict(shared[0]["weights"])
         again = engines.initialize(config, decisions, network)
-        average_again = engines.WeightAverage(again, RECIPE.ema_decay)
-        engines.load_optimizer_state(again, shared[0]["optimizer"], updates)
+        average_again = sharded_state.WeightAverage(again, RECIPE.ema_decay)
+        sharded_state.load_optimizer_state(again, shared[0]["optimizer"], updates)
         average_again.load(shared[0]["ema"])
         resumed = _steps(again, average_again, range(3, 6), poison=-1)
         results.append(
@@ -171,7 +174,7 @@ def _load_foreign_state() -> None:
     config = TrainConfig(recipe=RECIPE, engine=EngineConfig(zero_stage=0))
     decisions = decide(config, 1, None)
     engine = engines.initialize(config, decisions, _network())
-    engines.load_optimizer_state(engine, {"exp_avg.other": torch.zeros(1)}, 1)
+    sharded_state.load_optimizer_state(engine, {"exp_avg.other": torch.zeros(1)}, 1)
 
 
 def test_no_start_waits_for_torchs_compiler() -> None:
@@ -185,6 +188,6 @@ def _compilers_after_steps() -> dict[int, list[str]]:
     for stage in (0, 1, 2):
         config = TrainConfig(recipe=RECIPE, engine=EngineConfig(zero_stage=stage))
         engine = engines.initialize(config, decide(config, 1, None), _network())
-        _steps(engine, engines.WeightAverage(engine, RECIPE.ema_decay), range(2), poison=-1)
+        _steps(engine, sharded_state.WeightAverage(engine, RECIPE.ema_decay), range(2), poison=-1)
         found[stage] = sorted({"torch._dynamo", "torch._inductor", "mlflow"} & set(sys.modules))
     return found

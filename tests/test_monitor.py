@@ -12,7 +12,7 @@ import pytest
 from distributed.config import ScalingConfig
 from distributed.evaluate import score
 from distributed.hang import Activity, describe, find_hang
-from distributed.monitor import FIRST_STEPS, Message, Monitor, Reporter, start_monitor, where
+from distributed.progress import FIRST_STEPS, Message, Monitor, Reporter, start_monitor, where
 from measnet.config import tiny
 from measnet.network import MEASNet
 from tests.chaos import BATCH, STEPS, Run, difference, final_state
@@ -73,11 +73,11 @@ def test_a_rank_that_was_never_heard_is_being_started() -> None:
 
 def test_the_message_names_ranks_phases_and_limits() -> None:
     ranks = {
-        0: Activity(phase="step", step=120, idle_s=43.2, step_s=2.0, where="distributed/run.py:9"),
+        0: Activity(phase="step", step=120, idle_s=43.2, step_s=2.0, where="distributed/x.py:9"),
         1: other("start", 45, silent_s=44.8),
     }
     message = find_hang(ranks, 2, PATIENCE)
-    assert "rank 0: in step 120 for 43 s (distributed/run.py:9)" in message
+    assert "rank 0: in step 120 for 43 s (distributed/x.py:9)" in message
     assert "rank 1: not heard for 45 s" in message
     assert "not heard 30 s, step 36 s (scaling.health_timeout_s" in message
     many = describe({rank: step(40) for rank in range(64)}, 64, PATIENCE)

@@ -559,7 +559,7 @@ def test_a_killed_search_goes_on_and_loses_nothing(packed: Path, tmp_path: Path)
     assert after[1]["curve"][:1] == before[1]["curve"]
     assert [s for s, _ in after[1]["curve"]] == [80, 160, 240]
     events = Path(after[1]["folder"], "events.log").read_text()
-    assert "going on from checkpoint" in events
+    assert "resumed from checkpoint" in events
     assert all(t["samples"] == 240 for t in after)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from distributed import checkpoint as checkpoints
 from distributed.presets import PRESETS
-from distributed.run import CONSUMED
+from distributed.session import CONSUMED
 from distributed.train import main
 from measnet.network import MEASNet
 
@@ -301,4 +301,4 @@ def test_ctrl_c_keeps_the_last_step_and_the_same_command_goes_on(
         assert newest is not None and newest.samples > 0 and newest.samples % 4 == 0
         assert f"after {newest.samples:,} samples" in log.read_text()
         assert runs_in_mlflow(tmp_path) == [("demo", "KILLED")]
-        assert ("going on from checkpoint" in log.read_text()) == (turn == 1)
+        assert ("resumed from checkpoint" in log.read_text()) == (turn == 1)

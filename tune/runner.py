@@ -23,8 +23,8 @@ from ray.tune import (
 from ray.tune import FailureConfig as TuneFailureConfig
 from ray.tune.search import Searcher
 
-from distributed.launch import ray_storage
-from distributed.monitor import free_resources
+from distributed.cluster import ray_storage
+from distributed.progress import free_resources
 from tune.capacity import Capacity
 from tune.config import SearchConfig
 from tune.record import SearchRecord, TrialRecord

@@ -47,7 +47,8 @@ def search(config: SearchConfig, command: str = "", *, console: "Console") -> Se
         ValueError: ranges, shards or resources that do not work, or a search of the same name that
             was started with other values.
     """
-    from distributed.launch import check, ray_cluster
+    from distributed.cluster import ray_cluster
+    from distributed.launch import check
     from distributed.mlflow_tracker import tracking_uri
     from tune.results import open_summary, write_results
 

@@ -1,1 +1,5 @@
-"""What the program needs of other libraries beyond their documented interface, one module each."""
+"""The only place for private parts of other libraries: one module per library.
+
+Each entry says what it does, why the public way is not enough, and which test fails when the
+library changes it.
+"""

@@ -1,35 +1,32 @@
-"""What a worker's training loop stands on: set up, resume, report, validate, checkpoint, finish."""
+"""The state of a run in one worker: set up, resume, report, validate, save, finish.
+
+All changes of the state of a run are here; `distributed.worker` is the loop that makes them.
+"""
 
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from ray.train import CheckpointUploadMode
 from torch import Tensor
 
-from distributed.checkpoint import Checkpoint, RunState, Snapshot, newest_whole, prune
+from distributed.checkpoint import Checkpoint, RunState, Snapshot, newest_whole
+from distributed.checkpoint_writer import CheckpointWriter
 from distributed.compilation import compile_blocks
 from distributed.config import TrainConfig
 from distributed.decisions import decide, sharing_workers
 from distributed.engine import (
-    WeightAverage,
     guarded_optimizer,
     initialize,
-    load_optimizer_state,
-    optimizer_state,
     predict_fit,
     use_deterministic_algorithms,
-    weights,
 )
-from distributed.environment import by_hardware, hardware, replace_environment
+from distributed.environment import keep_environment, record_environment
 from distributed.evaluate import write
 from distributed.guard import (
     GoBackError,
@@ -43,8 +40,13 @@ from distributed.guard import (
 )
 from distributed.meter import Meter
 from distributed.mlflow_tracker import Tracker
-from distributed.monitor import Reporter
-from distributed.storage import open_folder, write_json
+from distributed.progress import Reporter
+from distributed.sharded_state import (
+    WeightAverage,
+    load_optimizer_state,
+    optimizer_state,
+    weights,
+)
 from distributed.validation import agree_on_tiling, validate
 from measnet.config import from_dict, to_dict
 from measnet.hardware import card_of
@@ -58,8 +60,8 @@ CONSUMED = "consumed.jsonl"
 EVENTS = "events.log"
 """File of a run: a line per thing that went wrong, and what was done about it."""
 RESUMED_S = 60.0
-"""Seconds until a run that goes on tells MLflow more. MLflow has what was before, and to import it
-takes seconds of the workers' time: after a loss they train first."""
+"""Seconds until a resumed run sends to MLflow. Importing MLflow takes seconds of the worker's time;
+after a lost worker the run trains first."""
 
 
 def _own_device(kind: str) -> torch.device:
@@ -73,21 +75,14 @@ def _own_device(kind: str) -> torch.device:
     return device
 
 
-def gate_noise(seed: int, step: int, micro_batch: int, device: torch.device) -> torch.Generator:
-    """Generator of the gates' noise for one micro-batch, the same on whichever rank it falls."""
-    # torch's CPU generators read the low 32 bits of a seed only, so the key is hashed to 32 bits.
-    key = np.random.SeedSequence((seed, step, micro_batch)).generate_state(1)[0]
-    return torch.Generator(device).manual_seed(int(key))
-
-
-class TrainRun:
+class Session:
     """One worker's view of a run, from a start or restart to its end or the next failure."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        """Set up everything, and take up the run where its newest whole checkpoint left it.
+        """Set up everything, and resume from the newest complete checkpoint.
 
         The order of resuming:
-        1. rank 0 finds the newest checkpoint that is whole; all ranks take the same one
+        1. rank 0 finds the newest complete checkpoint; all ranks take the same one
         2. weights and buffers go into the bare network, before DeepSpeed shards it
         3. DeepSpeed's engine; then Adam's moments into what each rank keeps of them
         4. the average of the weights
@@ -111,14 +106,14 @@ class TrainRun:
         decisions = decide(self.config, self.world, card, predicted)
         if decisions.deterministic.choice == "on":
             use_deterministic_algorithms()
-        self.accumulation = int(decisions.accumulation.choice)
-        # A worker that stands by computes what another one does, with no weight: DeepSpeed's
-        # collectives need it, the result does not.
+        self._accumulation = int(decisions.accumulation.choice)
+        # An idle worker computes what another one computes, with a weight of 0: DeepSpeed's
+        # collective calls need all ranks.
         self._sharing = sharing_workers(self.config.recipe, self.world)
-        self._stands_by = self.rank >= self._sharing
+        self._idle = self.rank >= self._sharing
         self._slice = self.rank % self._sharing
-        self.first_micro_batch = self._slice * self.accumulation
-        self.loss_weight = 0.0 if self._stands_by else self.world / self._sharing
+        self._first_micro_batch = self._slice * self._accumulation
+        self.loss_weight = 0.0 if self._idle else self.world / self._sharing
 
         found = self._agree_on_checkpoint()
         state = found.state() if found else None
@@ -141,31 +136,52 @@ class TrainRun:
         self._rates = RateWatch(guarded_optimizer(self.engine))
         self.samples = self._skips.behind(state.samples if state else 0)
         self.updates = state.updates if state else 0
+        self.updated = False
+        """Whether the last step changed the weights."""
         self._consumed = state.consumed if state else ""
         self._best = state.best if state else None
         self._validations = list(state.validations) if state else []
         self._validation = dict(state.validation) if state else {}
         self._mlflow_run_id = settings["tracking"].id or None
 
-        self.meter = Meter(self.device, counts=not self._stands_by)
+        self.meter = Meter(self.device, counts=not self._idle)
         self._sums_before = [0.0] * 5
         self._damaged = 0
         self.stop_reason = ""
         self._tiling: Tiling | None = None
         self._tracker: Tracker | None = None
+        self._writer: CheckpointWriter | None = None
         if self.rank == 0:
+            self._writer = CheckpointWriter(self._folder, self.config.every.keep_checkpoints)
             first_s = RESUMED_S if found else None
             own_card = self.device if self.device.type == "cuda" else None
             self._tracker = Tracker(
                 self._local, settings["tracking"], first_s=first_s, card=own_card
             )
         self._say_start(decisions._asdict(), found)
-        self._record_environment(settings["driver_process"])
+        environment, changes = record_environment(
+            self.device, settings["driver_process"], self._folder
+        )
+        if changes:
+            self._note(f"resumed on other hardware: {', '.join(changes)}")
+        if self._tracker:
+            kept = keep_environment(environment, self._local, self.samples)
+            self._tracker.artifact(kept, "environment")  # with those of earlier starts
 
     @property
     def over(self) -> bool:
-        """Whether the last step was made, or somebody asked to stop."""
+        """Whether the last step was made, or the run was asked to stop."""
         return self.samples >= self._end or bool(self.stop_reason)
+
+    @property
+    def step(self) -> int:
+        """Number of the optimizer step that comes next, from 0."""
+        return self.samples // self.config.recipe.global_batch
+
+    @property
+    def micro_batches(self) -> range:
+        """This rank's micro-batches of a step, as their numbers in the global batch."""
+        return range(self._first_micro_batch, self._first_micro_batch + self._accumulation)
 
     @property
     def _end(self) -> int:
@@ -189,10 +205,12 @@ class TrainRun:
             at = max(at, behind)
 
     def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Tell the reporter what this rank does: wait for a batch, then compute with it."""
+        """Note what this rank does: wait for a batch, then compute with it."""
         while True:
-            self._reporter.enter("data", self.samples // self.config.recipe.global_batch + 1)
+            self._reporter.enter("data", self.step + 1)
+            waiting_since = time.perf_counter()
             batch = next(batches, None)
+            self.meter.waited(time.perf_counter() - waiting_since)
             self._reporter.enter("step")
             if batch is None:
                 return
@@ -200,52 +218,72 @@ class TrainRun:
 
     def sum_statistics(self, flat: Tensor) -> None:
         """Add up the batch norms' sums over the ranks that share the work, in place."""
-        if self._stands_by:
+        if self._idle:
             flat.zero_()
         dist.all_reduce(flat)
 
-    def after_step(self, lr: float, *, updated: bool) -> None:
-        """Report, validate and save where it is time; learn on all ranks at once whether to stop.
+    def count_step(self) -> None:
+        """Count the samples of the step, and the update unless it was skipped as not finite."""
+        self.samples += self.config.recipe.global_batch
+        self.updated = guarded_optimizer(self.engine).updates > self.updates
+        self.updates += self.updated
+
+    def report(self, lr: float) -> None:
+        """Exchange the sums of the step, look at them, and show where the run is.
 
         Args:
             lr: learning rate of the step.
-            updated: whether the weights were updated, or the step was skipped as not finite.
 
         Raises:
             GoBackError: too many steps in a row were skipped.
+            DamagedError: more corrupt samples than `data.corrupt_budget`.
         """
-        every = self.config.every
         if self._started is not None:
             seconds, self._started = time.perf_counter() - self._started, None
             self._reporter.say(f"first step after {seconds:.1f} s of the workers' start")
-        sums, stops, digests, keys = self._agree()
+        sums, stops, digests, keys = self._exchange()
         self._reporter.step_made()
         if stops:
             self.stop_reason = self._reporter.stop_reason or "asked to stop"
         self._log_consumed(digests)
-        self._guard(sums, keys, updated=updated)
+        self._guard(sums, keys)
         metrics = self._metrics(sums, lr)
         self._reporter.update({"samples": self.samples, **metrics})
-        if self._crossed(every.log) or self.over:
+        if self._crossed(self.config.every.log) or self.over:
             if self._tracker:
                 self._tracker.metrics(metrics, self.samples)
             self.meter.reset()
             self._sums_before = [0.0] * 5
-        if not self.stop_reason and (
-            self.samples >= self._end or (every.validate and self._crossed(every.validate))
-        ):
-            self._validate()
+
+    @property
+    def validation_is_due(self) -> bool:
+        """Whether to validate after this step: at the end always, unless somebody asked to stop."""
+        every = self.config.every.validate
+        due = self.samples >= self._end or bool(every and self._crossed(every))
+        return due and not self.stop_reason
+
+    @property
+    def checkpoint_is_due(self) -> bool:
+        """Whether to save after this step: at the end always, but not between skipped updates.
+
+        While updates are skipped the weights themselves may be wrong, so the run must not resume
+        from them.
+        """
+        if self.over:
+            return True
         validated = self._validation.get("at") == self.samples
-        # Amid skipped updates the weights may be what is wrong: not a place to come back to.
-        if self.over or (
-            not self._skips.in_a_row and (validated or self._crossed(every.checkpoint))
-        ):
-            self._save()
+        due = validated or self._crossed(self.config.every.checkpoint)
+        return due and not self._skips.in_a_row
+
+    def skip_left_out_samples(self) -> None:
+        """Go on behind samples that earlier skipped updates left out."""
         self.samples = self._skips.behind(self.samples)
 
     def finish(self) -> dict[str, Any]:
         """Hand over what is still to be sent, and say how the run ended."""
         self._reporter.enter("end")
+        if self._writer:
+            self._writer.wait()
         if self._tracker:
             if (self._local / EVENTS).exists():
                 self._tracker.artifact(self._local / EVENTS)
@@ -271,38 +309,22 @@ class TrainRun:
         dist.broadcast_object_list(found, src=0)
         return found[0]
 
-    def _record_environment(self, driver_process: Mapping[str, Any]) -> None:
-        """Keep the hardware of all ranks, of each start; say so where it has changed."""
-        of_ranks: list[dict[str, Any]] = [{} for _ in range(self.world)]
-        dist.all_gather_object(of_ranks, hardware(self.device))
-        if not self._tracker:
-            return
-        environment = {"workers": by_hardware(of_ranks), "driver_process": driver_process}
-        changes = replace_environment(self._folder, environment)
-        if changes:
-            self._note(f"resumed on other hardware: {', '.join(changes)}")
-        kept = self._local / "environment" / f"{self.samples:012d}.json"
-        kept.parent.mkdir(exist_ok=True)
-        write_json(*open_folder(str(kept)), environment)
-        self._tracker.artifact(kept.parent, "environment")  # with those not sent before
-
-    def _agree(self) -> tuple[list[float], bool, list[int], list[str]]:
-        """One exchange among the ranks after each step.
+    def _exchange(self) -> tuple[list[float], bool, list[int], list[str]]:
+        """The one exchange among the ranks after each step.
 
         Returns:
-            Sums of the losses since the last point of the curves, over all ranks; whether anybody
-            wants to stop; crc32 of all micro-batches of the step, in their order; names of this
-            rank's samples.
+            Sums of the losses since the last point of the curves, over all ranks; whether to stop;
+            crc32 of all micro-batches of the step, in order; names of this rank's samples.
         """
         damage = self.meter.damage
         for what in damage:
             self._note(
-                f"rank {self.rank}: another sample stands for a damaged one: {what}",
+                f"rank {self.rank}: replaced a corrupt sample: {what}",
                 from_any_rank=True,
             )
         keys, own = self.meter.end_step()
         digests = torch.zeros(self.config.recipe.micro_batches, dtype=torch.float64)
-        digests[self.first_micro_batch : self.first_micro_batch + len(own)] = torch.tensor(
+        digests[self._first_micro_batch : self._first_micro_batch + len(own)] = torch.tensor(
             own,
             dtype=torch.float64,  # holds 32 bits exactly
         )
@@ -332,8 +354,8 @@ class TrainRun:
             with (self._local / CONSUMED).open("ab") as file:
                 file.write(log_line(self.samples, self._consumed, digests, time.time()))
 
-    def _guard(self, sums: list[float], keys: list[str], *, updated: bool) -> None:
-        """Look at the numbers of the step, name what is wrong, and go back where it must be."""
+    def _guard(self, sums: list[float], keys: list[str]) -> None:
+        """Look at the numbers of the step, name what is wrong, and go back if need be."""
         if self._name_unused is not None:
             unused = self._name_unused()
             self._name_unused = None
@@ -348,7 +370,7 @@ class TrainRun:
         micro_batches = sums[3] - before[3]
         loss = (sums[0] - before[0]) / micro_batches if micro_batches else math.nan
         spike = self._spikes.is_spike(loss)
-        if updated and not spike:
+        if self.updated and not spike:
             self._skips.after_step(0, 0, skipped=False)
             return
         gathered: list[list[str]] = [[] for _ in range(self.world)]
@@ -357,7 +379,7 @@ class TrainRun:
         first = self.samples - self.config.recipe.global_batch
         if spike:
             self._note(f"loss {loss:.4f} stands out at {self.samples:,} samples: {named}")
-        if updated:
+        if self.updated:
             return
         self._note(
             f"update skipped on all ranks at {self.samples:,} samples, a gradient is not finite: "
@@ -370,7 +392,7 @@ class TrainRun:
         told = f"{self.config.guard.skips_in_a_row} updates in a row were skipped"
         if self.rank == 0:
             first, behind = self._skips.pass_over(self.samples)
-            self._note(f"{told}; going back, passing over samples {first:,} to {behind:,}")
+            self._note(f"{told}; going back, leaving out samples {first:,} to {behind:,}")
             time.sleep(1.0)  # until the line is on its way
         dist.barrier()
         raise GoBackError(f"{told} up to {self.samples:,} samples (guard.skips_in_a_row)")
@@ -389,7 +411,7 @@ class TrainRun:
         for name, decision in decisions.items():
             self._reporter.say(f"{name}: {decision.choice} ({decision.reason})")
         if found:
-            self._note(f"going on from checkpoint {found.name}: {self.samples:,} samples")
+            self._note(f"resumed from checkpoint {found.name}: {self.samples:,} samples")
 
     def _metrics(self, sums: list[float], lr: float) -> dict[str, float]:
         total, l1, balance, counted, data_wait = sums
@@ -411,8 +433,8 @@ class TrainRun:
         with self.average.in_place():
             return weights(self.engine)
 
-    def _validate(self) -> None:
-        """Restore held-out pictures with the averaged weights; the ranks share them out."""
+    def validate(self) -> None:
+        """Restore held-out pictures with the averaged weights; each rank takes a part of them."""
         self._reporter.enter("validation")
         model = MEASNet(self.config.model)
         model.load_state_dict(self._averaged_weights())
@@ -453,8 +475,8 @@ class TrainRun:
                     "since the last validation"
                 )
 
-    def _save(self) -> None:
-        """Take a snapshot; Ray's upload thread writes it while training goes on."""
+    def save(self) -> None:
+        """Take a snapshot, which is written while training goes on; a collective call."""
         self._reporter.enter("checkpoint")
         score = self._validation["psnr"] if self._validation.get("at") == self.samples else None
         state = RunState(
@@ -475,19 +497,5 @@ class TrainRun:
             state, weights(self.engine), self._averaged_weights(), optimizer_state(self.engine)
         )
 
-        def write(_local: ray.train.Checkpoint, _name: str) -> ray.train.Checkpoint:
-            written = snapshot.write(self._folder)
-            prune(self._folder, self.config.every.keep_checkpoints)
-            storage = ray.train.get_context().get_storage()
-            path = f"{storage.experiment_fs_path}/checkpoints/{written.name}"
-            return ray.train.Checkpoint(path, filesystem=storage.storage_filesystem)
-
-        # Ray takes a local folder to copy; ours is written in place by `write`, from memory.
-        placeholder = ray.train.Checkpoint(tempfile.gettempdir()) if self.rank == 0 else None
-        ray.train.report(
-            {"samples": self.samples, **({"psnr": score} if score is not None else {})},
-            checkpoint=placeholder,
-            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=write,
-            delete_local_checkpoint_after_upload=False,
-        )
+        if self._writer:
+            self._writer.submit(snapshot)

@@ -246,7 +246,7 @@ class Reporter:
 
 
 def where(thread: int) -> str:
-    """`distributed/run.py:316, _agree`: the innermost line of this project that a thread is at.
+    """`distributed/session.py:316, _agree`: the innermost line of this project that a thread is at.
 
     Empty if the thread is at none.
     """

@@ -1,0 +1,109 @@
+"""What training needs of DeepSpeed beyond its documented interface. Tested with DeepSpeed 0.19."""
+
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TESTED = "0.19"
+"""DeepSpeed's version that everything here was tested with."""
+
+
+def version_warning() -> str:
+    """What to say where DeepSpeed has another version than the tested one; else empty."""
+    version = importlib.metadata.version("deepspeed")
+    if version.startswith(f"{TESTED}."):
+        return ""
+    return (
+        f"DeepSpeed is {version}, but training was tested with {TESTED}: "
+        f"pip install 'deepspeed=={TESTED}.*', or run pytest tests/test_engine.py"
+    )
+
+
+@contextmanager
+def light_deepspeed(device_type: str) -> Iterator[Any]:
+    """DeepSpeed's module; within it DeepSpeed imports and builds only what training uses.
+
+    * DeepSpeed would import an optimizer that compiles itself, and with it torch's compiler, and
+      MLflow for a tuner: seconds of each start, also after the loss of a worker. No option leaves
+      them out. test_engine.py::test_no_start_waits_for_torchs_compiler.
+    * On a CPU it would compile a shared-memory kernel for inference at the start, and stop where
+      there is no compiler. No option leaves it out. tests/test_engine.py stops without a compiler.
+
+    Args:
+        device_type: `cpu` or `cuda`.
+    """
+    compile_, unused = torch.compile, "mlflow"
+    torch.compile = _not_compiled  # type: ignore[assignment]
+    hidden = sys.modules.setdefault(unused, None) is None  # type: ignore[arg-type]
+    try:
+        deepspeed = importlib.import_module("deepspeed")
+        if device_type == "cpu":
+            operations = importlib.import_module("deepspeed.ops").__compatible_ops__
+            operations["deepspeed_shm_comm"] = False
+        yield deepspeed
+    finally:
+        torch.compile = compile_
+        if hidden:
+            del sys.modules[unused]
+
+
+def _not_compiled(function: Any = None, **options: Any) -> Any:
+    """Replaces `torch.compile`, as a function or a decorator."""
+    return (lambda decorated: decorated) if function is None else function
+
+
+class Part(NamedTuple):
+    """What one rank holds of one parameter: elements [start, start + numel) of it, flattened."""
+
+    name: str
+    start: int
+    weight: Tensor
+    flat: Tensor
+    """The optimizer's own parameter that this part lies in."""
+    flat_start: int
+
+
+def parts(engine: Any) -> Iterator[Part]:
+    """What this rank holds of each trained parameter, in the order of the network.
+
+    DeepSpeed's `safe_get_full_optimizer_state` gathers one parameter after the other with a
+    collective call each, and gives it to all ranks; and there is no public way to set the state on
+    a rank that holds only a part of a parameter.
+    test_engine.py::test_resume_is_bit_identical_in_every_stage.
+    """
+    stage = engine.zero_optimization_stage()
+    rank = dist.get_rank()
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if stage == 0:
+            yield Part(name, 0, parameter.detach().view(-1), parameter, 0)
+        elif stage < 3:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                flat = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+                yield Part(
+                    name,
+                    mapping.lp_fragment_address.start,
+                    mapping.hp_fragment,
+                    flat,
+                    mapping.hp_fragment_address.start,
+                )
+        else:
+            group, flat_start, numel = engine.optimizer.grad_position[
+                engine.optimizer.get_param_id(parameter)
+            ]
+            flat = engine.optimizer.fp32_partitioned_groups_flat[group]
+            start = rank * numel
+            numel = max(0, min(numel, parameter.ds_numel - start))  # the last part may be padded
+            if numel:
+                yield Part(
+                    name, start, flat.data[flat_start : flat_start + numel], flat, flat_start
+                )

@@ -1,0 +1,102 @@
+"""What training needs of Ray beyond its documented interface. Tested with Ray 2.60."""
+
+import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+from ray._private import services
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.execution.callback import RayTrainCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.worker_group import WorkerGroupContext
+
+TESTED = "2.60"
+"""Ray's version that everything here was tested with."""
+COUNT_S = 5.0
+"""Seconds that a count of the resources may take before a start goes on without it."""
+
+
+def version_warning() -> str:
+    """What to say where Ray has another version than the tested one; else empty."""
+    version = importlib.metadata.version("ray")
+    if version.startswith(f"{TESTED}."):
+        return ""
+    return (
+        f"Ray is {version}, but training was tested with {TESTED}: pip install 'ray=={TESTED}.*', "
+        "or run make test-slow"
+    )
+
+
+@contextmanager
+def bound_to_loopback() -> Iterator[None]:
+    """Within it a Ray that is started with the address 127.0.0.1 listens there.
+
+    Ray replaces 127.0.0.1 by the machine's outward address, and then listens there. No argument of
+    `ray.init` changes that. test_train.py::test_ray_listens_on_this_machine_only.
+    """
+    outward = services.resolve_ip_for_localhost
+    services.resolve_ip_for_localhost = lambda host: host
+    try:
+        yield
+    finally:
+        services.resolve_ip_for_localhost = outward
+
+
+class ShardTrainer(TorchTrainer):
+    """A `TorchTrainer` that starts no manager of Ray datasets: samples come from shards.
+
+    The manager is a process whose imports take seconds at each start, also after the loss of a
+    worker. No argument leaves it out. test_train.py::test_a_run_leaves_what_is_needed fails where
+    the class it overrides has gone; bench/overhead.py shows the seconds.
+    """
+
+    def _create_default_callbacks(self) -> list[RayTrainCallback]:
+        given = super()._create_default_callbacks()
+        return [one for one in given if not isinstance(one, DatasetsCallback)]
+
+
+def _recount() -> ray.ObjectRef:
+    """Have Ray count what it may give to runs; the result itself is not needed.
+
+    Ray counts every 20 s, and no public call makes it count now. Until then a run that lost a node
+    would wait for workers on the dead one. tests/test_lost_nodes.py.
+    """
+    coordinator = get_or_create_autoscaling_coordinator()
+    counted: ray.ObjectRef = coordinator.get_reserved_resources.remote("", recompute=True)
+    return counted
+
+
+class NodeWatch:
+    """Has Ray count anew when nodes come or go."""
+
+    def __init__(self) -> None:
+        """No node is known yet."""
+        self._alive: set[str] = set()
+
+    def look(self) -> None:
+        """Compare the nodes with those of the last look."""
+        try:
+            alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        except ray.exceptions.RayError:
+            return  # the head does not answer; the run itself says what happened to it
+        if alive != self._alive:
+            self._alive = alive
+            _recount()
+
+
+class RecountBeforeStart(WorkerGroupCallback):
+    """Has Ray count anew between the end of a run's workers and the start of the next ones.
+
+    Ray Train has no public callback at that moment. tests/test_nodes.py.
+    """
+
+    def after_worker_group_shutdown(self, worker_group_context: WorkerGroupContext) -> None:
+        """Wait for the count: the number of the next workers follows from it."""
+        try:
+            ray.get(_recount(), timeout=COUNT_S)
+        except ray.exceptions.RayError:
+            return  # the start goes on with the last count
