@@ -462,7 +462,7 @@ NEW = {PSNR: "25.5", DATA: "d", PROTOCOL: "p"}
         ("always", NEW | {PSNR: "30"}, False, "yes", "always"),
         ("if-better", {}, True, "no", "no champion"),
         ("if-better", NEW | {PSNR: "25.4"}, True, "yes", "the champion had 25.40 dB"),
-        ("if-better", NEW | {PSNR: "25.4"}, False, "no", "within noise"),
+        ("if-better", NEW | {PSNR: "25.4"}, False, "no", "not above noise"),
         ("if-better", NEW, True, "no", "the champion 25.50 dB"),
         ("if-better", NEW | {PSNR: "9", DATA: "other"}, True, "no", "other validation data"),
         ("if-better", NEW | {PSNR: "9", PROTOCOL: "other"}, True, "no", "other protocol"),
@@ -503,7 +503,7 @@ def test_a_toy_search_does_not_take_the_place_of_a_better_champion(tmp_path: Pat
 
     assert "no champion" in search("first", 25.0)
     assert "first-000 is measnet@champion now" in search("first", 25.0, "--register", "always")
-    assert "within noise" in search("toy", 15.29)
+    assert "not above noise" in search("toy", 15.29)
     assert "it has 20.00 dB, the champion 25.00 dB" in search("worse", 20.0)
     assert "other protocol" in search("other", 26.0, "--every.validation-pictures", "2")
     assert "the champion had 25.00 dB" in search("better", 26.0)
