@@ -50,7 +50,8 @@ class TrialRecord:
     curve: list[tuple[int, float]] = field(default_factory=list)
     """(samples, PSNR) of each validation."""
     inherited: list[dict[str, Any]] = field(default_factory=list)
-    """PBT: at how many samples it took over other weights, and its values from there on."""
+    """PBT: `from` which trial it took over the weights, at how many `samples`, and its `changes`
+    from there on."""
     routing: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     """Task -> expert library -> mean share per expert."""
     seconds: float = 0.0

@@ -34,7 +34,7 @@ def decide(
     if policy == "always":
         return Decision("yes", "--register always")
     if not above_noise:
-        return Decision("no", f"its gain over the degraded pictures is within noise; {ask}")
+        return Decision("no", f"its gain over the degraded pictures is not above noise; {ask}")
     if not champion:
         return Decision("no", f"there is no champion to compare it with; {ask}")
     for tag, what in ((DATA, "validation data"), (PROTOCOL, "protocol")):

@@ -225,6 +225,6 @@ def noise_warning(best: TrialRecord) -> str:
     error = f"±{2 * best.gain_error:.2f}" if best.gain_error is not None else "unknown"
     return (
         f"the best trial gains {known[0]:+.2f} dB over the degraded pictures "
-        f"({best.input_psnr:.2f} dB), which is within noise ({error} dB): train longer "
+        f"({best.input_psnr:.2f} dB), which is not above noise ({error} dB): train longer "
         "(--samples) before you compare trials"
     )

@@ -140,13 +140,10 @@ class EventWriter(Callback):
         return {}
 
     def on_trial_start(self, *, trial: Any, **_info: Any) -> None:
-        """It starts; in PBT perhaps with the weights and other values of a better one."""
-        entry, changes = self._entry(trial), trial.config[SPEC]["changes"]
-        if changes != entry.changes:
-            entry.inherited.append({"samples": entry.samples, "changes": dict(changes)})
-            entry.changes = dict(changes)
-            self._search.show(entry, f"took over better weights at {entry.samples:,} samples")
-        elif entry.state == "waiting":
+        """It starts; in PBT perhaps with the values and the weights of a better one."""
+        entry = self._entry(trial)
+        entry.changes = dict(trial.config[SPEC]["changes"])
+        if entry.state == "waiting":
             resumed = f"resumes at {entry.samples:,} samples" if entry.samples else "starts"
             self._search.show(entry, resumed)
         entry.state = "running"
@@ -157,6 +154,9 @@ class EventWriter(Callback):
         """It was validated, or it ended."""
         entry = self._entry(trial)
         entry.costs |= result.get("costs", {})
+        if taken := result.get("took_over"):
+            entry.inherited.append(taken | {"changes": entry.changes})
+            self._search.show(entry, "took over {from} at {samples:,} samples".format(**taken))
         if "psnr" in result and entry.validated(int(result["samples"]), float(result["psnr"])):
             self._search.show(entry, f"{entry.samples:,} samples  {entry.title}")
         self._search.record.save()

@@ -65,7 +65,9 @@ def search(config: SearchConfig, command: str = "", *, console: "Console") -> Se
             if warning := ray_tune.configure():
                 console.print(f"[yellow]warning[/yellow]: {warning}")
             open_summary(config, record)  # one process creates the database, before there are many
-            console.print(f"[bold]{record.name}[/bold]: {_plan_line(config, space, left)}")
+            console.print(
+                f"[bold]{record.name}[/bold]: {_plan_line(config, space, left)}", soft_wrap=True
+            )
             with ray_cluster(config.base(), console):
                 record.state = "running"
                 _run_trials(config, space, record, total, console)

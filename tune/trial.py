@@ -60,6 +60,7 @@ class Trial(Trainable):
         self._settings = settings
         self._costs: dict[str, float] = config[SPEC]["costs"]
         self._donor: dict[str, Any] | None = None
+        self._took_over: dict[str, Any] | None = None
         self._reported = 0
         self._stop_requests: list[str] = []
         self._thread: threading.Thread | None = None
@@ -68,13 +69,17 @@ class Trial(Trainable):
     def step(self) -> dict[str, Any]:
         """Wait for the next validation or the end.
 
-        A failure is a result too, with its `cause` and its `reason`.
+        A failure is a result too, with its `cause` and its `reason`. The first result after the
+        trial took over weights says `took_over`.
         """
         try:
-            return self._next_result()
-        except Exception as error:  # whatever it is, the search goes on and shows the reason
+            result = self._next_result()
+        except Exception as error:  # whatever it is, the search continues and shows the reason
             lines = str(error).strip().splitlines() or [""]
-            return self._failure(cause_of(error), f"{type(error).__name__}: {lines[-1]}")
+            result = self._failure(cause_of(error), f"{type(error).__name__}: {lines[-1]}")
+        if self._took_over:
+            result["took_over"], self._took_over = self._took_over, None
+        return result
 
     def cleanup(self) -> None:
         """Tune stops, pauses or ends the trial: the run writes a last checkpoint and ends."""
@@ -96,8 +101,9 @@ class Trial(Trainable):
     def _next_result(self) -> dict[str, Any]:
         if self._donor is not None:  # even if the search stops: the values have changed already
             with exclusive(self._config.folder, wait_s=LOCK_WAIT_S):
-                take_over(self._donor["folder"], self._donor["name"], self._config)
-            self._donor = None
+                taken = take_over(self._donor["folder"], self._donor["name"], self._config)
+            donor = self._donor["folder"].rpartition("/")[2]
+            self._took_over, self._donor = {"from": donor, "samples": taken.samples}, None
         if self._thread is None and not self._search_stops():
             self._start()
         while True:
@@ -186,7 +192,7 @@ class Trial(Trainable):
         return costs
 
 
-def take_over(donor: str, name: str, config: TrainConfig) -> None:
+def take_over(donor: str, name: str, config: TrainConfig) -> checkpoints.Checkpoint:
     """Replace the checkpoints of the run `config` by one of another run, under its own recipe.
 
     Where that checkpoint was pruned meanwhile, the donor's newest one is taken.
@@ -203,9 +209,10 @@ def take_over(donor: str, name: str, config: TrainConfig) -> None:
     changed: dict[str, Any] = {"config": to_dict(config), "best": None, "finished": False}
     if own:
         changed["mlflow_run_id"] = own[-1].state().mlflow_run_id
-    checkpoints.Snapshot(
+    taken = checkpoints.Snapshot(
         dataclasses.replace(state, **changed),
         *(found.tensors(k) for k in ("weights", "ema", "optimizer")),
     ).write(config.folder)
     for checkpoint in own:
         checkpoint.remove()
+    return taken
