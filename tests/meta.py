@@ -20,6 +20,18 @@ COPIES = ("aten::_to_copy", "aten::copy_")
 FROM_DATA = (torch.tensor, torch.as_tensor)
 """Make a tensor from numbers of Python: on the CPU, then copied. Not seen as an operation."""
 
+UNREPEATABLE = {
+    f"aten::{name}"
+    for name in (
+        *("reflection_pad1d_backward", "reflection_pad2d_backward", "replication_pad2d_backward"),
+        *("upsample_linear1d_backward", "upsample_bilinear2d_backward"),
+        *("upsample_bicubic2d_backward", "upsample_trilinear3d_backward"),
+        *("_adaptive_avg_pool2d_backward", "adaptive_max_pool2d_backward", "avg_pool3d_backward"),
+        *("grid_sampler_2d_backward", "embedding_bag", "bincount", "histc", "kthvalue", "median"),
+        *("cumsum", "nll_loss2d_forward", "put_"),
+    )
+}
+"""What CUDA refuses under `torch.use_deterministic_algorithms` (torch's documentation of it)."""
 INSIDE = {"square": "pow", "interpolate": "upsample_bilinear2d"}
 """Composite operation -> the operation of autocast's lists that it calls."""
 
@@ -37,6 +49,8 @@ class OneDevice(ExitStack):
         """Numbers or tensors brought to the CPU: `.item()`, `bool()`, `.tolist()`, `.cpu()`."""
         self.copies = 0
         """Tensors brought from the CPU: torch waits until the copy of pageable memory is done."""
+        self.operations: set[str] = set()
+        """Names of all operations, such as `aten::mul`."""
 
     def __enter__(self) -> "OneDevice":
         super().__enter__()
@@ -53,6 +67,7 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
+        self._seen.operations.add(name)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         devices = {t.device.type for t in tensors}
         if name == "aten::_local_scalar_dense" and devices == {"meta"}:

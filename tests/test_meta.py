@@ -13,11 +13,11 @@ from distributed.engine import GuardedAdam, WeightAverage, build_optimizer
 from measnet import config as configs
 from measnet.config import ABLATION, ModelConfig, replace_dotted
 from measnet.frequency import commit_statistics
-from measnet.kernels import torch_only
+from measnet.ops.cpu_library import torch_only
 from measnet.losses import Losses, restoration_loss
 from measnet.network import MEASNet, Restoration
 from measnet.restore import restore
-from tests.meta import MetaAutocast, OneDevice
+from tests.meta import UNREPEATABLE, MetaAutocast, OneDevice
 
 SHALLOW: dict[str, Any] = {
     "num_blocks": (1, 1, 1, 1),
@@ -182,6 +182,23 @@ def test_noise_is_drawn_where_its_generator_lives(autocast: Callable[..., MetaAu
     with autocast(None), OneDevice() as device:
         model(image, generator=torch.Generator().manual_seed(0))
     assert (device.reads, device.copies) == (0, 3)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", ["paper-full", "official"])
+def test_a_gpu_can_repeat_a_step_exactly(
+    name: str, deterministic: bool, autocast: Callable[..., MetaAutocast]
+) -> None:
+    model, image = network(CONFIGS[name]), picture((2, 68, 67))
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with autocast(torch.bfloat16), OneDevice() as device:
+            train(model, image)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert bool(device.operations & UNREPEATABLE) != deterministic
+    assert (device.reads, device.copies) == (0, 0)
 
 
 @pytest.mark.parametrize("variant", ["paper", pytest.param("official", marks=pytest.mark.slow)])
