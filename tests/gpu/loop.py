@@ -7,7 +7,6 @@ tensors took, with the weights, their gradients, moments and average; `loss`, af
 """
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from typing import Literal
 import torch
 import tyro
 
+from distributed.engine import use_deterministic_algorithms
 from measnet import config as configs
 from measnet.config import ModelConfig, replace_dotted
 from measnet.kernels import torch_only
@@ -60,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = tyro.cli(Arguments, args=argv, prog="python -m tests.gpu.loop")
     device = torch.device(given.device)
     if given.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before cuBLAS starts
-        torch.use_deterministic_algorithms(True)
+        use_deterministic_algorithms()
     torch.manual_seed(0)
     model = MEASNet(network(given.preset)).to(device)
     model.activation_checkpointing = given.checkpointing
