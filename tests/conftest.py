@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,9 +63,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     session.config.stash[GPU_TESTS] = chosen
 
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """How many tests marked `gpu` ran, and what they measured; also into MEASNET_GPU_REPORT."""
     chosen = config.stash.get(GPU_TESTS, set())
     if not chosen:
