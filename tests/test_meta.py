@@ -13,9 +13,9 @@ from distributed.engine import GuardedAdam, WeightAverage, build_optimizer
 from measnet import config as configs
 from measnet.config import ABLATION, ModelConfig, replace_dotted
 from measnet.frequency import commit_statistics
-from measnet.ops.cpu_library import torch_only
 from measnet.losses import Losses, restoration_loss
 from measnet.network import MEASNet, Restoration
+from measnet.ops.cpu_library import torch_only
 from measnet.restore import restore
 from tests.meta import UNREPEATABLE, MetaAutocast, OneDevice
 

@@ -253,7 +253,7 @@ def test_low_pass_is_the_transform_restricted_to_the_rectangle() -> None:
 def network(reference: Golden) -> MEASNet:
     model = MEASNet(SMALL).eval()
     model.load_state_dict(weights.convert(reference.entries("tiny"), SMALL))
-    return model
+    return model.to(reference.device)
 
 
 @pytest.mark.parametrize("size", ["64x64", "128x128", "72x136", "256x256", "512x512"])
@@ -340,7 +340,7 @@ def test_transformer_block_trains(reference: Golden) -> None:
 def test_network_trains(reference: Golden) -> None:
     outputs, entries = reference.outputs, with_gradients(reference.entries("tiny"))
     state = weights.convert(entries, SMALL)
-    model = MEASNet(SMALL)
+    model = MEASNet(SMALL).to(reference.device)
     with reference.rules.FixedNoise():
         restoration = functional_call(model, state, (reference.image("train_x", 64, 64, 2),))
     losses = restoration_loss(restoration, reference.image("train_t", 64, 64, 2), 0.001)

@@ -21,10 +21,10 @@ import tyro
 from distributed.engine import use_deterministic_algorithms
 from measnet import config as configs
 from measnet.config import ModelConfig, replace_dotted
-from measnet.kernels import torch_only
 from measnet.losses import restoration_loss
 from measnet.memory import STATE_BYTES
 from measnet.network import MEASNet
+from measnet.ops.cpu_library import torch_only
 
 
 @dataclass(frozen=True, kw_only=True)

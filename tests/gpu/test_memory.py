@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from measnet.ops.cpu_library import torch_only
 from measnet.memory import Precision, predict
+from measnet.ops.cpu_library import torch_only
 from tests.chaos import ROOT
 from tests.gpu import loop
 
