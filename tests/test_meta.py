@@ -266,16 +266,7 @@ def test_counting_a_micro_batch_never_waits(autocast: Callable[..., MetaAutocast
     assert meter.micro_batches == 2
 
 
-@pytest.mark.parametrize(
-    "tile",
-    [
-        None,
-        # The weights of the tiles' blending are made on the CPU. Remove the mark with that.
-        pytest.param(
-            48, marks=pytest.mark.xfail(strict=True, raises=(AssertionError, RuntimeError))
-        ),
-    ],
-)
+@pytest.mark.parametrize("tile", [None, 48])
 def test_a_picture_on_the_device_is_restored_there(
     tile: int | None, autocast: Callable[..., MetaAutocast]
 ) -> None:

@@ -22,7 +22,7 @@ from distributed.engine import use_deterministic_algorithms
 from measnet import config as configs
 from measnet.config import ModelConfig, replace_dotted
 from measnet.losses import restoration_loss
-from measnet.memory import STATE_BYTES
+from measnet.memory import state_bytes
 from measnet.network import MEASNet
 from measnet.ops.cpu_library import torch_only
 
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
-        peak = _resident("VmHWM") - before + STATE_BYTES * sum(p.numel() for p in average)
+        peak = _resident("VmHWM") - before + state_bytes(sum(p.numel() for p in average))
     speed = given.batch / statistics.median(seconds)
     print(json.dumps({"samples_per_s": speed, "peak": peak, "loss": loss}))
     return 0

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from measnet.memory import Precision, predict
-from measnet.ops.cpu_library import torch_only
 from tests.chaos import ROOT
 from tests.gpu import loop
 
@@ -46,8 +45,7 @@ def test_memory_is_what_was_predicted(
         preset, batch, crop, precision, tolerance = "tiny", batch // 4, 64, "fp32", 0.2
     options = {"preset": preset, "precision": precision, "checkpointing": checkpointing}
     measured = measure(gpu, **options, batch=batch, crop=crop, steps=3)["peak"]
-    with torch_only():
-        memory = predict(loop.network(preset), precision=precision, checkpointing=checkpointing)
+    memory = predict(loop.network(preset), precision=precision, checkpointing=checkpointing)
     predicted = memory.total(batch, crop)
     name = f"{preset}_{batch}x{crop}_{precision}{'_checkpointing' if checkpointing else ''}"
     figure(f"{name}_gib", measured / 2**30)

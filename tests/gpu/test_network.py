@@ -111,7 +111,7 @@ class Same(nn.Linear):
     """Gives back its input: no part looks beyond a tile, so tiles must give the whole."""
 
     def forward(self, image: Tensor) -> object:  # type: ignore[override]
-        return type("Restoration", (), {"image": image})
+        return type("Restoration", (), {"image": image, "routing": {}})
 
 
 @pytest.mark.parametrize("where", ["cpu", "card"])
