@@ -83,10 +83,12 @@ class Run:
             *("--every.validate", "0", "--every.validation-pictures", "1"),
             *more,
         ]
+        # Behind the project's own folder comes what is there, such as packages that lie elsewhere.
+        python = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         self.folder = folder / "runs" / "demo"
         self.hang = folder / "hang"
         self.log = (folder / "log.txt").open("a")
-        environment = {**environment, FLAG: str(self.hang), "PYTHONPATH": str(ROOT)}
+        environment = {**environment, FLAG: str(self.hang), "PYTHONPATH": python}
         self.process = psutil.Popen(
             arguments,
             cwd=folder,

@@ -1,13 +1,17 @@
 """What several tests need: where the real pictures and reference outputs lie, and a quiet torch."""
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+GPU_TESTS = pytest.StashKey[set[str]]()
+FIGURES = pytest.StashKey[dict[str, float]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -16,6 +20,82 @@ def pytest_configure(config: pytest.Config) -> None:
     # CPU); once on a tiny tensor avoids it.
     for function in (torch.exp, torch.log, torch.erf, torch.tanh, torch.sigmoid):
         function(torch.ones(4))
+
+
+# --- Tests marked `gpu` (docs/testing.md) ---
+
+
+@pytest.fixture(scope="session")
+def gpu() -> Iterator[torch.device]:
+    """The card that tests marked `gpu` run on, with TF32 off: its products are then exact fp32.
+
+    MEASNET_GPU_DEVICE=cpu tries these tests without a card, smaller.
+    """
+    device = torch.device(os.environ.get("MEASNET_GPU_DEVICE", "cuda"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU; MEASNET_GPU_DEVICE=cpu tries these tests without one")
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [one.allow_tf32 for one in settings]
+    for one in settings:
+        one.allow_tf32 = False
+    yield device
+    for one, allowed in zip(settings, before, strict=True):
+        one.allow_tf32 = allowed
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Runs a test on the CPU and, among the tests marked `gpu`, on the card."""
+    if request.param == "cpu":
+        return torch.device("cpu")
+    chosen: torch.device = request.getfixturevalue("gpu")
+    return chosen
+
+
+@pytest.fixture(scope="session")
+def figure(pytestconfig: pytest.Config) -> Callable[[str, float], None]:
+    """Keeps a measured number under a name: shown as `GPU name value` at the end of the tests."""
+    return pytestconfig.stash.setdefault(FIGURES, {}).__setitem__
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    chosen = {item.nodeid for item in session.items if item.get_closest_marker("gpu")}
+    session.config.stash[GPU_TESTS] = chosen
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """How many tests marked `gpu` ran, and what they measured; also into MEASNET_GPU_REPORT."""
+    chosen = config.stash.get(GPU_TESTS, set())
+    if not chosen:
+        return
+    stats = terminalreporter.stats
+    skipped = {
+        r.nodeid: str(r.longrepr[-1]) for r in stats.get("skipped", []) if r.nodeid in chosen
+    }
+    failed = {r.nodeid for kind in ("failed", "error") for r in stats.get(kind, [])} & chosen
+    passed = {r.nodeid for r in stats.get("passed", [])} & chosen - failed
+    figures = config.stash.get(FIGURES, {})
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    terminalreporter.section("tests on a GPU")
+    for what, value in figures.items():
+        terminalreporter.write_line(f"GPU {what} {value:.6g}")
+    terminalreporter.write_line(
+        f"{name}, torch {torch.__version__}: {len(passed | failed)} gpu tests ran "
+        f"({len(failed)} failed), {len(skipped)} were skipped"
+    )
+    if path := os.environ.get("MEASNET_GPU_REPORT"):
+        report = {
+            "device": name,
+            "torch": torch.__version__,
+            "passed": sorted(passed),
+            "failed": sorted(failed),
+            "skipped": skipped,
+            "figures": figures,
+        }
+        Path(path).write_text(json.dumps(report, indent=2) + "\n")
+
+
+# --- Shared by many tests ---
 
 
 @pytest.fixture(autouse=True)
