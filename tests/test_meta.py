@@ -249,6 +249,7 @@ def test_the_average_of_the_weights_never_waits() -> None:
 
 def test_counting_a_micro_batch_never_waits(autocast: Callable[..., MetaAutocast]) -> None:
     from distributed.run import Meter
+
     from shards.stream import Batch
 
     model = network(replace_dotted(configs.tiny(), SHALLOW))

@@ -15,6 +15,7 @@ from distributed.hang import Activity, describe, find_hang
 from distributed.progress import FIRST_STEPS, Message, Monitor, Reporter, start_monitor, where
 from measnet.config import tiny
 from measnet.network import MEASNet
+from measnet.tiling import Tiling
 from tests.chaos import BATCH, STEPS, Run, difference, final_state
 
 PATIENCE = ScalingConfig(health_timeout_s=30.0, collective_timeout_s=600.0)
@@ -113,9 +114,10 @@ def test_where_names_the_innermost_line_of_this_project() -> None:
         go_on.wait()
         yield from ()
 
-    thread = threading.Thread(target=lambda: list(score(MEASNet(tiny()), blocked())))
+    tiling = Tiling(at_once=10**6)
+    thread = threading.Thread(target=lambda: list(score(MEASNet(tiny()), blocked(), tiling)))
     thread.start()
-    ready.wait()
+    assert ready.wait(timeout=30)
     assert re.fullmatch(r"distributed/evaluate\.py:\d+, score", where(thread.ident or 0))
     go_on.set()
     thread.join()
