@@ -114,7 +114,7 @@ def _read_by_pillow(file: IO[bytes], megapixels: int) -> Picture:
         icc = image.info.get("icc_profile") or b""
         exif, orientation = _exif(image.getexif(), notes)
         if image.format == "PNG" and _png_depth(file) == 16:
-            pixels = _deep_png(file, image.info.get("transparency"))
+            pixels = _deep_png(file)
         elif image.mode == "CMYK":
             pixels, icc = _cmyk(image, icc, notes)
         else:
@@ -129,15 +129,11 @@ def _png_depth(file: IO[bytes]) -> int:
     return file.read(1)[0]
 
 
-def _deep_png(file: IO[bytes], transparent: int | tuple[int, ...] | None) -> np.ndarray:
-    """(H, W, C) uint16; `transparent` is the colour that is not opaque (chunk tRNS)."""
+def _deep_png(file: IO[bytes]) -> np.ndarray:
+    """(H, W, C) uint16; a transparent colour (chunk tRNS) becomes alpha."""
     file.seek(0)
     pixels: np.ndarray = imagecodecs.png_decode(file.read())
-    pixels = pixels.reshape(*pixels.shape[:2], -1)
-    if transparent is None:
-        return pixels
-    opaque = (pixels != np.asarray(transparent, np.uint16)).any(-1, keepdims=True)
-    return np.concatenate([pixels, np.where(opaque, 65535, 0).astype(np.uint16)], axis=-1)
+    return pixels.reshape(*pixels.shape[:2], -1)
 
 
 def _cmyk(image: Image.Image, icc: bytes, notes: list[str]) -> tuple[np.ndarray, bytes]:

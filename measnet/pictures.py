@@ -50,7 +50,7 @@ class Format(NamedTuple):
 
 _8, _16, _FLOAT = WHITE
 _PNG = Format("PNG", (_16, _8))
-_TIFF = Format("TIFF", (_FLOAT, _16, _8), options={"compression": "tiff_adobe_deflate"})
+_TIFF = Format("TIFF", (_FLOAT, _16, _8))  # Pillow fails to compress one with EXIF
 _JPEG = Format(
     "JPEG", (_8,), alpha=False, longest=65535, options={"quality": 95, "subsampling": "4:4:4"}
 )
