@@ -22,6 +22,7 @@ from torch.export import Dim, ExportedProgram
 
 from measnet.config import replace_dotted
 from measnet.network import MEASNet
+from measnet.weights import load_weights
 
 SIZES = {"paper": (24, 4096), "official": (64, 248)}
 """Least and largest side that the graph takes."""
@@ -68,11 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; 0, or 2 after a message."""
     parser = argparse.ArgumentParser(prog="python -m measnet.export", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("model", help="file of MEASNet.save_pretrained")
+    parser.add_argument(
+        "model",
+        help="weights: a .safetensors file, a checkpoint of the authors' program, or a run folder",
+    )
     parser.add_argument("out", help="ONNX file to write")
     arguments = parser.parse_args(argv)
     try:
-        export_onnx(MEASNet.from_pretrained(arguments.model), arguments.out)
+        export_onnx(load_weights(arguments.model), arguments.out)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

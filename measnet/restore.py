@@ -1,125 +1,269 @@
-"""Restore pictures of any size, in tiles where memory is short.
+"""Restore picture files of any size, in tiles where memory is short.
 
     python -m measnet.restore IN OUT --weights model.safetensors
 
-IN is a picture or a folder of pictures, OUT a file or a folder. The weights are a file of
-`MEASNet.save_pretrained`, or a checkpoint of the authors' program (.ckpt, .pth, .safetensors).
+What is kept of a file, what is converted and how results are named: docs/restore.md.
 """
 
-import argparse
+import os
 import sys
+import tempfile
+import time
+from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from itertools import chain, count
+from pathlib import Path, PurePath
+from typing import Annotated, NamedTuple
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+import tyro
+from rich.console import Console
 
+from measnet import decoding, pictures
+from measnet.hardware import DeviceChoice, choose_device, this_machine
 from measnet.network import MEASNet
-from measnet.official import weights as official_weights
-from measnet.tiling import OVERLAP, TILE, _check_overlap, restore
+from measnet.tiling import OVERLAP, Tiling, check_overlap, choose_tiling, restore
+from measnet.weights import load_weights
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+SUFFIXES = tuple(pictures.FORMATS)
+"""Files with other suffixes in a folder are left out."""
+KEEP_SUFFIX = (".png", ".tif", ".tiff")
+"""Results of these keep their name; those of others are written as PNG."""
 
 
-def load_weights(path: Path) -> MEASNet:
-    """Our own file or a checkpoint of the authors' program; in evaluation mode.
+class Job(NamedTuple):
+    """A picture to restore."""
+
+    source: Path
+    target: Path
+    """The file to write."""
+
+
+def result_names(files: Sequence[PurePath]) -> list[PurePath]:
+    """Names of the results, each for one file only, also where upper and lower case are one.
+
+    PNG and TIFF keep their name. Of others, NAME.jpg becomes NAME.png, or NAME.jpg.png where
+    another file would give NAME.png too; then numbers are added.
+    """
+    wanted = Counter(_folded(_first_name(file)) for file in files)
+    named: dict[PurePath, PurePath] = {}
+    taken: set[str] = set()
+    for file in sorted(files, key=lambda file: file.suffix.lower() not in KEEP_SUFFIX):
+        first = _first_name(file)
+        alone = wanted[_folded(first)] == 1 or file.suffix.lower() in KEEP_SUFFIX
+        whole = file.with_name(file.name + ".png")
+        numbered = (first.with_name(f"{first.stem}-{n}{first.suffix}") for n in count(2))
+        candidates = chain([first] if alone else [whole], numbered)
+        named[file] = next(name for name in candidates if _folded(name) not in taken)
+        taken.add(_folded(named[file]))
+    return [named[file] for file in files]
+
+
+def _first_name(file: PurePath) -> PurePath:
+    return file if file.suffix.lower() in KEEP_SUFFIX else file.with_suffix(".png")
+
+
+def _folded(path: PurePath) -> str:
+    return str(path).casefold()
+
+
+def plan(source: Path, target: Path) -> list[Job]:
+    """Which picture goes where; a folder keeps its structure.
 
     Raises:
-        ValueError: neither, by the reason.
+        ValueError: nothing to restore, or a target that does not fit the source.
     """
-    if path.suffix == ".safetensors" and path.is_file():
-        try:
-            with safe_open(path, framework="pt") as file:
-                ours = "config" in (file.metadata() or {})
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-        if ours:
-            return MEASNet.from_pretrained(path)
-    return official_weights.load(path)
-
-
-def read_picture(path: Path) -> Tensor:
-    """An 8-bit picture as (3, H, W) in [0, 1]; turned as its camera says, grey and alpha to RGB.
-
-    Raises:
-        ValueError: not a picture, or a damaged one.
-    """
-    try:
-        with Image.open(path) as picture:
-            pixels = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
-
-
-def write_picture(image: Tensor, path: Path) -> None:
-    """Write (3, H, W) in [0, 1] with 8 bits; the file appears when it is whole."""
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part{path.suffix}")
-    try:
-        Image.fromarray(pixels).save(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def pairs(source: Path, target: Path) -> list[tuple[Path, Path]]:
-    """Which picture goes where; a folder keeps its structure, its results are PNG.
-
-    Raises:
-        ValueError: nothing to restore, or two pictures that would be written to one file.
-    """
-    if not source.exists():
-        raise ValueError(f"there is no file or folder {source}")
     if source.is_file():
-        if target.suffix.lower() in SUFFIXES:
-            return [(source, target)]
-        return [(source, target / f"{source.stem}.png")]
-    found = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        return [Job(source, _target_of_file(source, target))]
+    if not source.is_dir():
+        raise ValueError(f"there is no file or folder {source}")
+    if target.is_file() or (target.suffix.lower() in SUFFIXES and not target.is_dir()):
+        raise ValueError(f"{source} is a folder, so {target} must be one too, not a file")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ValueError(
+            f"{target} lies in {source}, whose pictures are restored: choose a folder outside it"
+        )
+    inside = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file()]
+    found = [
+        path
+        for path in inside
+        if path.suffix.lower() in SUFFIXES and not any(p.startswith(".") for p in path.parts)
+    ]
     if not found:
         raise ValueError(f"{source} holds no pictures ({', '.join(SUFFIXES)})")
-    planned: dict[Path, Path] = {}
-    for path in found:
-        out = target / path.relative_to(source).with_suffix(".png")
-        if out in planned:
-            raise ValueError(f"{planned[out]} and {path} would both be written to {out}")
-        planned[out] = path
-    return [(path, out) for out, path in planned.items()]
+    if left := len(inside) - len(found):
+        print(
+            f"{left} other files in {source} are left out: no pictures by their suffix, or hidden"
+        )
+    names = result_names(found)
+    return [Job(source / path, target / name) for path, name in zip(found, names, strict=True)]
+
+
+def _target_of_file(source: Path, target: Path) -> Path:
+    if target.is_dir() or not target.suffix:
+        (name,) = result_names([PurePath(source.name)])
+        return target / name
+    if target.suffix.lower() not in SUFFIXES:
+        raise ValueError(
+            f"{target} has the unknown suffix {target.suffix}; known are {', '.join(SUFFIXES)}. "
+            "If it shall be a folder, make it first"
+        )
+    return target
+
+
+def check_overwriting(
+    jobs: Sequence[Job], *, force: bool = False, skip_existing: bool = False
+) -> list[Job]:
+    """The jobs to do, by what exists already.
+
+    Raises:
+        ValueError: a result would overwrite an input (by whatever path), or an existing file
+            without `force`.
+    """
+    inputs = {_identity(job.source): job.source for job in jobs}
+    existing = [job for job in jobs if job.target.exists()]
+    for job in existing:
+        if (taken := inputs.get(_identity(job.target))) is not None:
+            raise ValueError(
+                f"the result {job.target} would overwrite the input {taken}: choose another OUT"
+            )
+    if skip_existing:
+        return [job for job in jobs if job not in existing]
+    if existing and not force:
+        raise ValueError(
+            f"{existing[0].target} exists already ({len(existing)} of {len(jobs)} results do): "
+            "--force overwrites existing results, --skip-existing restores only the others"
+        )
+    return list(jobs)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    """Equal for all paths to one file."""
+    found = os.stat(path)
+    return found.st_dev, found.st_ino
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Restore a picture, or all pictures of a folder, of any size.
+
+    8 and 16 bits, floats, grey, transparency, ICC profile and EXIF are kept; docs/restore.md says
+    how. The exit code is 0 if all pictures were restored, 1 if some failed (the others are
+    written), 2 if nothing was started.
+    """
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IN")]
+    """Picture (PNG, JPEG, TIFF, WebP, BMP), or folder of pictures with any subfolders."""
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """Folder to write to; for one picture also a file, whose suffix gives the format."""
+    weights: Path
+    """A .safetensors file, a checkpoint of the authors' program, or a run folder (runs/demo)."""
+    tile: int = 0
+    """Larger pictures are restored in tiles of this side, in pixels; 0: chosen by memory."""
+    overlap: int = OVERLAP
+    """Pixels that neighbouring tiles share."""
+    device: DeviceChoice = "auto"
+    """Where to restore; `auto`: the GPU where there is one."""
+    force: bool = False
+    """Overwrite existing results. Inputs are never overwritten."""
+    skip_existing: bool = False
+    """Restore only pictures whose result does not exist yet."""
+    megapixels: Annotated[int, tyro.conf.arg(name="max-megapixels")] = decoding.MEGAPIXELS
+    """Larger pictures are refused: a small file can claim any size."""
+
+    def check(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            ValueError: with the flag, its value and the limit.
+        """
+        for flag, value, least in (
+            ("tile", self.tile, 0),
+            ("overlap", self.overlap, 0),
+            ("max-megapixels", self.megapixels, 1),
+        ):
+            if value < least:
+                raise ValueError(f"--{flag} is {value}, but must be {least} or more")
+        check_overlap(self.tile or None, self.overlap)
+        if self.force and self.skip_existing:
+            raise ValueError("--force and --skip-existing exclude each other: give one of them")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; 0, or 2 after a message. A picture that fails does not stop the others."""
-    parser = argparse.ArgumentParser(prog="python -m measnet.restore", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("source", metavar="IN", type=Path, help="picture or folder")
-    parser.add_argument("target", metavar="OUT", type=Path, help="picture or folder to write")
-    parser.add_argument("--weights", type=Path, required=True, help="trained weights")
-    parser.add_argument("--tile", type=int, default=TILE, help="pixels a side; 0: never in tiles")
-    parser.add_argument("--overlap", type=int, default=OVERLAP, help="pixels that tiles share")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args(argv)
-    failed = 0
+    """Command line; the exit code is that of `Arguments`."""
+    given = tyro.cli(Arguments, args=argv, prog="python -m measnet.restore")
     try:
-        _check_overlap(arguments.tile or None, arguments.overlap)
-        planned = pairs(arguments.source, arguments.target)
-        model = load_weights(arguments.weights).to(arguments.device)
+        given.check()
+        device = choose_device(given.device, this_machine())
+        planned = plan(given.source, given.target)
+        jobs = check_overwriting(planned, force=given.force, skip_existing=given.skip_existing)
+        if skipped := len(planned) - len(jobs):
+            print(f"{skipped} results exist already and are skipped")
+        model = load_weights(given.weights).to(device.choice)
+        tiling = choose_tiling(model, tile=given.tile or None, overlap=given.overlap)
+        for folder in {job.target.parent for job in jobs}:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass  # it can be written to: known before hours of work, not after
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for source, target in planned:
-        try:
-            tile, overlap = arguments.tile or None, arguments.overlap
-            restored = restore(model, read_picture(source), tile=tile, overlap=overlap)
-            write_picture(restored, target)
-            print(target)
-        except (OSError, ValueError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            failed += 1
-    return 2 if failed else 0
+    print(f"device {device}\n{tiling.decision}")
+    return _restore_all(model, jobs, tiling, given)
+
+
+def _restore_all(model: MEASNet, jobs: Sequence[Job], tiling: Tiling, given: Arguments) -> int:
+    """Restore one after the other; one that fails does not stop the others."""
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    failed: list[str] = []
+    done = 0
+    begin = time.perf_counter()
+    try:
+        for number, job in enumerate(jobs, 1):
+            start = time.perf_counter()
+            label = f"[{number}/{len(jobs)}] {job.source}"
+            try:
+                with console.status(label.replace("[", "\\[")):
+                    picture = _restore_file(model, job, tiling, given.megapixels)
+            except (OSError, ValueError, MemoryError, RuntimeError) as error:
+                failed.append(_failure(job, error))
+                print(f"error: {failed[-1]}", file=sys.stderr)
+                continue
+            done += 1
+            height, width = picture.colour.shape[:2]
+            seconds = time.perf_counter() - start
+            console.print(f"{label} {width}x{height} -> {job.target} {seconds:.1f} s")
+            for note in picture.notes:
+                console.print(f"    note: {note}")
+    except KeyboardInterrupt:
+        failed.append("interrupted; the same command with --skip-existing goes on")
+    seconds = time.perf_counter() - begin
+    console.print(f"restored {done} of {len(jobs)} pictures to {given.target} in {seconds:.1f} s")
+    if failed:
+        print("\n  ".join([f"{len(jobs) - done} not restored:", *failed]), file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _restore_file(model: MEASNet, job: Job, tiling: Tiling, megapixels: int) -> pictures.Picture:
+    """The picture as it was before, with the notes on how it was written."""
+    picture = decoding.read(job.source, megapixels=megapixels)
+    fitting = pictures.fit(picture, job.target)  # refused before the long part, not after it
+    tensor = picture.tensor()
+    tile = tiling.side(*tensor.shape[-2:])
+    image = restore(model, tensor, tile=tile, overlap=tiling.overlap)
+    pictures.write(picture.with_colour(image), job.target)
+    return fitting
+
+
+def _failure(job: Job, error: Exception) -> str:
+    """Which file failed and why, in one line."""
+    if isinstance(error, pictures.PictureError):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    reason = lines[0] if lines else type(error).__name__
+    if isinstance(error, MemoryError | RuntimeError):  # torch raises the latter on a CPU
+        reason = f"{reason}; if memory ran out, give a smaller --tile"
+    return f"{job.source} could not be restored: {reason}"
 
 
 if __name__ == "__main__":

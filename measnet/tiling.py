@@ -16,8 +16,6 @@ from measnet.hardware import Decision, free_memory
 from measnet.memory import RESERVE, Memory, inference
 from measnet.network import MEASNet
 
-TILE = 1024
-"""Side of the tiles of `python -m measnet.restore`, in pixels."""
 OVERLAP = 32
 """Pixels that neighbouring tiles share by default."""
 STEP = 64
@@ -102,7 +100,7 @@ def choose_tiling(
     Raises:
         ValueError: an overlap that does not fit the tile.
     """
-    _check_overlap(tile, overlap)
+    check_overlap(tile, overlap)
     if tile is not None:
         return Tiling(tile * tile, tile, overlap)
     device = next(model.parameters()).device
@@ -142,7 +140,7 @@ def restore_routed(
     """As `restore`; also gives the experts that were chosen, and the tiles that fitted."""
     if image.ndim not in (3, 4) or image.shape[-3] != 3:
         raise ValueError(f"a picture is (3, H, W) or (B, 3, H, W), not {tuple(image.shape)}")
-    _check_overlap(tile, overlap)
+    check_overlap(tile, overlap)
     batch = image if image.ndim == 4 else image[None]
     height, width = batch.shape[-2:]
     if tile is not None and max(height, width) <= tile:
@@ -221,7 +219,12 @@ def _run(model: MEASNet, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     return out.image.to(batch.device), routing
 
 
-def _check_overlap(tile: int | None, overlap: int) -> None:
+def check_overlap(tile: int | None, overlap: int) -> None:
+    """Refuse an overlap that does not fit the tile.
+
+    Raises:
+        ValueError: with the limit.
+    """
     if tile is not None and not 0 <= overlap < tile:
         raise ValueError(f"overlap is {overlap}, but must lie between 0 and tile - 1 ({tile - 1})")
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from measnet import experts
 from measnet.experts import ExpertBank, PixelExperts, resolve_path, squared_variation
-from measnet.official import LogExpertBank
+from measnet.official.network import LogExpertBank
 
 PATHS = ["dense", "sorted"]
 

@@ -1,0 +1,237 @@
+"""Pictures in memory and how files hold them: depth, grey, transparency, profile, EXIF.
+
+`measnet.decoding` reads files. Pillow writes 8-bit pictures. It knows no 16-bit colour, so
+imagecodecs writes PNG with 16 bits, and tifffile writes TIFF with 16 bits or floats. What is kept,
+converted and refused is listed in docs/restore.md.
+"""
+
+import dataclasses
+import secrets
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import imagecodecs
+import numpy as np
+import tifffile
+import torch
+from PIL import ExifTags, Image, PngImagePlugin
+from torch import Tensor
+
+WHITE: dict[np.dtype[Any], int] = {
+    np.dtype(np.uint8): 255,
+    np.dtype(np.uint16): 65535,
+    np.dtype(np.float32): 1,
+}
+"""Type of the pixels -> the value of white; black is 0."""
+
+
+class PictureError(ValueError):
+    """A file that is not read, or not written, as a picture; the message says why."""
+
+
+class Format(NamedTuple):
+    """What a file format can hold."""
+
+    name: str
+    """Pillow's name."""
+    types: tuple[np.dtype, ...]
+    """Pixel types, the deepest first."""
+    alpha: bool = True
+    grey: bool = True
+    metadata: bool = True
+    """ICC profile and EXIF."""
+    longest: int = 2**31 - 1
+    """Most pixels a side."""
+    options: dict[str, Any] = {}  # noqa: RUF012 (immutable by use)
+    """How Pillow writes it."""
+
+
+_8, _16, _FLOAT = WHITE
+_PNG = Format("PNG", (_16, _8))
+_TIFF = Format("TIFF", (_FLOAT, _16, _8))  # Pillow fails to compress one with EXIF
+_JPEG = Format(
+    "JPEG", (_8,), alpha=False, longest=65535, options={"quality": 95, "subsampling": "4:4:4"}
+)
+_BMP = Format("BMP", (_8,), alpha=False, metadata=False)
+_WEBP = Format("WEBP", (_8,), grey=False, longest=16383, options={"lossless": True, "exact": True})
+FORMATS = {
+    ".png": _PNG,
+    ".jpg": _JPEG,
+    ".jpeg": _JPEG,
+    ".bmp": _BMP,
+    ".tif": _TIFF,
+    ".tiff": _TIFF,
+    ".webp": _WEBP,
+}
+"""Suffix in lower case -> format. All but JPEG are written without loss."""
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """Pixels of a picture, upright, and what its file says about them."""
+
+    colour: np.ndarray
+    """(H, W, 1) grey or (H, W, 3) RGB; uint8, uint16, or float32 in [0, 1]."""
+    alpha: np.ndarray | None = None
+    """(H, W) of the same type; None where the file has no transparency."""
+    icc: bytes = b""
+    """ICC profile; empty where there is none."""
+    exif: bytes = b""
+    """EXIF block as Pillow writes it, without orientation and thumbnail; empty where none."""
+    notes: tuple[str, ...] = ()
+    """What was converted or could not be kept, for the user."""
+
+    def tensor(self) -> Tensor:
+        """(3, H, W) float32 in [0, 1]; grey three times over."""
+        white = np.float32(WHITE[self.colour.dtype])
+        planes = np.divide(self.colour.transpose(2, 0, 1), white, dtype=np.float32)
+        return torch.from_numpy(planes).expand(3, -1, -1).contiguous()
+
+    def with_colour(self, image: Tensor) -> "Picture":
+        """This picture with other colours; depth, grey, alpha and metadata stay.
+
+        Args:
+            image: (3, H, W) on the CPU; clamped to [0, 1]. A grey picture takes the mean of the
+                three channels, which is exact where they are equal.
+
+        Raises:
+            ValueError: a value that is not finite.
+        """
+        if not image.isfinite().all():
+            raise ValueError("the network gave values that are not finite; check its weights")
+        if self.colour.shape[2] == 1:
+            image = image.mean(0, keepdim=True, dtype=torch.float64)
+        unit = image.clamp(0, 1).permute(1, 2, 0).float().numpy()
+        return dataclasses.replace(self, colour=_from_unit(unit, self.colour.dtype))
+
+
+def _to_unit(pixels: np.ndarray) -> np.ndarray:
+    return np.divide(pixels, np.float32(WHITE[pixels.dtype]), dtype=np.float32)
+
+
+def _from_unit(pixels: np.ndarray, kind: np.dtype) -> np.ndarray:
+    """Values in [0, 1] as pixels of another type, rounded to the nearest."""
+    return pixels if kind.kind == "f" else np.rint(pixels * WHITE[kind]).astype(kind)
+
+
+def fit(picture: Picture, path: Path) -> Picture:
+    """The picture as the format of `path` can hold it; new notes say what is lost.
+
+    Raises:
+        PictureError: an unknown suffix, a side that is too long, or transparency that would be
+            lost.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
+        raise PictureError(f"{path}: unknown suffix {path.suffix!r}; known: {', '.join(FORMATS)}")
+    format = FORMATS[suffix]
+    height, width, channels = picture.colour.shape
+    if max(height, width) > format.longest:
+        raise PictureError(
+            f"{path}: {suffix} holds {format.longest} pixels a side, the picture is "
+            f"{width}x{height}; write .png or .tif"
+        )
+    if picture.alpha is not None and not format.alpha:
+        raise PictureError(f"{path}: {suffix} holds no transparency; write .png or .tif")
+    colour, alpha, icc, exif = picture.colour, picture.alpha, picture.icc, picture.exif
+    notes = list(picture.notes)
+    if colour.dtype not in format.types:
+        deepest = format.types[0]
+        notes.append(f"{colour.dtype} became {deepest}, the most that {suffix} holds")
+        colour = _from_unit(_to_unit(colour), deepest)
+        alpha = None if alpha is None else _from_unit(_to_unit(alpha), deepest)
+    if channels == 1 and not format.grey:
+        notes.append(f"grey is written as RGB, {suffix} holds no grey")
+        colour = colour.repeat(3, axis=2)
+    if icc and not (format.metadata and _describes(icc, colour.shape[2])):
+        notes.append(f"its ICC profile does not fit {suffix} of its channels and is not kept")
+        icc = b""
+    if exif and not format.metadata:
+        notes.append(f"its EXIF is not kept, {suffix} holds none")
+        exif = b""
+    elif exif and format is _TIFF and colour.dtype != np.uint8 and _has_parts(exif):
+        notes.append(f"exposure and GPS in its EXIF are not kept in a {colour.dtype} TIFF")
+    return Picture(colour, alpha, icc, exif, tuple(notes))
+
+
+def _describes(icc: bytes, channels: int) -> bool:
+    """Whether a profile is one of grey or RGB pictures, by its header's colour space."""
+    return icc[16:20] == (b"GRAY" if channels == 1 else b"RGB ")
+
+
+def _has_parts(exif: bytes) -> bool:
+    """Whether EXIF has more than the tags of the picture itself: exposure or GPS."""
+    tags = Image.Exif()
+    tags.load(exif)
+    return ExifTags.IFD.Exif in tags or ExifTags.IFD.GPSInfo in tags
+
+
+def write(picture: Picture, path: Path) -> None:
+    """Write a picture in the format of the suffix, as `fit` gives it.
+
+    The file appears when it is whole; an existing one is replaced. Folders are made.
+
+    Raises:
+        PictureError: as `fit`.
+        OSError: it cannot be written.
+    """
+    picture = fit(picture, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        with aside.open("wb") as file:
+            _encode(picture, FORMATS[path.suffix.lower()], file)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _encode(picture: Picture, format: Format, file: IO[bytes]) -> None:
+    parts = (
+        [picture.colour] if picture.alpha is None else [picture.colour, picture.alpha[..., None]]
+    )
+    pixels = np.ascontiguousarray(np.concatenate(parts, axis=2))
+    pixels = pixels[..., 0] if pixels.shape[2] == 1 else pixels
+    if pixels.dtype == np.uint8:
+        metadata = {"icc_profile": picture.icc, "exif": picture.exif} if format.metadata else {}
+        kept = {name: value for name, value in metadata.items() if value}
+        Image.fromarray(pixels).save(file, format.name, **format.options, **kept)
+    elif format is _PNG:
+        _encode_deep_png(pixels, picture, file)
+    else:
+        _encode_deep_tiff(pixels, picture, file)
+
+
+def _encode_deep_png(pixels: np.ndarray, picture: Picture, file: IO[bytes]) -> None:
+    """imagecodecs writes no metadata: its chunks go behind the header (8 + 25 bytes)."""
+    encoded = imagecodecs.png_encode(pixels)
+    file.write(encoded[:33])
+    if picture.icc:
+        PngImagePlugin.putchunk(file, b"iCCP", b"ICC Profile\0\0", zlib.compress(picture.icc))
+    if picture.exif:
+        PngImagePlugin.putchunk(file, b"eXIf", picture.exif.removeprefix(b"Exif\0\0"))
+    file.write(encoded[33:])
+
+
+def _encode_deep_tiff(pixels: np.ndarray, picture: Picture, file: IO[bytes]) -> None:
+    tags = Image.Exif()
+    tags.load(picture.exif)
+    texts = [(int(tag), "s", 0, text, True) for tag, text in tags.items() if isinstance(text, str)]
+    base = ExifTags.Base
+    tifffile.imwrite(
+        file,
+        pixels,
+        photometric="rgb" if picture.colour.shape[2] == 3 else "minisblack",
+        extrasamples=None if picture.alpha is None else ["unassalpha"],
+        planarconfig="contig" if pixels.ndim == 3 else None,
+        compression="zlib",
+        predictor=True,
+        resolution=(float(tags.get(base.XResolution, 1)), float(tags.get(base.YResolution, 1))),
+        resolutionunit=tags.get(base.ResolutionUnit, 1),
+        iccprofile=picture.icc or None,
+        extratags=texts,
+        metadata=None,
+        software=False,
+    )

@@ -1,0 +1,65 @@
+"""How commands name trained weights: a file of ours or of the authors' program, or a run."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from measnet.network import MEASNet
+from measnet.official.weights import load as load_official
+
+OF_A_RUN = "model.safetensors"
+"""What a finished training run leaves in its folder."""
+
+
+def load_weights(path: str | Path) -> MEASNet:
+    """Read trained weights.
+
+    Args:
+        path: a file of `MEASNet.save_pretrained`; a checkpoint of the authors' program (.ckpt, .pth
+            or .safetensors); or the folder of a finished run, which holds model.safetensors.
+
+    Returns:
+        The network in evaluation mode, on the CPU.
+
+    Raises:
+        ValueError: none of these, with the reason.
+        OSError: there is no such file, or it cannot be read.
+    """
+    file = _file(Path(path))
+    if file.suffix == ".safetensors" and _is_ours(file):
+        return MEASNet.from_pretrained(file)
+    try:
+        return load_official(file)
+    except ValueError as error:
+        raise ValueError(
+            f"{file} holds neither weights that this program wrote nor those of the authors' "
+            f"program: {error}"
+        ) from error
+
+
+def _file(path: Path) -> Path:
+    """The file that holds the weights: `path` itself, or the file in a run's folder."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file or run folder {path}")
+    if not path.is_dir():
+        return path
+    inside = path / OF_A_RUN
+    if inside.is_file():
+        return inside
+    if (path / "checkpoints").is_dir():
+        raise ValueError(
+            f"the run {path} has no {OF_A_RUN}, because it is not finished; write one from its "
+            f"newest checkpoint: python -m distributed.checkpoint export {path} {OF_A_RUN}"
+        )
+    raise ValueError(
+        f"the folder {path} holds no {OF_A_RUN} and no checkpoints: "
+        "give a weights file or the folder of a run, such as runs/demo"
+    )
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return "config" in (tensors.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
