@@ -31,8 +31,8 @@ from measnet.config import ModelConfig, from_dict
 from measnet.hardware import Decision, DeviceChoice, choose_device, this_machine
 from measnet.metrics import FIELD, Protocol, psnr, ssim
 from measnet.network import MEASNet
-from measnet.restore import load_weights
 from measnet.tiling import ARITHMETIC, Restored, Tiling, choose_tiling, restore_routed
+from measnet.weights import load_weights
 from shards import manifest
 from shards.stream import Picture, pictures
 from shards.tasks import DEGRADATIONS, TASKS

@@ -1,6 +1,6 @@
 """Read picture files: PNG, JPEG, TIFF, WebP, BMP, recognised by their content.
 
-Pillow reads 8-bit pictures. It cuts 16-bit colour down to 8 bits, so imagecodecs reads PNG with 16
+Pillow reads 8-bit pictures. It cuts 16-bit colour down to 8 bits, so `png16` reads PNG with 16
 bits, and tifffile reads TIFF with 16 bits or floats.
 """
 
@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-import imagecodecs
 import numpy as np
 import tifffile
 from PIL import ExifTags, Image, ImageCms
 
+from measnet import png16
 from measnet.pictures import WHITE, Picture, PictureError
 
 MEGAPIXELS = 300
@@ -132,7 +132,7 @@ def _png_depth(file: IO[bytes]) -> int:
 def _deep_png(file: IO[bytes]) -> np.ndarray:
     """(H, W, C) uint16; a transparent colour (chunk tRNS) becomes alpha."""
     file.seek(0)
-    pixels: np.ndarray = imagecodecs.png_decode(file.read())
+    pixels: np.ndarray = png16.decode(file.read())
     return pixels.reshape(*pixels.shape[:2], -1)
 
 

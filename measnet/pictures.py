@@ -1,7 +1,7 @@
 """Pictures in memory and how files hold them: depth, grey, transparency, profile, EXIF.
 
 `measnet.decoding` reads files. Pillow writes 8-bit pictures. It knows no 16-bit colour, so
-imagecodecs writes PNG with 16 bits, and tifffile writes TIFF with 16 bits or floats. What is kept,
+`png16` writes PNG with 16 bits, and tifffile writes TIFF with 16 bits or floats. What is kept,
 converted and refused is listed in docs/restore.md.
 """
 
@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import imagecodecs
 import numpy as np
 import tifffile
 import torch
 from PIL import ExifTags, Image, PngImagePlugin
 from torch import Tensor
+
+from measnet import png16
 
 WHITE: dict[np.dtype[Any], int] = {
     np.dtype(np.uint8): 255,
@@ -205,8 +206,8 @@ def _encode(picture: Picture, format: Format, file: IO[bytes]) -> None:
 
 
 def _encode_deep_png(pixels: np.ndarray, picture: Picture, file: IO[bytes]) -> None:
-    """imagecodecs writes no metadata: its chunks go behind the header (8 + 25 bytes)."""
-    encoded = imagecodecs.png_encode(pixels)
+    """`png16` writes no metadata: its chunks go behind the header (8 + 25 bytes)."""
+    encoded = png16.encode(pixels)
     file.write(encoded[:33])
     if picture.icc:
         PngImagePlugin.putchunk(file, b"iCCP", b"ICC Profile\0\0", zlib.compress(picture.icc))

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from distributed.config import Recipe
-from distributed.engine import GuardedAdam, WeightAverage, build_optimizer
+from distributed.engine import GuardedAdam, build_optimizer
+from distributed.sharded_state import WeightAverage
 from measnet import config as configs
 from measnet.config import ABLATION, ModelConfig, replace_dotted
 from measnet.frequency import commit_statistics
 from measnet.losses import Losses, restoration_loss
 from measnet.network import MEASNet, Restoration
 from measnet.ops.cpu_library import torch_only
-from measnet.restore import restore
+from measnet.tiling import restore
 from tests.meta import UNREPEATABLE, MetaAutocast, OneDevice
 
 SHALLOW: dict[str, Any] = {
@@ -248,8 +249,7 @@ def test_the_average_of_the_weights_never_waits() -> None:
 
 
 def test_counting_a_micro_batch_never_waits(autocast: Callable[..., MetaAutocast]) -> None:
-    from distributed.run import Meter
-
+    from distributed.meter import Meter
     from shards.stream import Batch
 
     model = network(replace_dotted(configs.tiny(), SHALLOW))
