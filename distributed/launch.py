@@ -24,10 +24,10 @@ from rich.console import Console
 from distributed import checkpoint as checkpoints
 from distributed.checkpoint import Checkpoint
 from distributed.config import TrainConfig, as_metrics, to_yaml
-from distributed.storage import absolute, open_folder, write_json, write_whole
 from shards.manifest import Manifest
 from shards.manifest import read as read_manifest
 from shards.order import Plan
+from shards.storage import absolute, open_folder, write_json, write_whole
 
 GRACE_S = 12.0
 """Seconds that a run asked to stop may take to end by itself before it is ended."""

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import psutil
 
 from distributed.config import TrackingConfig, TrainConfig, as_metrics, to_yaml
-from distributed.storage import open_folder
+from shards.storage import open_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

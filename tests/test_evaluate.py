@@ -14,7 +14,7 @@ from distributed.evaluate import EvaluationReport, Score, Tiling, evaluate, main
 from measnet.config import ModelConfig, tiny
 from measnet.metrics import FIELD, Protocol
 from measnet.network import MEASNet
-from shards.pack import pack
+from shards.packing import pack
 from shards.stream import pictures
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from distributed import checkpoint as checkpoints
 from distributed import tracking
 from distributed.config import TrackingConfig, TrainConfig, to_yaml
-from distributed.storage import open_folder, write_whole
+from shards.storage import open_folder, write_whole
 from tune.config import SearchConfig
 from tune.owner import OWNER
 from tune.record import Record, Row, is_number

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from distributed.storage import open_folder
+from shards.storage import open_folder
 
 OWNER = "owner.pid"
 """File of the folder: the process that works in it."""

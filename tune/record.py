@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from distributed.storage import open_folder, read_json, write_json
+from shards.storage import open_folder, read_json, write_json
 from tune.space import Changes
 
 FILE = "search.json"

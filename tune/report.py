@@ -14,8 +14,8 @@ from typing import Any
 
 import tyro
 
-from distributed.storage import open_folder, write_whole
 from measnet.config import from_dict
+from shards.storage import open_folder, write_whole
 from tune import plots
 from tune.config import SearchConfig
 from tune.record import FILE, Record, Row, is_number, load

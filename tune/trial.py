@@ -23,8 +23,8 @@ from rich.console import Console
 from distributed import checkpoint as checkpoints
 from distributed.config import TrainConfig
 from distributed.launch import GRACE_S, Outcome, launch
-from distributed.storage import open_folder, read_json, write_json
 from measnet.config import from_dict, to_dict
+from shards.storage import open_folder, read_json, write_json
 from tune import costs
 from tune.owner import ownership
 from tune.space import apply
