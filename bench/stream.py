@@ -32,10 +32,11 @@ import torch
 import webdataset
 from PIL import Image
 
-from shards import degrade, pack
+from shards import degrade
 from shards.config import DataConfig
 from shards.decode import decode
 from shards.order import Plan
+from shards.packing import pack
 from shards.stream import TrainStream, _crop
 
 CROP = 128
@@ -212,7 +213,7 @@ def bench_kind(kind: str, root: Path, sources: list[np.ndarray], rounds: int) ->
     count, samples = (24, 24) if kind == "png720" else (48, 96)
     make_pairs(root / "pairs", kind, count, sources)
     options = {"task": TASK, "workers": 1, "shard_mib": 32}
-    pack.pack("paired", str(root / "pairs"), str(root / "packed"), **options)
+    pack("paired", str(root / "pairs"), str(root / "packed"), **options)
     contenders = {
         "ours": ours(root / "packed"),
         "decode": decode_only(root / "packed"),
@@ -220,7 +221,7 @@ def bench_kind(kind: str, root: Path, sources: list[np.ndarray], rounds: int) ->
         "webdataset": by_webdataset(root / "packed"),
     }
     if kind != "jpeg":
-        pack.pack("paired", str(root / "pairs"), str(root / "tiled"), tiles=128, **options)
+        pack("paired", str(root / "pairs"), str(root / "tiled"), tiles=128, **options)
         contenders["tiles"] = ours(root / "tiled")
     speeds = measure(contenders, samples, rounds)
     told = {f"{name}_per_cpu_s": round(statistics.median(s), 1) for name, s in speeds.items()}

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import fsspec
 import tyro
 
-from distributed.storage import open_folder, read_json, write_whole
+from shards.storage import open_folder, read_json, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from distributed.config import TrainConfig
-from distributed.storage import open_folder
+from shards.storage import open_folder
 
 PLACEMENT_S = 2.0
 """Seconds to wait for the workers of a range. Their resources are reserved, so they start at once;

@@ -241,7 +241,7 @@ def _save(path: Path, picture: Mapping[str, np.ndarray], scale: float = 1.0) -> 
 
 
 def _pack(console: Console, names: Split) -> None:
-    from shards.pack import pack
+    from shards.packing import pack
 
     for number, side in enumerate(("train", "test")):
         folder, out = str(DATA / "pictures" / side), str(DATA / "shards" / side)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from distributed.storage import open_folder, read_json, write_json
+from shards.storage import open_folder, read_json, write_json
 
 if TYPE_CHECKING:
     import torch

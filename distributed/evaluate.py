@@ -26,7 +26,6 @@ from torch import Tensor
 
 from distributed import figures
 from distributed.checkpoint import newest_whole
-from distributed.storage import finite
 from measnet.config import ModelConfig, from_dict
 from measnet.hardware import Decision, DeviceChoice, choose_device, this_machine
 from measnet.metrics import FIELD, Protocol, psnr, ssim
@@ -34,6 +33,7 @@ from measnet.network import MEASNet
 from measnet.tiling import ARITHMETIC, Restored, Tiling, choose_tiling, restore_routed
 from measnet.weights import load_weights
 from shards import manifest
+from shards.storage import finite
 from shards.stream import Picture, pictures
 from shards.tasks import DEGRADATIONS, TASKS
 

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from distributed.storage import open_folder, read_json, write_json
 from shards.reader import DamagedError
+from shards.storage import open_folder, read_json, write_json
 
 PASSED_OVER = "passed_over.json"
 """File of a run: spans of samples that are not trained on, because they led to nothing but NaN."""

@@ -29,11 +29,11 @@ from distributed.cluster import (
 )
 from distributed.config import TrainConfig, changed_fields, to_yaml
 from distributed.decisions import training_device
-from distributed.storage import absolute, open_folder, write_json, write_whole
 from measnet.hardware import Machine, this_machine
 from shards.manifest import Manifest
 from shards.manifest import read as read_manifest
 from shards.order import Plan
+from shards.storage import absolute, open_folder, write_json, write_whole
 
 GRACE_S = 12.0
 """Seconds that a run asked to stop may take to end by itself before it is ended."""

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distributed.config import TrackingConfig, TrainConfig, as_metrics, to_yaml
 from distributed.environment import SystemMetrics, code_version, installed_packages
-from distributed.storage import open_folder
+from shards.storage import open_folder
 
 if TYPE_CHECKING:
     import torch

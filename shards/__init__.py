@@ -1,1 +1,1 @@
-"""Raw datasets -> WebDataset shards -> batches; imports nothing of the other rooms."""
+"""Raw datasets -> WebDataset shards -> batches; imports no other package of this project."""

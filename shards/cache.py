@@ -1,11 +1,11 @@
 """A node's local copies of remote shards, shared by all of its processes.
 
-A copy is named by the hash of its content, checked while it is fetched and renamed when whole, so a
-name that is there is right. Locks are held by the operating system: a process that dies frees them.
+A copy is named by the sha256 of its content. It is checked while it is fetched and renamed when it
+is complete, so a file under such a name is correct. Locks are held by the operating system: it
+frees the locks of a process that dies.
 """
 
 import contextlib
-import hashlib
 import os
 from dataclasses import dataclass
 
@@ -21,33 +21,37 @@ class Cache:
     folder: str
     """Local folder; made where it is missing."""
     limit: int
-    """Bytes at most; the copies least recently used go first. The one just fetched always stays."""
+    """Most bytes to keep. The least recently used copies are removed first; the one just fetched
+    always stays."""
     attempts: int = 5
-    """How often a fetch is tried before it counts as failed."""
+    """Tries before a fetch counts as failed."""
     delay: float = 0.5
-    """Seconds before the second try; doubled for each one after it."""
+    """Seconds before the second try; doubled for each later one."""
 
     def path(self, sha256: str) -> str:
-        """Where the copy of this content is, or would be."""
+        """Where the copy with this content is, or would be."""
         return os.path.join(self.folder, sha256)
 
     def fetch(self, uri: str, sha256: str, size: int) -> str:
-        """The path of a copy whose content is right; OSError after the last try.
+        """The path of a copy with the right content; OSError after the last try.
 
-        It may be evicted at any time afterwards: open it at once, and fetch again where it has
+        Another process may evict the copy at any time: open it at once, and fetch again if it is
         gone. An open file stays readable.
         """
         path = self.path(sha256)
-        if self._touch(path, size):
+        if self._mark_used(path, size):
             return path
         os.makedirs(os.path.join(self.folder, "locks"), exist_ok=True)
         with FileLock(os.path.join(self.folder, "locks", sha256)):
-            if not self._touch(path, size):
+            if not self._mark_used(path, size):
+                # We hold the lock, so a temporary file for this content is from a dead process.
+                storage.remove_unfinished(self.folder, f"{sha256}.*")
                 self._download(uri, path, sha256, size)
                 self._evict(path)
         return path
 
-    def _touch(self, path: str, size: int) -> bool:
+    def _mark_used(self, path: str, size: int) -> bool:
+        """Sets the time of last use; False where there is no copy of this size."""
         try:
             if os.path.getsize(path) != size:
                 return False
@@ -57,23 +61,16 @@ class Cache:
             return False
 
     def _download(self, uri: str, path: str, sha256: str, size: int) -> None:
-        part = path + ".part"  # what a dead process left under this name is overwritten
-
         def copy() -> None:
-            digest, count = _copy(uri, part)
-            if (digest, count) != (sha256, size):
-                raise OSError(
-                    f"{count} bytes with sha256 {digest[:12]}… came, but the manifest says {size} "
-                    "and "
-                    f"{sha256[:12]}…"
-                )
-            os.replace(part, path)
+            with storage.atomic_path(path) as temporary:
+                received = storage.download(uri, temporary)
+                if received != (size, sha256):
+                    raise OSError(
+                        f"received {received[0]} bytes with sha256 {received[1][:12]}…, but the "
+                        f"manifest says {size} and {sha256[:12]}…"
+                    )
 
-        try:
-            storage.retrying(f"fetching {uri}", copy, self.attempts, self.delay)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(part)
+        storage.retrying(f"fetching {uri}", copy, self.attempts, self.delay)
 
     def _evict(self, keep: str) -> None:
         with FileLock(os.path.join(self.folder, "locks", "evict")):
@@ -91,16 +88,3 @@ class Cache:
                     with contextlib.suppress(FileNotFoundError):
                         os.unlink(path)
                     excess -= size
-
-
-def _copy(uri: str, path: str) -> tuple[str, int]:
-    """Copies a remote file; its sha256 and its length."""
-    digest, count = hashlib.sha256(), 0
-    with storage.reading(uri) as source, open(path, "wb") as target:
-        while block := source.read(storage.BLOCK):
-            target.write(block)
-            digest.update(block)
-            count += len(block)
-        target.flush()
-        os.fsync(target.fileno())
-    return digest.hexdigest(), count

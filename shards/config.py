@@ -1,7 +1,6 @@
-"""`DataConfig`: which shards are read, in which mix, and what happens to a sample on its way into a
-batch.
+"""`DataConfig`: which shards are read, how tasks are mixed, and how samples are augmented.
 
-Imports neither torch nor numpy, so that a wrong command line is answered at once.
+Imports neither torch nor numpy, so that a wrong command line is refused at once.
 """
 
 from dataclasses import dataclass, field
@@ -18,8 +17,8 @@ PAPER_REPEATS = {
     "deblur": 5,
     "lowlight": 20,
 }
-"""Uses of each sample per epoch in the authors' recipe; with their datasets 162,646 samples an
-epoch."""
+"""Uses of each sample per epoch in the authors' recipe: 162,646 samples per epoch with their
+datasets."""
 
 
 MAY_CHANGE = {"may_change": True}
@@ -29,45 +28,46 @@ is learnt beyond rounding. Of shards the fingerprint is compared instead of the 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read, and how a sample becomes part of a batch."""
+    """Which data is read, and how a sample becomes part of a batch."""
 
     train: str = field(default="data/shards/train", metadata=MAY_CHANGE)
-    """Folder or URI of packed shards (with manifest.json) to train on."""
+    """Folder or URI of shards with a manifest.json (`python -m shards.pack`)."""
     validation: str = field(default="data/shards/validation", metadata=MAY_CHANGE)
-    """Folder or URI of packed shards whose whole pictures are restored while training."""
+    """Folder or URI of shards whose whole pictures are restored for validation."""
     repeats: dict[str, int] = field(default_factory=lambda: dict(PAPER_REPEATS))
-    """Degradation -> uses of each of its samples per epoch; 0, or not named: not trained on."""
+    """Degradation -> uses of each of its samples per epoch; not trained on where it is 0 or
+    missing."""
     crop: int = 128
     """Side of the square training crops, in pixels."""
     augment: Literal["flips", "dihedral", "none"] = "flips"
-    """`flips`: horizontal and vertical, as in the paper; `dihedral`: all eight flips and quarter
-    turns."""
+    """`flips`: horizontal and vertical, as in the paper; `dihedral`: all eight combinations of
+    flips and quarter turns."""
     order: Literal["uniform", "local"] = "uniform"
-    """`uniform` shuffles over everything; `local` opens few shards at a time, for very large remote
-    sets."""
+    """`uniform` shuffles over all samples; `local` opens few shards at a time, for very large
+    remote datasets."""
     sigma: dict[str, str] = field(default_factory=dict)
-    """Noise degradation -> levels to draw from in training, in place of its fixed one: a range as
-    `5..50`, or a list as `15,25,50`, in grey levels of 0-255."""
+    """Noise degradation -> standard deviations to draw from in training, instead of its fixed
+    one: a range such as `5..50`, or a list such as `15,25,50`, in grey levels of 0-255."""
     noise_rounding: Literal["truncate", "round"] = "truncate"
     """How noisy pictures become 8 bit: `truncate` as the field does it (half a grey level
-    darker)."""
+    darker), or `round`."""
     loader_workers: int = field(default=2, metadata=MAY_CHANGE)
-    """Decoding processes per training worker; 0 decodes in the training process."""
+    """Loader processes per training worker; 0 decodes in the training process."""
     prefetch: int = field(default=64, metadata=MAY_CHANGE)
-    """Micro-batches whose remote shards are fetched ahead; 0 fetches a shard when it is read."""
+    """Micro-batches whose remote shards are fetched in advance; 0 fetches a shard when it is
+    read."""
     cache_dir: str = field(default="data/cache", metadata=MAY_CHANGE)
-    """Folder of each node's local copies of remote shards; relative to the folder the command is
-    run in."""
+    """Folder for each node's local copies of remote shards; relative to the working directory."""
     cache_gib: float = field(default=50.0, metadata=MAY_CHANGE)
-    """Limit of the cache in GiB; the shards least recently used go first."""
+    """Limit of the cache in GiB; the least recently used shards are removed first."""
     on_corrupt: Literal["stop", "substitute"] = "stop"
-    """A damaged sample stops the run, or another sample of its task takes its place (the same for
-    any world)."""
+    """A corrupt sample stops the run (`stop`), or is replaced by another sample of its task
+    (`substitute`; the same one for any world size)."""
     corrupt_budget: int = 100
-    """With `substitute`: the run stops after this many damaged samples."""
+    """With `substitute`: the run stops after this many corrupt samples."""
 
     def __post_init__(self) -> None:
-        """Refuse unknown degradations and sizes out of range."""
+        """ValueError for unknown degradations and values out of range."""
         for name, repeat in self.repeats.items():
             if name not in DEGRADATIONS:
                 raise ValueError(
@@ -77,11 +77,16 @@ class DataConfig:
                 raise ValueError(f"data.repeats.{name} is {repeat}, but must be 0 or more")
         if not any(self.repeats.values()):
             raise ValueError(
-                f"data.repeats uses nothing; name at least one of {', '.join(DEGRADATIONS)}"
+                "data.repeats uses no degradation; set at least one of "
+                f"{', '.join(DEGRADATIONS)} above 0"
             )
         for name, levels in self.sigma.items():
             if DEGRADATIONS.get(name) is None or DEGRADATIONS[name].sigma is None:
-                raise ValueError(f"data.sigma names {name!r}, which is not a noise degradation")
+                noisy = [known for known, row in DEGRADATIONS.items() if row.sigma is not None]
+                raise ValueError(
+                    f"data.sigma names {name!r}, which is not a noise degradation; known: "
+                    + ", ".join(noisy)
+                )
             parse_levels(name, levels)
         if self.crop < 16:
             raise ValueError(f"data.crop is {self.crop}, but must be at least 16 pixels")
@@ -106,7 +111,7 @@ def parse_levels(name: str, text: str) -> tuple[bool, tuple[float, ...]]:
         levels = ()
     if not levels or (is_range and (len(levels) != 2 or levels[0] > levels[1])):
         raise ValueError(
-            f"data.sigma.{name} is {text!r}, but must be a range as 5..50 or a list as 15,25,50, "
-            "of grey levels above 0 and up to 255"
+            f"data.sigma.{name} is {text!r}, but must be a range such as 5..50 or a list such as "
+            "15,25,50, of grey levels above 0 and up to 255"
         )
     return is_range, levels

@@ -1,10 +1,10 @@
-"""Bytes of a picture -> pixels, the whole or a crop of it.
+"""Decodes a picture, whole or only a crop of it.
 
-Decoding is what a loader spends its time on, and a training crop needs a small part of a picture.
-So only that part is decoded where two small C files could be built at installation: of a PNG the
-rows down to the crop's lower edge (inflated by ISA-L), of a JPEG the blocks around it
-(libjpeg-turbo). Anything else, and any machine without a compiler, takes Pillow. The pixels are the
-same; tests compare them.
+A loader spends most of its time on decoding, and a training crop is a small part of a picture. Two
+small C extensions decode only that part: of a PNG the rows down to the lower edge of the crop
+(inflated by ISA-L), of a JPEG the blocks around the crop (libjpeg-turbo). Pillow decodes all other
+formats, and everything where the extensions could not be built. The pixels are the same; tests
+compare them.
 """
 
 import io
@@ -42,14 +42,17 @@ class Box(NamedTuple):
 
 
 class DecodeError(ValueError):
-    """The bytes are not a whole picture of a known kind."""
+    """The bytes are not a complete picture of a supported format."""
 
 
 def decode(data: bytes, box: Box | None = None) -> np.ndarray:
-    """(H, W, 3) uint8 of the picture, or of the box, which lies inside of it.
+    """Decodes a picture, or the part of it inside `box`: (H, W, 3) uint8.
 
     Grey and palette pictures become RGB, transparency is dropped, orientation tags are not applied
-    (as in the field's loaders). `DecodeError` where the bytes are damaged or have more than 8 bits.
+    (as in the field's loaders).
+
+    Raises:
+        DecodeError: the bytes are damaged, or have more than 8 bits per channel.
     """
     pixels = None
     if box is not None and data.startswith(b"\xff\xd8") and _crop_jpeg is not None:
@@ -69,46 +72,46 @@ def encode_tile(pixels: np.ndarray) -> bytes:
     return data
 
 
-class Turn(NamedTuple):
-    """How a crop is turned: first transposed, then flipped."""
+class Flip(NamedTuple):
+    """How a crop is augmented: first transposed, then flipped. All eight are possible."""
 
-    down: bool
-    """Flipped upside down."""
-    right: bool
-    """Flipped left to right."""
-    over: bool
-    """Transposed."""
-
-
-UPRIGHT = Turn(False, False, False)
+    vertical: bool
+    """Upside down."""
+    horizontal: bool
+    """Left to right."""
+    transpose: bool
+    """Rows become columns."""
 
 
-def turned(pixels: np.ndarray, turn: Turn) -> np.ndarray:
-    """(H, W, 3) turned: a view."""
-    if turn.over:
+NO_FLIP = Flip(False, False, False)
+
+
+def flipped(pixels: np.ndarray, flip: Flip) -> np.ndarray:
+    """A view of (H, W, 3) pixels, flipped."""
+    if flip.transpose:
         pixels = pixels.transpose(1, 0, 2)
-    return pixels[:: -1 if turn.down else 1, :: -1 if turn.right else 1]
+    return pixels[:: -1 if flip.vertical else 1, :: -1 if flip.horizontal else 1]
 
 
-def as_floats(pictures: list[np.ndarray], turns: list[Turn]) -> np.ndarray:
-    """(H, W, 3) uint8 each -> (m, 3, H, W) float32 in [0, 1], turned; all of one size after it."""
-    height, width = turned(pictures[0], turns[0]).shape[:2]
+def as_floats(pictures: list[np.ndarray], flips: list[Flip]) -> np.ndarray:
+    """Flips m pictures of (H, W, 3) uint8, all of one size then: (m, 3, H, W) float32 in [0, 1]."""
+    height, width = flipped(pictures[0], flips[0]).shape[:2]
     planes = np.empty((len(pictures), 3, height, width), np.float32)
-    for out, pixels, turn in zip(planes, pictures, turns, strict=True):
+    for out, pixels, flip in zip(planes, pictures, flips, strict=True):
         if _planes is None:
-            np.divide(turned(pixels, turn).transpose(2, 0, 1), np.float32(255), out=out)
+            np.divide(flipped(pixels, flip).transpose(2, 0, 1), np.float32(255), out=out)
         else:
-            bits = turn.down + 2 * turn.right + 4 * turn.over
+            bits = flip.vertical + 2 * flip.horizontal + 4 * flip.transpose
             _planes(np.ascontiguousarray(pixels), pixels.shape[0], pixels.shape[1], bits, out)
     return planes
 
 
-def as_bytes(pictures: list[np.ndarray], turns: list[Turn]) -> np.ndarray:
+def as_bytes(pictures: list[np.ndarray], flips: list[Flip]) -> np.ndarray:
     """As `as_floats`, but (m, 3, H, W) uint8."""
-    height, width = turned(pictures[0], turns[0]).shape[:2]
+    height, width = flipped(pictures[0], flips[0]).shape[:2]
     planes = np.empty((len(pictures), 3, height, width), np.uint8)
-    for out, pixels, turn in zip(planes, pictures, turns, strict=True):
-        out[:] = turned(pixels, turn).transpose(2, 0, 1)
+    for out, pixels, flip in zip(planes, pictures, flips, strict=True):
+        out[:] = flipped(pixels, flip).transpose(2, 0, 1)
     return planes
 
 
@@ -119,9 +122,10 @@ def _cut(pixels: np.ndarray, box: Box | None) -> np.ndarray:
 
 
 def _decode_png(data: bytes, box: Box) -> bytes | None:
-    """RGB bytes of the box; None for kinds of PNG, or damage, that Pillow shall see to."""
+    """RGB bytes of the box; None where Pillow must decode (another kind of PNG, or a damaged
+    one)."""
     header = memoryview(data)[16:29]
-    # Width; then 8 bit, RGB, deflate, usual filters, not interlaced.
+    # After width and height: 8 bit, RGB, deflate, standard filters, not interlaced.
     if len(header) < 13 or bytes(header[8:]) != b"\x08\x02\x00\x00\x00":
         return None
     width = int.from_bytes(header[:4], "big")
@@ -147,7 +151,7 @@ def _idat(data: bytes) -> bytes:
 def _decode_qoi(data: bytes) -> np.ndarray:
     try:
         pixels: np.ndarray = qoi.decode(data)
-    except Exception as error:  # of no documented kind
+    except Exception as error:  # qoi documents no exception class
         raise DecodeError(f"{type(error).__name__}: {error}") from error
     return pixels[..., :3]
 
@@ -156,7 +160,7 @@ def _decode_any(data: bytes) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as image:
             if image.mode.startswith(("I", "F")):
-                raise DecodeError(f"a picture of mode {image.mode}; convert it to 8 bit RGB first")
+                raise DecodeError(f"the picture has mode {image.mode}; convert it to 8 bit RGB")
             return np.asarray(image.convert("RGB"))
     except DecodeError:
         raise

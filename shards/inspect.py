@@ -1,38 +1,35 @@
-"""Are the shards what was packed? `python -m shards.inspect DIR` verifies, describes and draws.
+"""Checks shards: `python -m shards.inspect DIR` verifies and describes them, and draws samples.
 
-Every byte is hashed, in parallel; `--deep` decodes every picture as well. What is wrong is named,
-with the command that mends it. A contact sheet shows samples of each task.
+Every byte is hashed, in parallel; `--deep` decodes every picture as well. Each problem is named
+with the command that repairs it. A contact sheet shows samples of each task.
 """
 
-import argparse
-import contextlib
 import dataclasses
 import json
-import multiprocessing
 import os
 import sys
 import tarfile
-import textwrap
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+import tyro
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
-from shards import degrade, manifest, storage
+from shards import degrade, interrupt, manifest, storage
 from shards.cache import Cache
 from shards.config import DataConfig
+from shards.execution import map_in_processes
 from shards.manifest import Manifest, Shard
-from shards.reader import DamagedError, Reader
+from shards.reader import Damage, DamagedError, Reader
 from shards.tasks import TASKS
 
 _IN_PROCESS = 64 * 2**20
-"""Sets of fewer bytes are hashed in this process: others take longer to start."""
+"""Fewer bytes than these are hashed in this process: starting others would take longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +40,7 @@ class Problem:
     """File name."""
     problem: str
     """What is wrong."""
-    mend: str
+    remedy: str
     """What to do about it."""
 
 
@@ -52,23 +49,25 @@ class Report:
     """What was found in a folder or store of shards."""
 
     uri: str
-    """The place."""
+    """Folder or store."""
     ok: bool
     """Nothing is wrong."""
     deep: bool
-    """Every picture was decoded too."""
+    """Every picture was decoded."""
     fingerprint: str
     """Of the manifest."""
     tasks: dict[str, dict[str, Any]]
     """Task -> samples, shards, bytes, layout, options, tile, missing, leaks."""
     sizes: dict[str, dict[str, int]]
-    """Task -> "WIDTHxHEIGHT" -> samples, the commonest first."""
+    """Task -> "WIDTHxHEIGHT" -> samples, the most frequent size first."""
     problems: list[Problem] = field(default_factory=list)
     """In the order of the shards."""
+    against: str | None = None
+    """The other dataset that it was compared with."""
     shared: list[str] = field(default_factory=list)
-    """Clean pictures that the other set holds too, one line each."""
+    """Clean pictures that both datasets have, one line each."""
     contact_sheet: str | None = None
-    """PNG that was drawn."""
+    """The PNG file that was drawn."""
 
 
 def inspect(
@@ -80,38 +79,48 @@ def inspect(
     against: str | None = None,
     data: DataConfig | None = None,
 ) -> Report:
-    """Verifies a packed folder or store; draws a contact sheet where `sheet` names a PNG.
+    """Verifies a folder or store of shards.
 
-    `against` names another packed set: clean pictures that look the same in both are reported.
-    `data` gives the cache for remote stores. ValueError where there is no readable manifest.
+    Args:
+        uri: the folder or store.
+        deep: decode every picture as well.
+        workers: processes; None for one per core.
+        sheet: PNG file for a contact sheet.
+        against: another folder or store; clean pictures that look the same in both are reported.
+        data: the cache for remote stores.
+
+    Raises:
+        ValueError: there is no readable manifest.
     """
     data = data or DataConfig()
-    made = manifest.read(uri)
+    source = manifest.read(uri)
     cache = Cache(folder=data.cache_dir, limit=int(data.cache_gib * 2**30), attempts=2)
-    work = [(made.uri, shard, deep, cache) for shard in made.shards]
+    work = [(source.uri, shard, deep, cache) for shard in source.shards]
     problems: list[Problem] = []
-    sizes: dict[str, Counter[str]] = {task: Counter() for task in made.tasks}
+    sizes: dict[str, Counter[str]] = {task: Counter() for task in source.tasks}
     tiles: dict[str, int] = {}
-    with _mapping(made, deep, workers) as spread:
-        for shard, found in zip(made.shards, spread(_check_shard, work), strict=True):
-            wrong, counted, tile = found
-            mend = made.mend(shard.task)
-            problems += [Problem(shard=name, problem=what, mend=mend) for name, what in wrong]
-            sizes[shard.task].update(counted)
-            tiles[shard.task] = tile
-    problems += _strays(made)
-    shared = [] if against is None else in_both(Reader(made, cache), _reader(against, cache))
+    checks = map_in_processes(_check_shard, work, _process_count(source, deep, workers))
+    for shard, check in zip(source.shards, checks, strict=True):
+        problems += [
+            dataclasses.replace(problem, remedy=source.remedy(shard.task))
+            for problem in check.problems
+        ]
+        sizes[shard.task].update(check.sizes)
+        tiles[shard.task] = check.tile
+    problems += _stray_shards(source)
+    shared = [] if against is None else in_both(Reader(source, cache), _reader(against, cache))
     drawn = None
     if sheet is not None:
-        drawn = sheet if contact_sheet(Reader(made, cache), sheet) else None
+        drawn = sheet if contact_sheet(Reader(source, cache), sheet) else None
     return Report(
-        uri=made.uri,
+        uri=source.uri,
         ok=not problems,
         deep=deep,
-        fingerprint=made.fingerprint,
-        tasks={task: _describe(made, task, tiles.get(task, 0)) for task in made.tasks},
+        fingerprint=source.fingerprint,
+        tasks={task: _describe(source, task, tiles.get(task, 0)) for task in source.tasks},
         sizes={task: dict(counter.most_common()) for task, counter in sizes.items()},
         problems=problems,
+        against=against,
         shared=shared,
         contact_sheet=drawn,
     )
@@ -121,24 +130,24 @@ def _reader(uri: str, cache: Cache) -> Reader:
     return Reader(manifest.read(uri), cache)
 
 
-def _strays(made: Manifest) -> list[Problem]:
-    """Shards in the folder that the manifest does not name: a plain WebDataset reader would take
+def _stray_shards(source: Manifest) -> list[Problem]:
+    """Tars in the folder that are not in the manifest: a plain WebDataset reader would read
     them."""
-    named = {shard.name for shard in made.shards}
-    strays = [n for n in storage.names(made.uri) if n.endswith(".tar") and n not in named]
-    mend = "finish the packing that wrote it, or remove it"
-    return [Problem(shard=n, problem="is not named in the manifest", mend=mend) for n in strays]
+    named = {shard.name for shard in source.shards}
+    strays = [n for n in storage.list_names(source.uri) if n.endswith(".tar") and n not in named]
+    remedy = "finish the packing that wrote it, or remove it"
+    return [Problem(shard=n, problem="is not named in the manifest", remedy=remedy) for n in strays]
 
 
 ALIKE = 10
-"""Bits of 128 that the signatures of two copies of a picture may differ in."""
+"""Two pictures count as the same if at most so many of 128 bits of their signatures differ."""
 
 
 def in_both(one: Reader, other: Reader) -> list[str]:
-    """Clean pictures of one set that stand in the other one too, judged by their signatures.
+    """Clean pictures that both datasets have, one line each, with the names of both source files.
 
-    Found also where they were scaled, cropped by a few pixels or encoded again. One line each, with
-    the names of both source files.
+    They are compared by signature, so a copy is found that was scaled, cropped by a few pixels or
+    encoded again.
     """
     numbers, marks = _signatures(one)
     other_numbers, other_marks = _signatures(other)
@@ -156,7 +165,7 @@ def in_both(one: Reader, other: Reader) -> list[str]:
 
 
 def _signatures(reader: Reader) -> tuple[list[tuple[str, int]], np.ndarray]:
-    """(task, number) of one sample for each clean picture, and (n, 2) uint64 signatures."""
+    """(task, number) of one sample per clean picture, and (n, 2) uint64 signatures."""
     numbers: list[tuple[str, int]] = []
     marks: list[np.ndarray] = []
     for task, shards in reader.shards.items():
@@ -170,50 +179,57 @@ def _signatures(reader: Reader) -> tuple[list[tuple[str, int]], np.ndarray]:
     return numbers, np.concatenate(marks).reshape(-1, 2)
 
 
-def _describe(made: Manifest, task: str, tile: int) -> dict[str, Any]:
-    entry = dataclasses.asdict(made.tasks[task])
-    shards = made.of(task)
+def _describe(source: Manifest, task: str, tile: int) -> dict[str, Any]:
+    entry = dataclasses.asdict(source.tasks[task])
+    shards = source.shards_of(task)
     size = sum(shard.bytes for shard in shards)
     return {**entry, "shards": len(shards), "bytes": size, "tile": tile}
 
 
-@contextlib.contextmanager
-def _mapping(made: Manifest, deep: bool, workers: int | None) -> Iterator[Any]:
-    workers = min(workers or os.cpu_count() or 1, len(made.shards))
-    size = sum(shard.bytes for shard in made.shards)
-    if workers <= 1 or size * (20 if deep else 1) < _IN_PROCESS:
-        yield map
-        return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        yield pool.map
+def _process_count(source: Manifest, deep: bool, workers: int | None) -> int:
+    size = sum(shard.bytes for shard in source.shards)
+    if size * (20 if deep else 1) < _IN_PROCESS:
+        return 1
+    return min(workers or os.cpu_count() or 1, len(source.shards))
 
 
-def _check_shard(
-    work: tuple[str, Shard, bool, Cache],
-) -> tuple[list[tuple[str, str]], Counter[str], int]:
-    """What is wrong with a shard ((file, what) each), its samples by size, and the side of its
-    tiles."""
+class _Check(NamedTuple):
+    """What was found in one shard."""
+
+    problems: list[Problem]
+    """Without a remedy yet."""
+    sizes: Counter[str]
+    """"WIDTHxHEIGHT" -> samples."""
+    tile: int
+    """Side of the tiles, or 0."""
+
+
+def _problem(file: str, problem: str) -> Problem:
+    return Problem(shard=file, problem=problem, remedy="")
+
+
+def _check_shard(work: tuple[str, Shard, bool, Cache]) -> _Check:
     uri, shard, deep, cache = work
     reader = Reader(_only(uri, shard), cache)
-    wrong = _check_file(uri, shard)
+    problems = _check_file(uri, shard)
     sizes: Counter[str] = Counter()
     tile = 0
     try:
         index = reader.index(shard)
         sizes.update(f"{row['width']}x{row['height']}" for row in index.samples)
         tile = index.tile
-        if deep or (wrong and not storage.is_remote(uri)):
-            wrong += _check_samples(reader, shard)
-        if deep and not wrong:
-            wrong += _check_members(reader, shard)
+        if deep or (problems and not storage.is_remote(uri)):
+            problems += _check_samples(reader, shard)
+        if deep and not problems:
+            problems += _check_members(reader, shard)
     except DamagedError as error:
-        if not wrong or wrong[0][1] not in error.what:
-            wrong.append((shard.index_name if "idx" in error.what else shard.name, error.what))
+        file = shard.index_name if error.kind is Damage.INDEX else shard.name
+        problems.append(_problem(file, error.problem))
     except OSError as error:
-        wrong.append((shard.name, str(error)))
+        problems.append(_problem(shard.name, str(error)))
     finally:
         reader.close()
-    return wrong, sizes, tile
+    return _Check(problems, sizes, tile)
 
 
 def _only(uri: str, shard: Shard) -> Manifest:
@@ -222,42 +238,46 @@ def _only(uri: str, shard: Shard) -> Manifest:
     return Manifest(tasks={shard.task: entry}, shards=(shard,), uri=uri)
 
 
-def _check_file(uri: str, shard: Shard) -> list[tuple[str, str]]:
+def _check_file(uri: str, shard: Shard) -> list[Problem]:
     try:
         size, digest = storage.size_and_sha256(storage.join(uri, shard.name))
     except FileNotFoundError:
-        return [(shard.name, "is named in the manifest, but is not there")]
+        return [_problem(shard.name, "is named in the manifest, but does not exist")]
     if size != shard.bytes:
-        return [(shard.name, f"has {size} bytes, but the manifest says {shard.bytes}")]
+        text = f"has {size} bytes, but the manifest says {shard.bytes}"
+        return [_problem(shard.name, text)]
     if digest != shard.sha256:
-        return [(shard.name, "its bytes have changed since packing (sha256)")]
+        return [_problem(shard.name, "its bytes have changed since packing (sha256)")]
     return []
 
 
-def _check_samples(reader: Reader, shard: Shard) -> list[tuple[str, str]]:
-    """Decodes each sample; one line for each that fails."""
-    wrong = []
+def _check_samples(reader: Reader, shard: Shard) -> list[Problem]:
+    """Decodes each sample; one problem for each that fails."""
+    problems = []
     for number in range(shard.samples):
         try:
-            place = reader.locate(shard.task, number)
-            size = place.size
-            for picture in reader.both(place):
-                if picture is not None and picture.shape[:2] != size:
-                    wrong.append((shard.name, f"sample {number} is not {size[1]}x{size[0]}"))
-            reader.about(place)
+            location = reader.locate(shard.task, number)
+            height, width = location.size
+            for picture in reader.both(location):
+                if picture is not None and picture.shape[:2] != (height, width):
+                    problems.append(
+                        _problem(shard.name, f"sample {number} is not {width}x{height}")
+                    )
+            reader.about(location)
         except DamagedError as error:
-            if "bytes, but" in error.what or "not there" in error.what:
-                break  # of the whole shard, and said already
-            wrong.append((shard.name, error.what))
-    return wrong
+            if error.kind.of_whole_shard:
+                break  # _check_file has reported it already
+            problems.append(_problem(shard.name, error.problem))
+    return problems
 
 
-def _check_members(reader: Reader, shard: Shard) -> list[tuple[str, str]]:
-    """The tar as any other reader sees it: as many members, where the index says."""
+def _check_members(reader: Reader, shard: Shard) -> list[Problem]:
+    """The tar as any other reader sees it: it must have the members of the index, at their
+    places."""
     offsets = reader.index(shard).members["offset"].tolist()
     with tarfile.open(reader.local_path(shard)) as tar:
-        if [member.offset_data for member in tar.getmembers()] != offsets:
-            return [(shard.name, "its members are not where the index says")]
+        if [member.offset_data for member in tar.getmembers() if member.isreg()] != offsets:
+            return [_problem(shard.name, "its members are not where the index says")]
     return []
 
 
@@ -266,7 +286,8 @@ _PER_TASK = 6
 
 
 def contact_sheet(reader: Reader, path: str) -> bool:
-    """Draws samples of each task, degraded above clean, to a PNG; False where that fails."""
+    """Draws samples of each task, degraded above clean, as a PNG; False where it cannot be
+    written."""
     rows = []
     for task, count in reader.manifest.counts.items():
         numbers = np.unique(np.linspace(0, count - 1, min(_PER_TASK, count)).astype(int))
@@ -284,7 +305,7 @@ def contact_sheet(reader: Reader, path: str) -> bool:
             sheet.paste(degraded, (left, top))
             sheet.paste(clean, (left, top + _CELL + 2))
     try:
-        with storage.replacing(path) as temporary:
+        with storage.atomic_path(path) as temporary:
             sheet.save(temporary, "PNG")
     except OSError:
         return False
@@ -293,12 +314,12 @@ def contact_sheet(reader: Reader, path: str) -> bool:
 
 def _column(reader: Reader, task: str, number: int) -> tuple[Image.Image, Image.Image] | None:
     try:
-        place = reader.locate(task, number)
-        degraded, clean = reader.both(place)
+        location = reader.locate(task, number)
+        degraded, clean = reader.both(location)
     except (DamagedError, OSError):
         return None
-    if degraded is None:  # noise is added while loading; shown with σ 25
-        degraded = degrade.noise(clean, 25.0, degrade.generator("sheet", reader.checksum(place)))
+    if degraded is None:  # noise is added while loading; the sheet shows it with σ 25
+        degraded = degrade.noise(clean, 25.0, degrade.generator("sheet", reader.checksum(location)))
     return _cell(degraded), _cell(clean)
 
 
@@ -313,7 +334,8 @@ def show(report: Report) -> None:
     """Prints a report."""
     console = Console()
     table = Table(title=report.uri, title_justify="left")
-    for name in ("task", "samples", "shards", "MB", "layout", "commonest sizes", "leaks"):
+    columns = ("task", "samples", "shards", "MB", "layout", "most frequent sizes", "known leaks")
+    for name in columns:
         table.add_column(name, justify="right" if name in ("samples", "shards", "MB") else "left")
     for task in TASKS:
         if task in report.tasks:
@@ -334,24 +356,38 @@ def show(report: Report) -> None:
         print(f"every hash is right{' and every picture decodes' if report.deep else ''}")
     for line in report.shared:
         print(f"in both: {line}")
+    if report.against is not None and not report.shared:
+        print(f"in both: none; {report.against} has no picture that looks the same")
     if report.contact_sheet:
         print(f"contact sheet: {report.contact_sheet}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; 0, or 2 with one line on stderr for each thing that is wrong."""
-    parser = argparse.ArgumentParser(
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Verifies and describes shards, and draws samples of them."""
+
+    uri: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
+    """Folder or store of shards."""
+    deep: bool = False
+    """Decode every picture as well."""
+    json: bool = False
+    """Print the report as JSON."""
+    workers: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    """Processes; by default one per core."""
+    against: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Name the pictures that this other dataset has too; exit code 2 if there are any."""
+    sheet: Annotated[str | None, tyro.conf.arg(metavar="PNG")] = None
+    """File of the contact sheet; by default DIR/contact_sheet.png."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns 0, or 2 with one line on stderr for each problem."""
+    options = tyro.cli(
+        Arguments,
+        args=argv,
         prog="python -m shards.inspect",
-        description=textwrap.dedent(__doc__ or ""),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        config=(tyro.conf.FlagCreatePairsOff,),
     )
-    parser.add_argument("uri", metavar="DIR", help="folder or store of packed shards")
-    parser.add_argument("--deep", action="store_true", help="decode every picture")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("--workers", type=int, help="processes; default one per core")
-    parser.add_argument("--against", metavar="DIR", help="name pictures that this set holds too")
-    parser.add_argument("--sheet", help="the contact sheet; default DIR/contact_sheet.png")
-    options = parser.parse_args(argv)
     remote = storage.is_remote(options.uri)
     sheet = options.sheet or ("contact_sheet.png" if remote else f"{options.uri}/contact_sheet.png")
     try:
@@ -370,9 +406,17 @@ def main(argv: list[str] | None = None) -> int:
     else:
         show(report)
     for problem in report.problems:
-        print(f"error: {problem.shard}: {problem.problem}; {problem.mend}", file=sys.stderr)
-    return 0 if report.ok else 2
+        print(f"error: {problem.shard}: {problem.problem}; {problem.remedy}", file=sys.stderr)
+    if report.shared:
+        count = len(report.shared)
+        print(
+            f"error: {count} {'picture is' if count == 1 else 'pictures are'} in both "
+            f"{report.uri} and {report.against}; results on a test set that was trained on are too "
+            "good: leave these pictures out of one of them",
+            file=sys.stderr,
+        )
+    return 0 if report.ok and not report.shared else 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(interrupt.run_command(main))

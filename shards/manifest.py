@@ -1,8 +1,8 @@
-"""What a folder of shards holds: `manifest.json`, and beside each tar its index.
+"""What a folder of shards holds: `manifest.json`, and an index beside each tar.
 
-The tars are plain WebDataset: any reader opens them. What WebDataset does not know (how many
-samples there should be, where each one starts, whether its bytes are still the ones that were
-packed) stands here.
+The tars are plain WebDataset: any reader opens them. WebDataset does not know how many samples
+there should be, where each one starts, or whether its bytes have changed since packing. That is
+stored here.
 
 `manifest.json`: `schema`, `fingerprint`, `tasks` (per task: layout, samples, options, what was
 missing) and `shards` (name, task, samples, bytes, sha256, index_sha256), in the order in which
@@ -30,34 +30,45 @@ NAME = "manifest.json"
 NONE = 0xFFFFFFFF
 """In a `SAMPLE` row: there is no such member."""
 TILED_INPUT, TILED_TARGET, SEVERAL = 1, 2, 4
-"""Flags of a `SAMPLE` row: a picture is in tiles; its clean picture has several degraded ones."""
+"""Flags of a `SAMPLE` row: the input is in tiles; the target is in tiles; the target has several
+inputs."""
+WEBDATASET = "webdataset"
+"""Layout of tars that somebody else made and `shards.index` has indexed."""
 
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
-"""One member of the tar: where its data starts, how long it is, and its checksum."""
+"""One member of the tar: where its data starts, its length in bytes, and its checksum."""
 SAMPLE = np.dtype(
     [
-        (
-            "input",
-            "<u4",
-        ),  # member of the degraded picture, or of its first tile; NONE: only a clean one
-        ("target", "<u4"),  # member of the clean picture, or of its first tile
-        ("meta", "<u4"),  # member that describes it, as JSON
-        ("group", "<u4"),  # number in the key: samples of one group share their clean picture
-        ("part", "<u4"),  # which of the inputs that share this target
+        ("input", "<u4"),
+        ("target", "<u4"),
+        ("meta", "<u4"),
+        ("group", "<u4"),
+        ("part", "<u4"),
         ("height", "<u4"),
         ("width", "<u4"),
-        ("top", "<u2"),  # where the degraded picture lies in a larger target
+        ("top", "<u2"),
         ("left", "<u2"),
-        ("flags", "u1"),  # sum of `TILED_INPUT`, `TILED_TARGET`, `SEVERAL`
-        ("signature", "V16"),  # of the clean picture, to find the same one in another set
+        ("flags", "u1"),
+        ("signature", "V16"),
     ]
 )
+"""One sample.
+
+`input`: member of the degraded picture, or of its first tile; NONE where only the clean picture is
+stored. `target`: the same for the clean picture. `meta`: member that describes the sample as JSON;
+NONE in tars that somebody else made. `group`: number in the key; samples of one group share their
+clean picture. `part`: which input of its group this is. `height`, `width`: of the degraded picture.
+`top`, `left`: where it lies in a larger clean picture. `flags`: sum of `TILED_INPUT`,
+`TILED_TARGET` and `SEVERAL`. `signature`: of the clean picture, to find the same picture in another
+dataset.
+"""
 _HEADER = struct.Struct("<4s5I")
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+\.tar")
+SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.+=-]*\.tar")
+"""File names that a manifest may hold: no path leads out of its folder."""
 
 
 class Shard(NamedTuple):
-    """One tar and its index."""
+    """One tar and its index: a row of the manifest."""
 
     name: str
     task: str
@@ -73,30 +84,30 @@ class Shard(NamedTuple):
 
 
 class Index(NamedTuple):
-    """The sidecar of a shard: members of the tar, and the samples made of them."""
+    """The index of a shard: the members of the tar, and the samples that they make up."""
 
     members: np.ndarray
     """(m,) of `MEMBER`."""
     samples: np.ndarray
     """(n,) of `SAMPLE`."""
     tile: int
-    """Side of the square tiles that pictures are cut into, 0 where they are whole."""
+    """Side of the square tiles that pictures are cut into, in pixels; 0 where they are whole."""
 
     def to_bytes(self) -> bytes:
-        """The sidecar file."""
+        """The index file."""
         header = _HEADER.pack(b"MSIX", 1, len(self.members), len(self.samples), self.tile, 0)
         return header + self.members.tobytes() + self.samples.tobytes()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Index":
-        """Reads a sidecar; ValueError where it is damaged."""
+        """Reads an index file; ValueError where it is damaged."""
         if len(data) < _HEADER.size:
-            raise ValueError(f"the index has {len(data)} bytes only")
+            raise ValueError(f"the index has only {len(data)} bytes")
         magic, version, members, samples, tile, _ = _HEADER.unpack_from(data)
         if magic != b"MSIX" or version != 1:
-            raise ValueError("the index does not start as one of version 1")
+            raise ValueError("the file is not an index of version 1")
         if len(data) != _HEADER.size + members * MEMBER.itemsize + samples * SAMPLE.itemsize:
-            raise ValueError(f"the index has {len(data)} bytes, not as many as its header says")
+            raise ValueError(f"the index has {len(data)} bytes, but its header says otherwise")
         start = _HEADER.size
         table = np.frombuffer(data, MEMBER, members, start)
         return cls(table, np.frombuffer(data, SAMPLE, samples, start + table.nbytes), tile)
@@ -111,32 +122,33 @@ class TaskEntry:
     layout: str
     """The layout of the source folder."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Options of the packing that change the bytes."""
+    """The options of packing that change the bytes."""
     expected: int = 0
-    """Samples of the whole benchmark; 0 where any count is right."""
+    """Samples of the complete benchmark; 0 where any count is right."""
     missing: list[str] = field(default_factory=list)
-    """Files that the benchmark has and the source folder had not."""
+    """Files of the benchmark that the source folder did not have, as far as their names are
+    known."""
     leaks: list[str] = field(default_factory=list)
-    """Pictures that are known to stand in a test set too."""
+    """Pictures that are known to be part of a test set too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything about a folder of shards but the pictures."""
+    """Everything about a folder of shards except the pictures."""
 
     schema: int = SCHEMA
-    """Version of this file's form."""
+    """Version of the file format."""
     tasks: dict[str, TaskEntry]
     """Task -> how it was packed, in the order of `TASKS`."""
     shards: tuple[Shard, ...]
     """The shards, tasks in the order of `TASKS`, each task's in the order of its samples."""
     uri: str = ""
-    """Where it was read from; not written."""
+    """Where it was read from; not written to the file."""
 
     @property
     def fingerprint(self) -> str:
-        """sha256 over names, counts and hashes of all shards: the same for the same pictures
-        anywhere."""
+        """sha256 over names, counts and hashes of all shards: the same for the same pictures,
+        wherever they are stored."""
         return hashlib.sha256(_canonical([list(shard) for shard in self.shards])).hexdigest()
 
     @property
@@ -144,21 +156,27 @@ class Manifest:
         """Task -> samples."""
         return {task: entry.samples for task, entry in self.tasks.items()}
 
-    def mend(self, task: str) -> str:
+    def remedy(self, task: str) -> str:
         """What to do about a damaged shard of a task, as the end of a sentence."""
         entry = self.tasks[task]
-        named = f" --task {task}" if entry.layout == "paired" else ""
+        if entry.layout == WEBDATASET:
+            keys = " ".join(f"--{name} {key}" for name, key in entry.options.items() if key)
+            return (
+                f"copy it again; or accept it as it is: remove {self.uri}/{NAME}, then run "
+                f"`python -m shards.index {self.uri} --task {task} {keys}`"
+            )
+        task_option = f" --task {task}" if entry.layout == "paired" else ""
         return (
-            "copy it again, or make it anew from the pictures by "
-            f"`python -m shards.pack {entry.layout} ROOT {self.uri}{named} --repair`"
+            "copy it again, or pack it again from the pictures by "
+            f"`python -m shards.pack {entry.layout} ROOT {self.uri}{task_option} --repair`"
         )
 
-    def of(self, task: str) -> list[Shard]:
+    def shards_of(self, task: str) -> list[Shard]:
         """The shards of one task."""
         return [shard for shard in self.shards if shard.task == task]
 
     def to_bytes(self) -> bytes:
-        """`manifest.json`; one line per shard, so that changes can be read."""
+        """`manifest.json`, with one line per shard."""
         head = {
             "schema": self.schema,
             "fingerprint": self.fingerprint,
@@ -169,12 +187,12 @@ class Manifest:
         return (text[:-2] + ',\n "shards": [\n' + rows + "\n ]\n}\n").encode()
 
     def with_task(self, task: str, entry: TaskEntry, shards: list[Shard]) -> "Manifest":
-        """Adds a task, or puts new shards in the place of its old ones."""
+        """The manifest with a task added, or with its shards replaced."""
         tasks = {**self.tasks, task: entry}
-        everything = [shard for shard in self.shards if shard.task != task] + shards
+        all_shards = [shard for shard in self.shards if shard.task != task] + shards
         return Manifest(
             tasks={name: tasks[name] for name in TASKS if name in tasks},
-            shards=tuple(sorted(everything, key=lambda row: (TASKS.index(row.task), row.name))),
+            shards=tuple(sorted(all_shards, key=lambda row: (TASKS.index(row.task), row.name))),
             uri=self.uri,
         )
 
@@ -189,20 +207,18 @@ def digest(value: Any) -> str:
 
 
 def read(uri: str) -> Manifest:
-    """Reads `manifest.json` of a packed folder or store.
+    """Reads `manifest.json` of a folder or store of shards.
 
-    ValueError, with the command that mends it, where there is none, where it is damaged, where it
-    is of another version, or where it names a file outside of its folder.
+    Raises:
+        ValueError: there is none, it is damaged or of another version, or it names a file outside
+            its folder. The message names the command that helps.
     """
     uri = storage.checked(uri)
     where = storage.join(uri, NAME)
     try:
         data = storage.read(where)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ValueError(
-            f"{uri} has no {NAME}, so it is not a (finished) folder of packed shards; "
-            f"make it by `python -m shards.pack LAYOUT ROOT {uri}`"
-        ) from error
+        raise ValueError(_not_packed(uri)) from error
     try:
         return _parse(json.loads(data), uri)
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -211,11 +227,28 @@ def read(uri: str) -> Manifest:
         ) from error
 
 
+def _not_packed(uri: str) -> str:
+    """What to do where there is no manifest."""
+    names = [] if uri.startswith("http") else storage.list_names(uri)
+    tars = sum(name.endswith(".tar") for name in names)
+    if tars and ".packing" not in names:
+        return (
+            f"{uri} has no {NAME}, but {tars} {'tar' if tars == 1 else 'tars'}; if they are a "
+            f"WebDataset, index them by `python -m shards.index {uri} --task TASK --clean FIELD "
+            "[--degraded FIELD]`"
+        )
+    return (
+        f"{uri} has no {NAME}, so it is not a (finished) folder of packed shards; "
+        f"make it by `python -m shards.pack LAYOUT ROOT {uri}`"
+    )
+
+
 def _parse(raw: dict[str, Any], uri: str) -> Manifest:
     where = storage.join(uri, NAME)
     if raw["schema"] != SCHEMA:
         raise ValueError(
-            f"{where} is of version {raw['schema']}, this program reads {SCHEMA}; pack again"
+            f"{where} has version {raw['schema']}, but this program reads version {SCHEMA}; "
+            "pack again"
         )
     manifest = Manifest(
         tasks={task: TaskEntry(**entry) for task, entry in raw["tasks"].items()},
@@ -223,21 +256,24 @@ def _parse(raw: dict[str, Any], uri: str) -> Manifest:
         uri=uri,
     )
     for shard in manifest.shards:
-        if not _SHARD_NAME.fullmatch(shard.name):
-            raise ValueError(f"{where} names {shard.name!r}, which is not a shard of its folder")
+        if not SHARD_NAME.fullmatch(shard.name):
+            raise ValueError(f"{where} names {shard.name!r}, which is not a shard in its folder")
         if shard.task not in manifest.tasks or shard.task not in TASKS:
-            raise ValueError(f"{where}: {shard.name} is of an unknown task {shard.task!r}")
+            raise ValueError(f"{where}: {shard.name} has the unknown task {shard.task!r}")
     for task, entry in manifest.tasks.items():
-        if sum(shard.samples for shard in manifest.of(task)) != entry.samples:
-            raise ValueError(f"{where} is damaged: the shards of {task} do not add up; pack again")
+        if sum(shard.samples for shard in manifest.shards_of(task)) != entry.samples:
+            raise ValueError(
+                f"{where} is damaged: the samples of {task}'s shards do not add up to "
+                f"{entry.samples}; copy it again, or pack again"
+            )
     if raw["fingerprint"] != manifest.fingerprint:
         raise ValueError(
-            f"{where} is damaged: its fingerprint does not fit its shards; copy it again, or pack "
-            "again"
+            f"{where} is damaged: its fingerprint does not match its shards; copy it again, or "
+            "pack again"
         )
     return manifest
 
 
 def write(manifest: Manifest, uri: str) -> None:
-    """Writes `manifest.json`, whole or not at all."""
+    """Writes `manifest.json`, atomically."""
     storage.write(storage.join(uri, NAME), manifest.to_bytes())

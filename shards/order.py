@@ -1,18 +1,16 @@
-"""Which sample stands at which position: pure functions, no processes, no state.
+"""Which sample is at which position of a run: pure functions, without processes and without state.
 
-A run reads one endless sequence of samples, numbered by *positions* 0, 1, 2, … that go on across
-epochs. `Plan.draws(positions)` says which sample each position is; `positions(...)` says which
-positions a rank reads. World size, loader processes, micro-batch and accumulation only cut the
-sequence up. So a run is continued from one number, the count of samples consumed, by any number of
+A run reads one endless sequence of samples, numbered by *positions* 0, 1, 2, … that continue across
+epochs. `Plan.draws(positions)` says which sample is at each position; `positions(...)` says which
+positions a rank reads. World size, loader processes, micro-batch and accumulation only divide this
+sequence. So one number, the count of samples consumed, is enough to resume a run with any number of
 workers.
 
-Instead of stored permutations there is a keyed bijection on 0..n-1 (an alternating Feistel network;
-values that fall outside are sent through again): any place of a permutation of 10^12 is found at
-once and without memory.
+No permutation is stored. A keyed bijection on 0..n-1 (an alternating Feistel network; values that
+fall outside the range are mapped again) gives any element of a permutation of 10^12 at once.
 """
 
 import functools
-import itertools
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -22,11 +20,11 @@ from shards.manifest import Manifest, digest
 from shards.tasks import DEGRADATIONS
 
 VERSION = 1
-"""Changes when the same plan would give another sequence."""
+"""Must change when the same plan would give another sequence."""
 LANES = 16
-"""`local` order: sequences that are read side by side."""
+"""`local` order: sequences that are read in turn."""
 WINDOW = 4
-"""`local` order: shards that are shuffled into each other within a lane."""
+"""`local` order: shards of a lane that are shuffled together."""
 
 _ROUNDS = 6
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -36,27 +34,27 @@ _BLOCK = 1 << 16
 
 
 class Draws(NamedTuple):
-    """What stands at some positions; all (n,) int64."""
+    """The samples at n positions; all fields (n,) int64."""
 
     degradation: np.ndarray
     """Index into `DEGRADATIONS`."""
     sample: np.ndarray
-    """Index of the sample within its task, as the shards number them."""
+    """Number of the sample within its task, in the order of the shards."""
     epoch: np.ndarray
-    """Epoch that the position belongs to."""
+    """Epoch of the position."""
     use: np.ndarray
-    """How often this degradation has used the sample before, over all epochs."""
+    """How often this degradation has used the sample before, in all epochs."""
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
-    """Scatters 64 bits over 64 bits (the finaliser of SplitMix64)."""
+    """Mixes the 64 bits of a value (the finaliser of SplitMix64)."""
     value = (value ^ (value >> np.uint64(30))) * _MIX_A
     value = (value ^ (value >> np.uint64(27))) * _MIX_B
     return value ^ (value >> np.uint64(31))
 
 
 def key(*parts: int | np.ndarray) -> np.ndarray:
-    """A 64-bit key from integers or arrays of them; (), or the arrays' common shape."""
+    """A 64-bit key made from integers or arrays; its shape is (), or the arrays' common shape."""
     state = np.zeros(1, np.uint64)
     for part in parts:
         state = _mix(state + _GOLDEN + np.asarray(part).astype(np.uint64))
@@ -64,10 +62,15 @@ def key(*parts: int | np.ndarray) -> np.ndarray:
 
 
 def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """Where a keyed bijection of 0..n-1 sends `index`.
+    """The images of `index` under a keyed bijection of 0..n-1.
 
-    `index` (m,) int64 in [0, n); `keys` () or (m,) uint64, one permutation for each key. Returns
-    (m,) int64.
+    Args:
+        index: (m,) int64 in [0, n).
+        n: size of the range.
+        keys: () or (m,) uint64; each key is one permutation.
+
+    Returns:
+        (m,) int64 in [0, n).
     """
     if n <= 1:
         return np.zeros_like(index)
@@ -112,28 +115,28 @@ def _scatter(value: np.ndarray, keys: np.ndarray) -> np.ndarray:
 class Plan:
     """The whole sequence of samples of a run.
 
-    Every epoch uses each sample of a degradation `repeats` times, exactly. In the order `uniform`
-    the places of an epoch are one permutation (the usual shuffle). `local` is for sets of which
-    only few shards can be open: an epoch is cut into `lanes` runs of places that are read side by
-    side, and inside of each run the shards come in a permuted order, `window` of them shuffled into
-    each other. Each batch then meets all lanes equally often; at most `2 · lanes · window` shards
-    are open at a time.
+    Every epoch uses each sample of a degradation exactly `repeats` times. The order `uniform` is
+    one permutation of the epoch's places (the usual shuffle). The order `local` is for datasets of
+    which only few shards can be open at a time. An epoch is cut into `lanes` sequences that are
+    read in turn. Inside a lane the shards come in a permuted order, and each `window` of them is
+    shuffled together. Every batch then takes samples from all lanes equally often, and at most `2 ·
+    lanes · window` shards are open at a time.
     """
 
     degradations: tuple[int, ...]
-    """Indices into `DEGRADATIONS` of those that are used."""
+    """The degradations that are used, as indices into `DEGRADATIONS`."""
     samples: tuple[int, ...]
-    """For each of them the samples of its task."""
+    """For each of them, the number of samples of its task."""
     repeats: tuple[int, ...]
-    """For each of them the uses of each sample per epoch."""
+    """For each of them, the uses of each sample per epoch."""
     seed: int
-    """Keys the permutations."""
+    """Key of the permutations."""
     order: Literal["uniform", "local"] = "uniform"
-    """The mode."""
+    """How an epoch is shuffled; see above."""
     source: str = ""
     """Fingerprint of the manifest."""
     shard_sizes: tuple[np.ndarray, ...] = ()
-    """`local` only: for each degradation the samples of each shard of its task."""
+    """`local` only: for each degradation, the samples of each shard of its task."""
     lanes: int = LANES
     """`local` only."""
     window: int = WINDOW
@@ -147,8 +150,7 @@ class Plan:
         seed: int,
         order: Literal["uniform", "local"] = "uniform",
     ) -> "Plan":
-        """The plan over a folder of shards; ValueError where a degradation is wanted that it does
-        not hold."""
+        """The plan for a folder of shards; ValueError where it lacks a degradation of `repeats`."""
         counts = manifest.counts
         used = [name for name in DEGRADATIONS if repeats.get(name, 0) > 0]
         for name in used:
@@ -156,12 +158,12 @@ class Plan:
             if not counts.get(task):
                 raise ValueError(
                     f"data.repeats.{name} is {repeats[name]}, but "
-                    f"{manifest.uri or 'the manifest'} holds "
-                    f"no samples of {task} (it holds {', '.join(counts) or 'nothing'}); "
+                    f"{manifest.uri or 'the manifest'} has "
+                    f"no samples of {task} (it has {', '.join(counts) or 'none'}); "
                     f"set data.repeats.{name} to 0, or add the task by `python -m shards.pack`"
                 )
         sizes = {
-            task: np.array([shard.samples for shard in manifest.of(task)], np.int64)
+            task: np.array([shard.samples for shard in manifest.shards_of(task)], np.int64)
             for task in {DEGRADATIONS[name].task for name in used}
         }
         return cls(
@@ -178,20 +180,21 @@ class Plan:
 
     @functools.cached_property
     def quotas(self) -> tuple[int, ...]:
-        """Places per epoch of each degradation."""
+        """Samples of each degradation in an epoch."""
         return tuple(n * uses for n, uses in zip(self.samples, self.repeats, strict=True))
 
     @property
     def epoch_samples(self) -> int:
-        """Places of one epoch."""
+        """Samples in an epoch."""
         return sum(self.quotas)
 
     @property
     def description(self) -> dict[str, Any]:
-        """What makes the sequence, as JSON; a checkpoint keeps it to say what has changed."""
+        """All that determines the sequence, as JSON. A checkpoint stores it, to name what has
+        changed."""
         names = list(DEGRADATIONS)
         rows = zip(self.degradations, self.samples, self.repeats, strict=True)
-        told: dict[str, Any] = {
+        description: dict[str, Any] = {
             "version": VERSION,
             "order": self.order,
             "seed": self.seed,
@@ -199,16 +202,16 @@ class Plan:
             "degradations": {names[d]: {"samples": n, "repeats": r} for d, n, r in rows},
         }
         if self.order == "local":
-            told["lanes"], told["window"] = self.lanes, self.window
-        return told
+            description["lanes"], description["window"] = self.lanes, self.window
+        return description
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of the description: equal fingerprints, equal sequences."""
+        """sha256 of the description; plans with equal fingerprints give equal sequences."""
         return digest(self.description)
 
     def refuse_changed(self, saved: dict[str, Any]) -> None:
-        """ValueError that names each difference from a description saved earlier."""
+        """ValueError that names each difference to a description saved earlier."""
         now = self.description
         changed = [
             f"{name}: {saved.get(name)} then, {now.get(name)} now"
@@ -217,13 +220,13 @@ class Plan:
         ]
         if changed:
             raise ValueError(
-                "the order of samples is not the one this run began with ("
+                "the order of samples is not the one this run started with ("
                 + "; ".join(changed)
-                + "); give the old values, or start a new run"
+                + "); set the old values again, or start a new run"
             )
 
     def draws(self, positions: np.ndarray) -> Draws:
-        """What stands at the positions: (n,) int64, each 0 or more -> `Draws` of (n,)."""
+        """The samples at positions: (n,) int64, each 0 or more -> `Draws` of (n,)."""
         flat = np.asarray(positions, np.int64).ravel()
         blocks = [self._draws(flat[at : at + _BLOCK]) for at in range(0, len(flat), _BLOCK)]
         if not blocks:
@@ -247,26 +250,28 @@ class Plan:
                 turn, at = np.divmod(offset, n)
                 use[chosen] = epoch[chosen] * self.repeats[index] + turn
                 sample[chosen] = (
-                    at if self.order == "uniform" else self._near(index, use[chosen], at)
+                    at if self.order == "uniform" else self._local_sample(index, use[chosen], at)
                 )
         return Draws(degradation, sample, epoch, use)
 
     def _lane_place(self, within: np.ndarray, epoch: np.ndarray) -> np.ndarray:
-        """`local`: the place that a position reads; lanes hold contiguous places, dealt out in
-        turn."""
+        """`local`: the place in the epoch that a position reads.
+
+        Each lane is a contiguous range of places; successive positions take the next place of one
+        lane after the other.
+        """
         lanes = min(self.lanes, self.epoch_samples)
         row, column = np.divmod(within, lanes)
         length, longer = divmod(self.epoch_samples, lanes)
-        # The last row is not full: only the lanes that are longer by one stand in it, and they are
-        # the first.
+        # Only the first lanes are longer by one; the last row consists of these alone.
         full = row < length
         lane = column.copy()
-        # Another permutation in each epoch, so that a rank's lanes and a batch's neighbours change.
+        # The order of the lanes differs between epochs, so that batches do not mix the same ones.
         lane[full] = permute(column[full], lanes, _per_epoch(self.seed, 2, epoch[full]))
         return lane * length + np.minimum(lane, longer) + row
 
-    def _near(self, index: int, use: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """`local`: the sample at place `at` of the `use`-th pass over a degradation."""
+    def _local_sample(self, index: int, use: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """`local`: the sample at place `at` of pass number `use` over a degradation."""
         sample = np.empty_like(at)
         for one in np.unique(use):
             chosen = np.flatnonzero(use == one)
@@ -276,16 +281,16 @@ class Plan:
 
 
 class _ShardOrder(NamedTuple):
-    """One pass over the shards of a task in permuted order."""
+    """`local`: one pass over the shards of a task in permuted order."""
 
     shards: np.ndarray  # (s,) the shards in the order of this pass
-    ends: np.ndarray  # (s,) how many samples they hold up to and with each
-    starts: np.ndarray  # (s,) number of the first sample of each shard, not permuted
+    ends: np.ndarray  # (s,) cumulative count of their samples
+    starts: np.ndarray  # (s,) number of each shard's first sample, not permuted
     window: int
     key: np.ndarray
 
     def sample(self, at: np.ndarray) -> np.ndarray:
-        found = np.empty_like(at)
+        numbers = np.empty_like(at)
         which = np.searchsorted(self.ends, at, side="right") // self.window
         for window in np.unique(which):
             chosen = np.flatnonzero(which == window)
@@ -295,13 +300,13 @@ class _ShardOrder(NamedTuple):
             inside = permute(at[chosen] - begin, count, key(self.key, window)) + begin
             slot = np.searchsorted(self.ends, inside, side="right")
             before = np.where(slot > 0, self.ends[slot - 1], 0)
-            found[chosen] = self.starts[self.shards[slot]] + inside - before
-        return found
+            numbers[chosen] = self.starts[self.shards[slot]] + inside - before
+        return numbers
 
 
 _orders: dict[tuple[str, int, int], _ShardOrder] = {}
 _ORDERS_KEPT = 1 << 25
-"""Numbers in `_orders` at most: 256 MiB."""
+"""Most numbers to keep in `_orders`: 256 MiB."""
 
 
 def _shard_order(plan: Plan, index: int, use: int) -> _ShardOrder:
@@ -320,8 +325,7 @@ def _shard_order(plan: Plan, index: int, use: int) -> _ShardOrder:
 
 
 def _per_epoch(seed: int, purpose: int, epoch: np.ndarray) -> np.ndarray:
-    """Keys for positions; one for all where they lie in one epoch, which is the usual case and
-    faster."""
+    """Keys for positions; one key for all where they are in one epoch, which is faster."""
     if epoch.size and (epoch == epoch[0]).all():
         return key(seed, purpose, int(epoch[0]))
     return np.broadcast_to(key(seed, purpose, epoch), epoch.shape)
@@ -332,16 +336,28 @@ def positions(
 ) -> np.ndarray:
     """The positions that a rank reads in some optimizer steps.
 
-    `start`: samples consumed before, a multiple of the global batch. A global batch is an ordered
-    list of micro-batches; rank r takes the r-th contiguous slice of them. Returns (steps,
-    accumulation, micro_batch) int64.
+    A global batch is an ordered list of micro-batches; rank r takes the r-th contiguous slice of
+    it.
+
+    Args:
+        start: samples consumed before, a multiple of the global batch.
+        steps: optimizer steps.
+        global_batch: samples of one optimizer step, over all ranks.
+        micro_batch: samples of one forward pass.
+        world: number of ranks.
+        rank: this rank.
+
+    Returns:
+        (steps, accumulation, micro_batch) int64.
+
+    Raises:
+        ValueError: the sizes do not divide.
     """
     micros, rest = divmod(global_batch, micro_batch)
     if rest or micros % world:
         raise ValueError(
-            f"a global batch of {global_batch} cannot be dealt out to {world} workers in "
-            "micro-batches of "
-            f"{micro_batch}; it must be a multiple of {world * micro_batch}"
+            f"a global batch of {global_batch} cannot be divided among {world} workers in "
+            f"micro-batches of {micro_batch}; it must be a multiple of {world * micro_batch}"
         )
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} is not one of {world} workers")
@@ -353,11 +369,3 @@ def positions(
     step = np.arange(steps, dtype=np.int64)[:, None, None] * global_batch
     micro = (rank * share + np.arange(share, dtype=np.int64))[None, :, None] * micro_batch
     return start + step + micro + np.arange(micro_batch, dtype=np.int64)
-
-
-def worlds(global_batch: int, micro_batch: int) -> list[int]:
-    """The worker counts that can deal out a global batch."""
-    micros = global_batch // micro_batch
-    return [
-        n for n in itertools.takewhile(lambda n: n <= micros, itertools.count(1)) if micros % n == 0
-    ]

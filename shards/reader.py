@@ -1,10 +1,12 @@
-"""One sample's bytes out of the shards, by its number: positional reads, each checked against the
+"""Reads one sample by its number: positional reads from the tars, each checked against the
 index."""
 
 import contextlib
+import enum
 import hashlib
 import json
 import os
+import tarfile
 from collections import OrderedDict
 from typing import Any, Literal, NamedTuple
 
@@ -20,179 +22,234 @@ OPEN_FILES = 64
 """Shards that a process keeps open at a time."""
 
 
-class DamagedError(ValueError):
-    """A shard or a sample of it is not what was packed."""
+class Damage(enum.Enum):
+    """What kind of damage was found."""
 
-    def __init__(self, what: str, mend: str) -> None:
-        """`what` is wrong and where; `mend` says what to do about it."""
-        super().__init__(what, mend)
-        self.what, self.mend = what, mend
+    MISSING_SHARD = enum.auto()
+    SHARD_SIZE = enum.auto()
+    INDEX = enum.auto()
+    TRUNCATED = enum.auto()
+    HEADER = enum.auto()
+    CHECKSUM = enum.auto()
+    UNDECODABLE = enum.auto()
+    OTHER = enum.auto()
+
+    @property
+    def of_whole_shard(self) -> bool:
+        """Every sample of the shard is affected."""
+        return self in (Damage.MISSING_SHARD, Damage.SHARD_SIZE, Damage.INDEX)
+
+
+class DamagedError(ValueError):
+    """A shard, or a sample in it, is not what was packed."""
+
+    def __init__(self, problem: str, remedy: str, kind: Damage = Damage.OTHER) -> None:
+        """Takes what is wrong and where, what to do about it, and the kind of damage."""
+        super().__init__(problem, remedy, kind)
+        self.problem, self.remedy, self.kind = problem, remedy, kind
 
     def __str__(self) -> str:
-        """Both in one line."""
-        return f"{self.what}; {self.mend}"
+        """Problem and remedy in one line."""
+        return f"{self.problem}; {self.remedy}"
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a sample is."""
 
     shard: Shard
     table: Index
     row: np.void
-    """Of `manifest.SAMPLE`."""
+    """Its row, of `manifest.SAMPLE`."""
     number: int
     """Of the sample within its task."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of its pictures."""
+        """Height and width of its pictures, in pixels."""
         return int(self.row["height"]), int(self.row["width"])
 
 
+class _OpenShard(NamedTuple):
+    descriptor: int
+    table: Index
+
+
 class Reader:
-    """Samples of a folder or store of shards. Cheap to send to another process: it opens its own
-    files."""
+    """The samples of a folder or store of shards.
+
+    It can be sent to another process, which opens the files again.
+    """
 
     def __init__(self, source: Manifest, cache: Cache) -> None:
-        """`cache` is used for remote stores only."""
+        """Takes the manifest, and the cache for shards of a remote store."""
         self.manifest = source
         self.cache = cache
-        self.shards = {task: source.of(task) for task in source.tasks}
+        self.shards = {task: source.shards_of(task) for task in source.tasks}
         self._ends = {
             task: np.cumsum([shard.samples for shard in shards])
             for task, shards in self.shards.items()
         }
-        self._open: OrderedDict[str, tuple[int, int, Index]] = OrderedDict()
+        self._open: OrderedDict[str, _OpenShard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the open files."""
+        """The state without open files."""
         return {**self.__dict__, "_open": OrderedDict()}
 
     def check_present(self) -> None:
-        """`DamagedError` where a local shard is missing or has not the manifest's size."""
+        """`DamagedError` where a local shard is missing or has another size than in the
+        manifest."""
         if storage.is_remote(self.manifest.uri):
             return
         for shard in self.manifest.shards:
             path = storage.join(self.manifest.uri, shard.name)
             if not os.path.exists(path):
-                raise self._damaged(shard, _missing(path))
+                raise self._missing(shard)
             if os.path.getsize(path) != shard.bytes:
-                raise self._damaged(shard, _short(path, os.path.getsize(path), shard))
+                raise self._wrong_size(shard, os.path.getsize(path))
 
-    def locate(self, task: str, number: int) -> Place:
-        """Where the `number`-th sample of a task is."""
+    def locate(self, task: str, number: int) -> Location:
+        """Where sample `number` of a task is; opens its shard."""
         slot = int(np.searchsorted(self._ends[task], number, side="right"))
         shard = self.shards[task][slot]
         row = number - (int(self._ends[task][slot]) - shard.samples)
-        _, _, index = self._file(shard)
-        return Place(shard, index, index.samples[row], number)
+        table = self._opened(shard).table
+        return Location(shard, table, table.samples[row], number)
 
     def shard_of(self, task: str, number: int) -> Shard:
         """The shard of a sample, without opening it."""
         return self.shards[task][int(np.searchsorted(self._ends[task], number, side="right"))]
 
-    def key(self, place: Place) -> str:
-        """The sample's name in its tar: `denoise_00000012`; with `.input03` where several share a
-        clean one."""
-        part = f".input{place.row['part']:02d}" if place.row["flags"] & manifest.SEVERAL else ""
-        return f"{place.shard.task}_{place.row['group']:08d}{part}"
+    def key(self, location: Location) -> str:
+        """The sample's name in its tar.
 
-    def about(self, place: Place) -> dict[str, Any]:
-        """What the packing noted: names of the source files, and what was synthesised."""
-        about: dict[str, Any] = json.loads(self._member(place, int(place.row["meta"])))
-        return about
+        `denoise_00000012`, or `dehaze_00000012.input03` where several inputs share a target. In
+        tars that somebody else made it is their own key.
+        """
+        row = location.row
+        if int(row["meta"]) == manifest.NONE:
+            return split_member_name(self._member_name(location, int(row["target"])))[0]
+        part = f".input{row['part']:02d}" if row["flags"] & manifest.SEVERAL else ""
+        return f"{location.shard.task}_{row['group']:08d}{part}"
 
-    def checksum(self, place: Place) -> int:
+    def about(self, location: Location) -> dict[str, Any]:
+        """What packing noted: `target` and `inputs`, the source files, and what was synthesised."""
+        row = location.row
+        if int(row["meta"]) == manifest.NONE:
+            about: dict[str, Any] = {"target": self._member_name(location, int(row["target"]))}
+            if self._has_input(location):
+                about["inputs"] = [self._member_name(location, int(row["input"]))]
+            return about
+        noted: dict[str, Any] = json.loads(self._member(location, int(row["meta"])))
+        return noted
+
+    def checksum(self, location: Location) -> int:
         """crc32 of the clean picture's bytes."""
-        return int(place.table.members[int(place.row["target"])]["crc32"])
+        return int(location.table.members[int(location.row["target"])]["crc32"])
 
-    def clean(self, place: Place, box: Box | None = None) -> np.ndarray:
-        """The clean picture (H, W, 3) uint8, or a box of it."""
-        height, width = place.size
+    def clean(self, location: Location, box: Box | None = None) -> np.ndarray:
+        """The clean picture (H, W, 3) uint8, or the part of it inside `box`."""
+        height, width = location.size
         box = box or Box(0, 0, height, width)
-        top, left = int(place.row["top"]), int(place.row["left"])
-        # A degraded picture that shows the centre of a larger clean one lies in the middle of it.
+        # The degraded picture may show only the centre of a larger clean one.
+        top, left = int(location.row["top"]), int(location.row["left"])
         return self._picture(
-            place,
+            location,
             "target",
             Box(box.top + top, box.left + left, box.height, box.width),
             (height + 2 * top, width + 2 * left),
         )
 
-    def degraded(self, place: Place, box: Box | None = None) -> np.ndarray:
-        """The degraded picture (H, W, 3) uint8, or a box of it."""
-        return self._picture(place, "input", box or Box(0, 0, *place.size), place.size)
+    def degraded(self, location: Location, box: Box | None = None) -> np.ndarray:
+        """The degraded picture (H, W, 3) uint8, or the part of it inside `box`."""
+        return self._picture(location, "input", box or Box(0, 0, *location.size), location.size)
 
-    def stored(self, place: Place, role: Literal["input", "target"]) -> bytes:
-        """The member of a picture as it lies in the tar; its first tile where it is in tiles."""
-        return self._member(place, int(place.row[role]))
+    def stored(self, location: Location, role: Literal["input", "target"]) -> bytes:
+        """The bytes of a picture as they are in the tar; of its first tile where it is in tiles."""
+        return self._member(location, int(location.row[role]))
 
-    def both(self, place: Place) -> tuple[np.ndarray | None, np.ndarray]:
-        """The degraded picture, None where only a clean one is stored, and the clean one."""
-        return (self.degraded(place) if self._has_input(place) else None), self.clean(place)
+    def both(self, location: Location) -> tuple[np.ndarray | None, np.ndarray]:
+        """The degraded and the clean picture; the first is None where only the clean is stored."""
+        degraded = self.degraded(location) if self._has_input(location) else None
+        return degraded, self.clean(location)
 
     def index(self, shard: Shard) -> Index:
         """The index of a shard, checked against the manifest."""
         opened = self._open.get(shard.name)
-        return opened[2] if opened else self._index(shard)
+        return opened.table if opened else self._index(shard)
 
     def local_path(self, shard: Shard) -> str:
-        """A local file with the shard's bytes; fetched where it is remote."""
+        """A local file with the shard's bytes; fetched where the shard is remote."""
         uri = storage.join(self.manifest.uri, shard.name)
         if not storage.is_remote(uri):
             return uri
         return self.cache.fetch(uri, shard.sha256, shard.bytes)
 
-    def _picture(self, place: Place, role: str, box: Box, size: tuple[int, int]) -> np.ndarray:
-        first = int(place.row[role])
+    def close(self) -> None:
+        """Closes all files."""
+        while self._open:
+            _, opened = self._open.popitem()
+            os.close(opened.descriptor)
+
+    def _picture(
+        self, location: Location, role: str, box: Box, size: tuple[int, int]
+    ) -> np.ndarray:
+        first = int(location.row[role])
         flag = manifest.TILED_INPUT if role == "input" else manifest.TILED_TARGET
-        tiled = int(place.row["flags"]) & flag
+        tiled = int(location.row["flags"]) & flag
         try:
             if not tiled:
-                return decode(self._member(place, first), box)
-            return self._from_tiles(place, first, box, size)
+                return decode(self._member(location, first), box)
+            return self._from_tiles(location, first, box, size)
         except DecodeError as error:
-            raise self._damaged(
-                place.shard, f"{self._where(place)}: the {role} cannot be decoded ({error})"
+            raise self._damaged_sample(
+                location, f"the {role} cannot be decoded ({error})", Damage.UNDECODABLE
             ) from error
 
-    def _from_tiles(self, place: Place, first: int, box: Box, size: tuple[int, int]) -> np.ndarray:
-        """A box put together from the tiles that it meets; `size` of the whole picture."""
-        side = place.table.tile
+    def _from_tiles(
+        self, location: Location, first: int, box: Box, size: tuple[int, int]
+    ) -> np.ndarray:
+        """A box assembled from the tiles that it meets; `size` is that of the whole picture."""
+        side = location.table.tile
         columns = -(-size[1] // side)
         pixels = np.empty((box.height, box.width, 3), np.uint8)
         for row in range(box.top // side, (box.top + box.height - 1) // side + 1):
             for column in range(box.left // side, (box.left + box.width - 1) // side + 1):
-                tile = decode(self._member(place, first + row * columns + column))
+                tile = decode(self._member(location, first + row * columns + column))
                 down, right = row * side - box.top, column * side - box.left
                 part = tile[max(-down, 0) : box.height - down, max(-right, 0) : box.width - right]
                 top, left = max(down, 0), max(right, 0)
                 pixels[top : top + part.shape[0], left : left + part.shape[1]] = part
         return pixels
 
-    def _has_input(self, place: Place) -> bool:
-        return int(place.row["input"]) != manifest.NONE
+    def _has_input(self, location: Location) -> bool:
+        return int(location.row["input"]) != manifest.NONE
 
-    def _where(self, place: Place) -> str:
-        path = storage.join(self.manifest.uri, place.shard.name)
-        return f"sample {place.number} of {place.shard.task} in {path}"
-
-    def _member(self, place: Place, number: int) -> bytes:
-        entry = place.table.members[number]
-        descriptor, _, _ = self._file(place.shard)
+    def _member(self, location: Location, number: int) -> bytes:
+        entry = location.table.members[number]
+        descriptor = self._opened(location.shard).descriptor
         data = os.pread(descriptor, int(entry["size"]), int(entry["offset"]))
         if len(data) != entry["size"]:
-            raise self._damaged(place.shard, f"{self._where(place)}: the shard ends inside of it")
+            raise self._damaged_sample(location, "the shard ends inside it", Damage.TRUNCATED)
         if isal_zlib.crc32(data) != entry["crc32"]:
-            raise self._damaged(
-                place.shard,
-                f"{self._where(place)}: its bytes have changed since packing (checksum)",
+            raise self._damaged_sample(
+                location, "its bytes have changed since packing (checksum)", Damage.CHECKSUM
             )
         return data
 
-    def _file(self, shard: Shard) -> tuple[int, int, Index]:
-        """Descriptor, size and index of a shard; opens it where needed, and closes the one least
-        recently used."""
+    def _member_name(self, location: Location, number: int) -> str:
+        """Read from the header, which stands in the block before the data."""
+        at = int(location.table.members[number]["offset"]) - tarfile.BLOCKSIZE
+        header = os.pread(self._opened(location.shard).descriptor, tarfile.BLOCKSIZE, at)
+        try:
+            return tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
+        except tarfile.HeaderError as error:
+            raise self._damaged_sample(
+                location, f"its header is damaged ({error})", Damage.HEADER
+            ) from error
+
+    def _opened(self, shard: Shard) -> _OpenShard:
+        """A shard's file and index; closes the least recently used shard where too many are
+        open."""
         opened = self._open.get(shard.name)
         if opened is not None:
             self._open.move_to_end(shard.name)
@@ -202,12 +259,11 @@ class Reader:
         size = os.fstat(descriptor).st_size
         if size != shard.bytes:
             os.close(descriptor)
-            path = storage.join(self.manifest.uri, shard.name)
-            raise self._damaged(shard, _short(path, size, shard))
+            raise self._wrong_size(shard, size)
         while len(self._open) >= OPEN_FILES:
-            _, (oldest, _, _) = self._open.popitem(last=False)
-            os.close(oldest)
-        self._open[shard.name] = (descriptor, size, index)
+            _, oldest = self._open.popitem(last=False)
+            os.close(oldest.descriptor)
+        self._open[shard.name] = _OpenShard(descriptor, index)
         return self._open[shard.name]
 
     def _descriptor(self, shard: Shard) -> int:
@@ -217,8 +273,8 @@ class Reader:
                 return os.open(path, os.O_RDONLY)
             except FileNotFoundError as error:
                 if not storage.is_remote(self.manifest.uri):
-                    raise self._damaged(shard, _missing(path)) from error
-                # Another process evicted the copy between the two lines: fetch it again.
+                    raise self._missing(shard) from error
+                # Another process evicted the copy since it was fetched: fetch it again.
 
     def _index(self, shard: Shard) -> Index:
         uri = storage.join(self.manifest.uri, shard.index_name)
@@ -229,7 +285,9 @@ class Reader:
                 raise ValueError("its hash is not the one in the manifest")
             return Index.from_bytes(data)
         except (FileNotFoundError, ValueError) as error:
-            raise self._damaged(shard, f"{uri} is missing or damaged ({error})") from error
+            raise self._damaged(
+                shard, f"{uri} is missing or damaged ({error})", Damage.INDEX
+            ) from error
 
     def _remote_index(self, uri: str, shard: Shard) -> bytes:
         path = self.cache.path(shard.index_sha256)
@@ -240,19 +298,30 @@ class Reader:
             storage.write(path, data)
         return data
 
-    def _damaged(self, shard: Shard, what: str) -> DamagedError:
-        return DamagedError(what, self.manifest.mend(shard.task))
+    def _missing(self, shard: Shard) -> DamagedError:
+        path = storage.join(self.manifest.uri, shard.name)
+        problem = f"{path} is named in {manifest.NAME}, but does not exist"
+        return self._damaged(shard, problem, Damage.MISSING_SHARD)
 
-    def close(self) -> None:
-        """Closes all files."""
-        while self._open:
-            _, (descriptor, _, _) = self._open.popitem()
-            os.close(descriptor)
+    def _wrong_size(self, shard: Shard, size: int) -> DamagedError:
+        path = storage.join(self.manifest.uri, shard.name)
+        problem = f"{path} has {size} bytes, but {manifest.NAME} says {shard.bytes}"
+        return self._damaged(shard, problem, Damage.SHARD_SIZE)
+
+    def _damaged_sample(self, location: Location, problem: str, kind: Damage) -> DamagedError:
+        path = storage.join(self.manifest.uri, location.shard.name)
+        where = f"sample {location.number} of {location.shard.task} in {path}"
+        return self._damaged(location.shard, f"{where}: {problem}", kind)
+
+    def _damaged(self, shard: Shard, problem: str, kind: Damage) -> DamagedError:
+        return DamagedError(problem, self.manifest.remedy(shard.task), kind)
 
 
-def _missing(path: str) -> str:
-    return f"{path} is named in {manifest.NAME}, but is not there"
+def split_member_name(name: str) -> tuple[str, str]:
+    """Key and field of a tar member, by WebDataset's rule: the first dot of the file name.
 
-
-def _short(path: str, size: int, shard: Shard) -> str:
-    return f"{path} has {size} bytes, but {manifest.NAME} says {shard.bytes}"
+    `a/0001.input.png` is field `input.png` of the sample `a/0001`.
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, _, field = base.partition(".")
+    return folder + slash + stem, field.lower()

@@ -1,20 +1,23 @@
-"""Folders and object stores alike: small files read and written, shards brought in and out.
+"""Files in local folders and object stores, by the same functions. All folders of this project use
+it.
 
-A place is a local folder or a URI of fsspec (`s3://bucket/folder`, `http://…`, `gs://…`). Local
-writes are made aside and renamed, so a reader never sees half a file; object stores do the same by
-themselves.
+A place is a local folder or a URI of fsspec (`s3://bucket/folder`, `http://…`, `gs://…`). A write
+is atomic: a reader sees the old file or the new one, never half of it. Reads and writes of a store
+are retried. Listings are never cached: another process may have written since.
 """
 
 import contextlib
 import errno
 import hashlib
+import json
+import math
 import os
 import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 
@@ -25,17 +28,21 @@ _SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf", "me
 
 
 def is_remote(uri: str | os.PathLike[str]) -> bool:
-    """Whether a place is reached through fsspec rather than the file system."""
+    """Whether a place is reached through fsspec rather than the local file system."""
     return "://" in str(uri) and not str(uri).startswith("file://")
 
 
 def checked(uri: str | os.PathLike[str]) -> str:
-    """The place as a string; ValueError for schemes that could run a command or are unknown."""
+    """The place as a string, without a trailing slash.
+
+    Raises:
+        ValueError: the scheme is unknown, or could run a command (`pipe:`, `a::b`).
+    """
     text = str(uri)
     scheme = text.split(":", 1)[0] if "://" in text or text.startswith("pipe:") else ""
     if "::" in text or (scheme and scheme not in _SCHEMES):
         raise ValueError(
-            f"{text!r} is not a folder or a store that is read here; known: a folder, "
+            f"{text!r} is not a folder or a store that can be read; known: a folder, "
             + ", ".join(f"{name}://" for name in _SCHEMES if name != "memory")
         )
     return text.removeprefix("file://").rstrip("/")
@@ -46,79 +53,131 @@ def join(uri: str, name: str) -> str:
     return f"{uri}/{name}"
 
 
-def _remote(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def absolute(uri: str) -> str:
+    """The same place, named so that processes with another working directory find it."""
+    return uri if "://" in uri else str(Path(uri).expanduser().resolve())
+
+
+def open_folder(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """File system and path of a folder or URI; a local path becomes absolute.
+
+    The file system keeps no listings (s3fs would otherwise answer from its memory and miss what
+    another process has written).
+
+    Raises:
+        ValueError: no file system is installed for the URI's scheme.
+    """
+    place = uri if "://" in uri else str(Path(uri).expanduser())
     try:
-        return fsspec.core.url_to_fs(uri)
-    except ImportError as error:
-        raise ValueError(f"{uri} needs another package: {error}") from error
+        return fsspec.core.url_to_fs(place, use_listings_cache=False)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"cannot open {uri}: {error}") from error
 
 
 def retrying(what: str, action: Callable[[], T], attempts: int = 5, delay: float = 0.5) -> T:
-    """The result of an action on a store; tried again, with growing pauses, where it fails.
+    """The result of an action on a store; retried with growing pauses when it fails.
 
-    What is not there or not allowed is not tried again. OSError after the last try.
+    A missing file or a missing permission is not retried.
+
+    Args:
+        what: the action in words, for the error message.
+        action: what to do.
+        attempts: tries in all.
+        delay: seconds before the second try; doubled for each later one.
+
+    Raises:
+        OSError: the last try failed.
     """
     for attempt in range(attempts):
         try:
             return action()
         except (FileNotFoundError, PermissionError, ValueError):
             raise
-        except Exception as error:  # each store's library has its own kinds
+        except Exception as error:  # each store's library has exceptions of its own
             if attempt + 1 >= attempts:
                 raise OSError(
                     f"{what} failed {attempts} times, the last time with {type(error).__name__}: "
-                    f"{error}; see that the store is up and whole, then run the same command again"
+                    f"{error}; check that the store can be reached, then run the same command again"
                 ) from error
             time.sleep(delay * 2**attempt * random.uniform(0.5, 1.5))
     raise AssertionError(f"attempts is {attempts}")
 
 
 def exists(uri: str) -> bool:
-    """Whether a file is there."""
+    """Whether there is such a file."""
     if not is_remote(uri):
         return os.path.exists(uri)
-    filesystem, path = _remote(uri)
-    # Listings kept from earlier would hide what another process wrote.
-    filesystem.invalidate_cache()
-    return bool(filesystem.exists(path))
+    fs, path = open_folder(uri)
+    return bool(fs.exists(path))
 
 
-def names(uri: str) -> list[str]:
-    """Names of the files directly in a folder, sorted; empty where there is no folder."""
+def list_names(uri: str) -> list[str]:
+    """Sorted names of the files and folders directly in a folder; [] where there is no folder."""
     if not is_remote(uri):
         return sorted(entry.name for entry in os.scandir(uri)) if os.path.isdir(uri) else []
-    filesystem, path = _remote(uri)
-    filesystem.invalidate_cache()
-    if not filesystem.exists(path):
+    fs, path = open_folder(uri)
+    if not fs.exists(path):
         return []
-    return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in filesystem.ls(path, False))
+    return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, False))
 
 
 def read(uri: str) -> bytes:
-    """All bytes of a file."""
+    """All bytes of a file; FileNotFoundError where there is none."""
     if not is_remote(uri):
         return Path(uri).read_bytes()
-    filesystem, path = _remote(uri)
-    data: bytes = retrying(f"reading {uri}", lambda: filesystem.cat_file(path))
+    fs, path = open_folder(uri)
+    data: bytes = retrying(f"reading {uri}", lambda: fs.cat_file(path))
     return data
 
 
+def read_json(fs: fsspec.AbstractFileSystem, path: str) -> Any:
+    """Reads one JSON file; FileNotFoundError where there is none."""
+    if "file" in fs.protocol:
+        return json.loads(Path(path).read_bytes())
+    return json.loads(retrying(f"reading {path}", lambda: fs.cat_file(path)))
+
+
 def write(uri: str, data: bytes) -> None:
-    """A whole file or none: local files are written aside, synchronised and renamed."""
-    if is_remote(uri):
-        filesystem, path = _remote(uri)
-        retrying(f"writing {uri}", lambda: filesystem.pipe_file(path, data))
+    """Writes one file, as `write_whole` does."""
+    write_whole(*open_folder(uri), data)
+
+
+def write_whole(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
+    """Writes one file so that a reader sees the old one or the new one, never half of it.
+
+    A local file is written aside, synchronised to the disk and renamed. Object stores show an
+    object only when it is complete.
+    """
+    if "file" not in fs.protocol:
+        retrying(f"writing {path}", lambda: fs.pipe_file(path, data))
         return
-    with replacing(uri) as temporary, open(temporary, "wb") as file:
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
 
+def write_json(fs: fsspec.AbstractFileSystem, path: str, data: Any) -> None:
+    """Writes one JSON file, as `write_whole` does."""
+    write_whole(fs, path, (json.dumps(data, indent=2) + "\n").encode())
+
+
+def finite(value: Any) -> Any:
+    """The same plain data with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {str(name): finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 @contextlib.contextmanager
-def replacing(path: str) -> Iterator[str]:
-    """A name to write to; it takes the place of `path` when the block ends well and vanishes
-    otherwise."""
+def atomic_path(path: str) -> Iterator[str]:
+    """A temporary name beside `path`, to write to.
+
+    It is renamed to `path` when the block ends, and removed when the block raises. Missing folders
+    are made.
+    """
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name}.{os.getpid()}.part")
     try:
@@ -129,8 +188,8 @@ def replacing(path: str) -> Iterator[str]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(
                 error.errno,
-                f"no space left to write {path}; free some, then run the same command again: "
-                "it goes on where it stopped",
+                f"no space left to write {path}; free some space, then run the same command again "
+                "to continue",
             ) from error
         raise
     finally:
@@ -138,52 +197,62 @@ def replacing(path: str) -> Iterator[str]:
             os.unlink(temporary)
 
 
-def remove_unfinished(folder: str) -> None:
-    """Removes what killed processes have half written; for whoever alone may write to a folder."""
+def remove_unfinished(folder: str, pattern: str = "*") -> None:
+    """Removes the temporary files that killed processes left for file names like `pattern`.
+
+    Only for a process that alone may write these files.
+    """
     if not is_remote(folder):
-        for left in Path(folder).glob(".*.part"):
+        for left in Path(folder).glob(f".{pattern}.part"):
             left.unlink(missing_ok=True)
 
 
-def put(local: str, uri: str) -> None:
-    """Moves a whole local file to its place."""
-    if is_remote(uri):
-        filesystem, path = _remote(uri)
-        retrying(f"writing {uri}", lambda: filesystem.put_file(local, path))
-        os.unlink(local)
-        return
-    os.replace(local, uri)
+def upload(local: str, uri: str) -> None:
+    """Copies a local file to a store."""
+    fs, path = open_folder(uri)
+    retrying(f"writing {uri}", lambda: fs.put_file(local, path))
 
 
 def remove(uri: str) -> None:
-    """Removes a file; nothing happens where there is none."""
-    if is_remote(uri):
-        filesystem, path = _remote(uri)
-        with contextlib.suppress(FileNotFoundError):
-            filesystem.rm_file(path)
-        return
+    """Removes a file; does nothing where there is none."""
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(uri)
+        if is_remote(uri):
+            fs, path = open_folder(uri)
+            fs.rm_file(path)
+        else:
+            os.unlink(uri)
 
 
 def size_and_sha256(uri: str) -> tuple[int, str]:
     """Of a file, read once; FileNotFoundError where there is none."""
-
-    def run() -> tuple[int, str]:
-        size, digest = 0, hashlib.sha256()
-        with reading(uri) as file:
-            while block := file.read(BLOCK):
-                size += len(block)
-                digest.update(block)
-        return size, digest.hexdigest()
-
-    return retrying(f"reading {uri}", run)
+    return retrying(f"reading {uri}", lambda: _measure(uri, None))
 
 
-def reading(uri: str) -> AbstractContextManager[BinaryIO]:
+def download(uri: str, local: str) -> tuple[int, str]:
+    """Copies a file to a local one and waits for the disk; its size and sha256."""
+    with open(local, "wb") as target:
+        size_and_digest = _measure(uri, target)
+        target.flush()
+        os.fsync(target.fileno())
+    return size_and_digest
+
+
+def _measure(uri: str, target: BinaryIO | None) -> tuple[int, str]:
+    """Size and sha256 of a file, whose bytes are also written to `target` where there is one."""
+    size, digest = 0, hashlib.sha256()
+    with open_binary(uri) as source:
+        while block := source.read(BLOCK):
+            size += len(block)
+            digest.update(block)
+            if target is not None:
+                target.write(block)
+    return size, digest.hexdigest()
+
+
+def open_binary(uri: str) -> AbstractContextManager[BinaryIO]:
     """A file, local or remote, to be read from its beginning to its end."""
     if not is_remote(uri):
         return open(uri, "rb")
-    filesystem, path = _remote(uri)
-    opened: AbstractContextManager[BinaryIO] = filesystem.open(path, "rb", cache_type="readahead")
+    fs, path = open_folder(uri)
+    opened: AbstractContextManager[BinaryIO] = fs.open(path, "rb", cache_type="readahead")
     return opened

@@ -1,8 +1,8 @@
 """Shards -> batches for training, and whole pictures for evaluation.
 
-What a sample is follows from its position alone: the plan says which one, and a generator keyed by
-(seed, epoch, position) draws its crop, its flips and its noise. Processes and ranks change nothing
-but who computes it.
+The position alone determines a sample: the plan says which sample it is, and a generator keyed by
+(seed, epoch, position) draws its crop, its flips and its noise. The numbers of processes and ranks
+only change who computes it.
 """
 
 import contextlib
@@ -22,21 +22,21 @@ from shards import degrade, manifest, storage
 from shards import order as ordering
 from shards.cache import Cache
 from shards.config import DataConfig, parse_levels
-from shards.decode import UPRIGHT, Box, Turn, as_bytes, as_floats, turned
+from shards.decode import NO_FLIP, Box, Flip, as_bytes, as_floats
 from shards.order import Plan
-from shards.reader import DamagedError, Place, Reader
+from shards.reader import Damage, DamagedError, Location, Reader
 from shards.tasks import DEGRADATIONS, TASKS
 
 _NAMES = tuple(DEGRADATIONS)
 _DRAWS = 1024
 """Positions whose draws are computed at a time."""
-_LayOut = Callable[[list[np.ndarray], list[Turn]], np.ndarray]
+_Convert = Callable[[list[np.ndarray], list[Flip]], np.ndarray]
 _SUBSTITUTES = 32
-"""How many other samples are tried in the place of a damaged one."""
+"""How many other samples are tried in place of a corrupt one."""
 
 
-class Sample(NamedTuple):
-    """One training sample."""
+class _Sample(NamedTuple):
+    """One training sample, before it is flipped."""
 
     degraded: np.ndarray
     """(c, c, 3) uint8."""
@@ -44,23 +44,11 @@ class Sample(NamedTuple):
     """(c, c, 3) uint8."""
     degradation: int
     """Index into `DEGRADATIONS`."""
-    position: int
     key: str
     """`denoise_15/denoise_00000012`."""
+    flip: Flip
     damage: str = ""
-    """What was wrong with the sample whose place this one takes; empty where nothing was."""
-
-
-class _Raw(NamedTuple):
-    """A sample before it is turned; fields as in `Sample`."""
-
-    degraded: np.ndarray
-    clean: np.ndarray
-    degradation: int
-    position: int
-    key: str
-    turn: Turn
-    damage: str = ""
+    """Why the sample that belongs here was replaced; empty where it was not."""
 
 
 class Batch(NamedTuple):
@@ -79,7 +67,7 @@ class Batch(NamedTuple):
     keys: list[str]
     """Names: degradation/key in the tar."""
     damage: tuple[str, ...] = ()
-    """With `on_corrupt: substitute`: what was wrong with the samples that others stand for."""
+    """With `on_corrupt: substitute`: one line for each corrupt sample that was replaced."""
 
 
 class Picture(NamedTuple):
@@ -107,35 +95,40 @@ class TrainStream:
     """The training samples of a run, by position."""
 
     def __init__(self, data: DataConfig, seed: int) -> None:
-        """Opens manifest and plan; ValueError where they do not fit, or where a local shard is not
-        whole."""
+        """Opens the manifest and makes the plan.
+
+        Raises:
+            ValueError: the data lacks a task of `data.repeats`, or a local shard is missing or has
+                the wrong size.
+        """
         self.data = data
         self.seed = seed
         self.reader = open_reader(data.train, data)
         self.plan = Plan.from_manifest(self.reader.manifest, data.repeats, seed, data.order)
-        self._keyed = degrade.Keyed()
+        self._generator = degrade.KeyedGenerator()
         self._drawn: dict[int, tuple[list[int], list[int], list[int]]] = {}
-        self.damaged: dict[str, int] = {}
-        """With `on_corrupt: substitute`: damage met so far -> how often."""
+        self._replaced = 0
         if data.on_corrupt == "stop":
             self.reader.check_present()
-
-    def read(self, position: int) -> Sample:
-        """The sample at a position of the run's sequence; `DamagedError` with its name where it is
-        damaged."""
-        raw = self._samples(np.array([position]))[0]
-        degraded, clean = (turned(pixels, raw.turn) for pixels in (raw.degraded, raw.clean))
-        return Sample(degraded, clean, raw.degradation, raw.position, raw.key, raw.damage)
 
     def batches(
         self, start: int, stop: int, *, global_batch: int, micro_batch: int, world: int, rank: int
     ) -> Iterator[Batch]:
-        """This rank's micro-batches, in order, from `start` to `stop` samples consumed by the whole
-        run.
+        """This rank's micro-batches, in order.
 
-        Both are counted from the beginning of the run and are multiples of the global batch.
-        Decodes in `data.loader_workers` processes. ValueError where the sizes do not fit, and at
-        damage (see `on_corrupt`).
+        Decodes in `data.loader_workers` processes.
+
+        Args:
+            start: samples that the whole run has consumed, a multiple of the global batch.
+            stop: samples that it will have consumed at the end, likewise.
+            global_batch: samples of one optimizer step, over all ranks.
+            micro_batch: samples of one batch.
+            world: number of ranks.
+            rank: this rank.
+
+        Raises:
+            ValueError: the sizes do not divide.
+            DamagedError: a sample is corrupt; see `data.on_corrupt`.
         """
         if stop % global_batch:
             raise ValueError(
@@ -143,28 +136,25 @@ class TrainStream:
             )
         # Refuse wrong sizes here, not in the middle of a loader process.
         ordering.positions(start, 0, global_batch, micro_batch, world, rank)
-        wanted = _Positions(start, stop, global_batch, micro_batch, world, rank)
-        for result in self._load(wanted):
+        sampler = _PositionSampler(start, stop, global_batch, micro_batch, world, rank)
+        for result in self._load(sampler):
             if isinstance(result, DamagedError):
                 raise result
-            self._count(result.damage)
+            self._count_replaced(result.damage)
             if result.degraded.dtype == torch.uint8:
                 result = result._replace(
                     degraded=result.degraded.div(255), clean=result.clean.div(255)
                 )
             yield result
 
-    def batch(self, positions: np.ndarray) -> Batch:
-        """The samples at (m,) positions as one batch."""
-        return self._batch(positions, as_floats)
-
-    def _batch(self, positions: np.ndarray, lay_out: _LayOut) -> Batch:
-        samples = self._samples(positions)
+    def batch(self, positions: np.ndarray, convert: _Convert = as_floats) -> Batch:
+        """The samples at (m,) positions as one batch; `convert` makes floats or bytes of them."""
+        samples = [self._sample(p, *self._draw(p)) for p in positions.tolist()]
         degradations = [sample.degradation for sample in samples]
-        turns = [sample.turn for sample in samples]
+        flips = [sample.flip for sample in samples]
         return Batch(
-            degraded=torch.from_numpy(lay_out([sample.degraded for sample in samples], turns)),
-            clean=torch.from_numpy(lay_out([sample.clean for sample in samples], turns)),
+            degraded=torch.from_numpy(convert([sample.degraded for sample in samples], flips)),
+            clean=torch.from_numpy(convert([sample.clean for sample in samples], flips)),
             task=torch.tensor([TASKS.index(DEGRADATIONS[_NAMES[d]].task) for d in degradations]),
             degradation=torch.tensor(degradations),
             position=torch.from_numpy(np.array(positions, np.int64)),
@@ -172,53 +162,55 @@ class TrainStream:
             damage=tuple(sample.damage for sample in samples if sample.damage),
         )
 
-    def _load(self, wanted: "_Positions") -> Iterator["Batch | DamagedError"]:
+    def _load(self, sampler: "_PositionSampler") -> Iterator["Batch | DamagedError"]:
         _keep_freed_memory()
         if self.data.loader_workers == 0:
-            loads = _Loads(self, as_floats)
-            batches = (loads[positions] for positions in wanted)
+            dataset = _BatchDataset(self, as_floats)
+            batches = (dataset[positions] for positions in sampler)
         else:
-            # Bytes between processes: a quarter of what floats would be.
+            # Processes exchange bytes: a quarter of what floats would be.
             loader = DataLoader(
-                _Loads(self, as_bytes),
+                _BatchDataset(self, as_bytes),
                 batch_size=None,
-                sampler=wanted,
+                sampler=sampler,
                 num_workers=self.data.loader_workers,
                 collate_fn=_unchanged,
                 prefetch_factor=4,
             )
             batches = iter(loader)  # type: ignore[arg-type]  # batch_size None: yields as they are
-        # Its thread starts after the loader's processes are forked: a lock that it held would stay
-        # locked.
-        with self._prefetching(wanted) as step:
+        # The prefetching thread starts after the loader's processes were forked. A lock that it
+        # held while they are forked would stay locked in them.
+        with self._prefetching(sampler) as batch_done:
             for batch in batches:
-                step()
+                batch_done()
                 yield batch
 
     @contextlib.contextmanager
-    def _prefetching(self, wanted: "_Positions") -> Iterator[Callable[[], None]]:
-        """Fetches the shards of the coming micro-batches into the cache; call the yielded one per
-        batch."""
+    def _prefetching(self, sampler: "_PositionSampler") -> Iterator[Callable[[], None]]:
+        """Fetches the shards of the next micro-batches into the cache, in a thread.
+
+        Yields a function to call after each batch.
+        """
         if not self.data.prefetch or not storage.is_remote(self.reader.manifest.uri):
             yield lambda: None
             return
-        room = threading.Semaphore(self.data.prefetch)
+        ahead = threading.Semaphore(self.data.prefetch)
         ended = threading.Event()
-        thread = threading.Thread(target=self._prefetch, args=(wanted, room, ended), daemon=True)
+        thread = threading.Thread(target=self._prefetch, args=(sampler, ahead, ended), daemon=True)
         thread.start()
         try:
-            yield room.release
+            yield ahead.release
         finally:
             ended.set()
-            room.release()
+            ahead.release()
             thread.join()
 
     def _prefetch(
-        self, wanted: "_Positions", room: threading.Semaphore, ended: threading.Event
+        self, sampler: "_PositionSampler", ahead: threading.Semaphore, ended: threading.Event
     ) -> None:
         recent: OrderedDict[str, int] = OrderedDict()
-        for positions in wanted:
-            room.acquire()
+        for positions in sampler:
+            ahead.acquire()
             if ended.is_set():
                 return
             draws = self.plan.draws(positions)
@@ -226,27 +218,23 @@ class TrainStream:
                 task = DEGRADATIONS[_NAMES[degradation]].task
                 shard = self.reader.shard_of(task, int(sample))
                 if shard.name not in recent and not ended.is_set():
-                    # Damage and outages are told by whoever needs the sample.
+                    # Whoever needs the sample fetches again and reports what is wrong.
                     with contextlib.suppress(OSError):
                         self.reader.local_path(shard)
                 recent[shard.name] = shard.bytes
                 recent.move_to_end(shard.name)
-            # More would push out what is not read yet.
+            # Fetching more would evict shards that have not been read yet.
             while sum(recent.values()) > self.reader.cache.limit // 2 and len(recent) > 1:
                 recent.popitem(last=False)
 
-    def _count(self, damage: tuple[str, ...]) -> None:
-        for line in damage:
-            self.damaged[line] = self.damaged.get(line, 0) + 1
-        if sum(self.damaged.values()) > self.data.corrupt_budget:
+    def _count_replaced(self, damage: tuple[str, ...]) -> None:
+        self._replaced += len(damage)
+        if self._replaced > self.data.corrupt_budget:
             raise DamagedError(
-                f"more than data.corrupt_budget = {self.data.corrupt_budget} damaged samples, the "
-                f"last: {next(reversed(self.damaged))}",
-                f"see all damage by `python -m shards.inspect {self.data.train}`",
+                f"replaced {self._replaced} corrupt samples, more than data.corrupt_budget = "
+                f"{self.data.corrupt_budget}; the last: {damage[-1]}",
+                f"find all damage by `python -m shards.inspect {self.data.train}`",
             )
-
-    def _samples(self, positions: np.ndarray) -> list[_Raw]:
-        return [self._sample(position, *self._draw(position)) for position in positions.tolist()]
 
     def _draw(self, position: int) -> tuple[int, int, int]:
         """Degradation, sample and epoch at a position; computed for many positions at once."""
@@ -260,44 +248,45 @@ class TrainStream:
         degradations, samples, epochs = self._drawn[block]
         return degradations[within], samples[within], epochs[within]
 
-    def _sample(self, position: int, degradation: int, number: int, epoch: int) -> _Raw:
+    def _sample(self, position: int, degradation: int, number: int, epoch: int) -> _Sample:
+        """The sample at a position, or another one of its task where it is corrupt."""
         try:
-            return self._make(position, degradation, number, epoch)
+            return self._read_sample(position, degradation, number, epoch)
         except (DamagedError, OSError) as error:
             if self.data.on_corrupt == "stop":
                 raise
             first = error
         task = DEGRADATIONS[_NAMES[degradation]].task
         count = self.reader.manifest.counts[task]
+        problem = first.problem if isinstance(first, DamagedError) else str(first)
         for attempt in range(_SUBSTITUTES):
             other = int(ordering.key(self.seed, 5, position, attempt)) % count
             try:
-                made = self._make(position, degradation, other, epoch)
-                return made._replace(damage=getattr(first, "what", str(first)))
+                sample = self._read_sample(position, degradation, other, epoch)
+                return sample._replace(damage=problem)
             except (DamagedError, OSError):
                 continue
         raise DamagedError(
-            f"{_SUBSTITUTES} samples of {task} in a row are damaged: {first}",
-            f"see all damage by `python -m shards.inspect {self.data.train}`",
+            f"{_SUBSTITUTES} samples of {task} in a row are corrupt: {problem}",
+            f"find all damage by `python -m shards.inspect {self.data.train}`",
         ) from first
 
-    def _make(self, position: int, degradation: int, number: int, epoch: int) -> _Raw:
+    def _read_sample(self, position: int, degradation: int, number: int, epoch: int) -> _Sample:
         name = _NAMES[degradation]
         task, sigma = DEGRADATIONS[name]
-        place = self.reader.locate(task, number)
-        rng = self._keyed.at(self.seed, epoch, position - epoch * self.plan.epoch_samples)
-        # Four words for crop and flips, whatever is made of them; what follows is for the noise.
+        location = self.reader.locate(task, number)
+        rng = self._generator.at(self.seed, epoch, position - epoch * self.plan.epoch_samples)
+        # Always four words for crop and flips, so that they do not shift the noise that follows.
         words = rng.bit_generator.random_raw(4).tolist()
-        box = _crop(place, self.data.crop, words)
-        clean = _fit(self.reader.clean(place, box), self.data.crop)
+        box = _crop(location, self.data.crop, words)
+        clean = _pad(self.reader.clean(location, box), self.data.crop)
         if sigma is None:
-            degraded = _fit(self.reader.degraded(place, box), self.data.crop)
+            degraded = _pad(self.reader.degraded(location, box), self.data.crop)
         else:
             sigma = _level(name, sigma, self.data.sigma, rng)
             degraded = degrade.noise(clean, sigma, rng, self.data.noise_rounding)
-        turn = _turn(self.data.augment, words[2])
-        key = f"{name}/{self.reader.key(place)}"
-        return _Raw(degraded, clean, degradation, position, key, turn)
+        key = f"{name}/{self.reader.key(location)}"
+        return _Sample(degraded, clean, degradation, key, _flip(self.data.augment, words[2]))
 
 
 def _level(name: str, fixed: float, levels: dict[str, str], rng: np.random.Generator) -> float:
@@ -308,9 +297,11 @@ def _level(name: str, fixed: float, levels: dict[str, str], rng: np.random.Gener
     return float(rng.uniform(choice[0], choice[-1]) if is_range else rng.choice(choice))
 
 
-class _Positions:
-    """The positions of a rank's micro-batches, one array (micro_batch,) after the other; re-
-    iterable."""
+class _PositionSampler:
+    """The positions of a rank's micro-batches, one array (micro_batch,) after the other.
+
+    It can be iterated several times.
+    """
 
     def __init__(
         self, start: int, stop: int, global_batch: int, micro_batch: int, world: int, rank: int
@@ -323,26 +314,32 @@ class _Positions:
             yield from ordering.positions(step, 1, *self.rest)[0]
 
 
-class _Loads(Dataset["Batch | DamagedError"]):
-    """Positions -> batch, in a loader process. Damage is handed over as a value: it keeps its plain
-    message."""
+class _BatchDataset(Dataset["Batch | DamagedError"]):
+    """Positions -> batch, in a loader process.
 
-    def __init__(self, stream: TrainStream, lay_out: _LayOut) -> None:
-        self.stream, self.lay_out = stream, lay_out
+    Damage is returned as a value: an exception from a loader process would arrive with its
+    traceback in place of its message.
+    """
+
+    def __init__(self, stream: TrainStream, convert: _Convert) -> None:
+        self.stream, self.convert = stream, convert
 
     def __getitem__(self, positions: np.ndarray) -> "Batch | DamagedError":
         try:
-            return self.stream._batch(positions, self.lay_out)
+            return self.stream.batch(positions, self.convert)
         except DamagedError as error:
             return error
         except OSError as error:
-            return DamagedError(str(error), "see that the store can be read")
+            return DamagedError(str(error), "check that the store can be read", Damage.OTHER)
 
 
 @functools.cache
 def _keep_freed_memory() -> None:
-    """Asks glibc to keep up to 256 MiB that are freed: else each batch's memory is asked from the
-    kernel anew, page by page, which costs as much as decoding a sample does."""
+    """Tells glibc to keep up to 256 MiB of freed memory.
+
+    Otherwise it returns the memory of each batch to the kernel and asks for it again, page by page,
+    which costs as much as decoding a sample.
+    """
     with contextlib.suppress(OSError, AttributeError):
         library = ctypes.CDLL("libc.so.6")
         library.mallopt(-3, 64 << 20)  # M_MMAP_THRESHOLD
@@ -353,26 +350,26 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _crop(place: Place, side: int, words: list[int]) -> Box:
-    """A random square; the whole height or width where the picture has less."""
-    height, width = place.size
+def _crop(location: Location, side: int, words: list[int]) -> Box:
+    """A random square; the whole height or width where the picture is smaller."""
+    height, width = location.size
     tall, wide = min(side, height), min(side, width)
     return Box(words[0] % (height - tall + 1), words[1] % (width - wide + 1), tall, wide)
 
 
-def _fit(pixels: np.ndarray, side: int) -> np.ndarray:
-    """A picture smaller than the crop is continued by reflection at its lower and right edge."""
+def _pad(pixels: np.ndarray, side: int) -> np.ndarray:
+    """Reflects a picture smaller than the crop at its lower and right edge."""
     down, right = side - pixels.shape[0], side - pixels.shape[1]
     if down <= 0 and right <= 0:
         return pixels
     return np.pad(pixels, ((0, down), (0, right), (0, 0)), mode="reflect")
 
 
-def _turn(augment: str, word: int) -> Turn:
-    """Three random bits, as far as they are wanted."""
+def _flip(augment: str, word: int) -> Flip:
+    """The flips that three random bits choose."""
     if augment == "none":
-        return Turn(False, False, False)
-    return Turn(bool(word & 1), bool(word & 2), bool(word & 4) and augment == "dihedral")
+        return NO_FLIP
+    return Flip(bool(word & 1), bool(word & 2), bool(word & 4) and augment == "dihedral")
 
 
 def pictures(
@@ -438,7 +435,7 @@ def _picture(reader: Reader, name: str, number: int, position: int) -> Picture:
         rng = degrade.generator("evaluation", reader.checksum(place))
         degraded = degrade.noise(clean, sigma, rng)
         source = about["target"]
-    degraded, clean = (as_floats([pixels], [UPRIGHT])[0] for pixels in (degraded, clean))
+    degraded, clean = (as_floats([pixels], [NO_FLIP])[0] for pixels in (degraded, clean))
     return Picture(
         name, task, source, torch.from_numpy(degraded), torch.from_numpy(clean), position
     )

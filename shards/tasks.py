@@ -1,16 +1,16 @@
-"""The tasks and their degradations, one row each: the paper's, and chains of them."""
+"""The tasks and their degradations: those of the paper, and `mixed` for several in sequence."""
 
 from typing import NamedTuple
 
 
 class Degradation(NamedTuple):
-    """One kind of damage that the network learns to undo."""
+    """One degradation that the network learns to remove."""
 
     task: str
-    """The task it counts for in tables."""
+    """The task whose row in a table it counts for."""
     sigma: float | None = None
-    """Standard deviation of the noise added while loading, in grey levels of 0-255; None where
-    pairs are stored."""
+    """Standard deviation of the noise that is added while loading, in grey levels of 0-255; None
+    where the degraded picture is stored."""
 
 
 DEGRADATIONS: dict[str, Degradation] = {
@@ -23,7 +23,7 @@ DEGRADATIONS: dict[str, Degradation] = {
     "lowlight": Degradation("lowlight"),
     "mixed": Degradation("mixed"),
 }
-"""The last one is two or three of the others in sequence, stored as pairs."""
+"""`mixed`: two or three of the others applied in sequence, stored as pairs."""
 
 TASKS: tuple[str, ...] = tuple(dict.fromkeys(row.task for row in DEGRADATIONS.values()))
 """All tasks in their fixed order; a batch's `task` indexes this."""

@@ -1,4 +1,4 @@
-"""One shard: pictures in, a tar with its index out. All that a packing process does."""
+"""Writes one shard: source pictures in, a tar with its index out."""
 
 import hashlib
 import json
@@ -6,6 +6,7 @@ import os
 import tarfile
 import tempfile
 import zlib
+from collections.abc import Callable
 from io import BytesIO
 from typing import Any, BinaryIO, NamedTuple
 
@@ -18,13 +19,14 @@ from shards.layouts import Group
 from shards.manifest import Index, Shard
 
 WORK = ".packing"
-"""Folder inside of OUT with the rows of finished shards while a packing is under way."""
+"""Folder inside OUT that records finished shards while packing is not finished."""
 LOSSLESS = ("png", "bmp", "tif", "tiff", "ppm")
-"""Suffixes of pictures that may be cut into tiles; others keep their bytes, which are smaller."""
+"""Suffixes of pictures that can be cut into tiles. Others (JPEG) keep their bytes, which are
+smaller."""
 
 
 class Job(NamedTuple):
-    """One shard to write: everything its bytes depend on, and where it goes."""
+    """One shard to write: everything that its bytes depend on, and where it goes."""
 
     name: str
     task: str
@@ -34,13 +36,13 @@ class Job(NamedTuple):
     first: int
     """Number of the first group within the task."""
     chain: tuple[str, ...]
-    """Degradations to synthesise, one after the other; empty: the inputs are files."""
+    """Degradations to synthesise, one after the other; empty where the inputs are files."""
     seed: int
     tiles: int
     """Side of the tiles that lossless pictures are cut into, 0 for none."""
 
     def digest(self) -> str:
-        """Changes with the options and with any of the source files."""
+        """A hash that changes with the options and with any of the source files."""
         files = []
         for group in self.groups:
             for path in (group.target, *group.inputs, *([group.map] if group.map else [])):
@@ -50,7 +52,7 @@ class Job(NamedTuple):
 
 
 class _Tar:
-    """Writes a plain USTAR archive member by member and notes where each one lies."""
+    """Writes a plain USTAR archive, member by member, and notes where each one is."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -59,7 +61,7 @@ class _Tar:
         self.members: list[tuple[int, int, int]] = []
 
     def add(self, name: str, data: bytes) -> int:
-        """Writes one member; its number."""
+        """Writes one member; returns its number."""
         info = tarfile.TarInfo(name)
         info.size = len(data)
         info.mode = 0o644
@@ -82,46 +84,57 @@ class _Tar:
         self.size += len(data)
 
 
-_counter: Any = None
-"""In a packing process: the shared count of pictures done."""
+def write_shard(job: Job, picture_done: Callable[[], None] | None = None) -> Shard:
+    """Writes one shard, its index and its record in `WORK`; returns its row of the manifest.
 
+    Args:
+        job: what to write.
+        picture_done: called after each group of pictures; what it raises stops the work.
 
-def set_counter(counter: Any) -> None:
-    """Where a packing process counts the groups it has written (a multiprocessing.Value)."""
-    global _counter
-    _counter = counter
-
-
-def write_shard(job: Job) -> Shard:
-    """Writes one shard, its index and its row; returns the row.
-
-    OSError or ValueError with one clear line. Nothing is left under the shard's name unless it is
-    whole.
+    Raises:
+        OSError, ValueError: in one clear line. No incomplete file keeps the shard's name.
     """
     target = storage.join(job.out, job.name)
     if storage.is_remote(job.out):
         with tempfile.TemporaryDirectory(prefix="measnet-pack-") as folder:
             path = os.path.join(folder, job.name)
-            shard, index = _write_tar(job, path)
-            storage.put(path, target)
+            shard, index = _write_tar(job, path, picture_done)
+            storage.upload(path, target)
     else:
-        with storage.replacing(target) as path:
-            shard, index = _write_tar(job, path)
+        with storage.atomic_path(target) as path:
+            shard, index = _write_tar(job, path, picture_done)
     storage.write(storage.join(job.out, shard.index_name), index)
-    row = {"job": job.digest(), "row": shard._asdict()}
-    storage.write(storage.join(job.out, f"{WORK}/{job.name}.json"), json.dumps(row).encode())
+    record = {"job": job.digest(), "row": shard._asdict()}
+    storage.write(record_path(job), json.dumps(record).encode())
     return shard
 
 
-def _write_tar(job: Job, path: str) -> tuple[Shard, bytes]:
+def record_path(job: Job) -> str:
+    """Where it is recorded that a shard is finished."""
+    return storage.join(job.out, f"{WORK}/{job.name}.json")
+
+
+def finished(job: Job) -> Shard | None:
+    """The row of a shard that an earlier run wrote from the same files, else None."""
+    try:
+        record = json.loads(storage.read(record_path(job)))
+        row = Shard(**record["row"])
+        same = record["job"] == job.digest()
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        return None
+    files = (job.name, row.index_name)
+    return row if same and all(storage.exists(f"{job.out}/{name}") for name in files) else None
+
+
+def _write_tar(job: Job, path: str, picture_done: Callable[[], None] | None) -> tuple[Shard, bytes]:
+    """Writes the tar to a local path; its row, and the bytes of its index."""
     samples: list[tuple[Any, ...]] = []
     with open(path, "wb") as file:
         tar = _Tar(file)
         for number, group in enumerate(job.groups, start=job.first):
             samples += _add_group(tar, job, group, number)
-            if _counter is not None:
-                with _counter.get_lock():
-                    _counter.value += 1
+            if picture_done is not None:
+                picture_done()
         tar.close()
     index = Index(
         np.array(tar.members, manifest.MEMBER), np.array(samples, manifest.SAMPLE), job.tiles
@@ -132,7 +145,7 @@ def _write_tar(job: Job, path: str) -> tuple[Shard, bytes]:
 
 
 class _Image(NamedTuple):
-    """A picture as it is to be stored."""
+    """A picture as it is stored."""
 
     suffix: str
     data: bytes
@@ -140,7 +153,7 @@ class _Image(NamedTuple):
 
 
 def _add_group(tar: _Tar, job: Job, group: Group, number: int) -> list[tuple[Any, ...]]:
-    """Writes a clean picture and its degraded ones; the rows of the index."""
+    """Writes a clean picture and its degraded ones; returns their rows of the index."""
     key = f"{job.task}_{number:08d}"
     clean = _open(job.root, group.target)
     about: dict[str, Any] = {"target": group.target}
@@ -150,7 +163,7 @@ def _add_group(tar: _Tar, job: Job, group: Group, number: int) -> list[tuple[Any
     else:
         inputs = [_open(job.root, path) for path in group.inputs]
         about["inputs"] = list(group.inputs)
-    places = [_place(job.root, group, part, image, clean) for part, image in enumerate(inputs)]
+    corners = [_corner(job.root, group, part, image, clean) for part, image in enumerate(inputs)]
     members = []
     for part, image in enumerate(inputs):
         field = "input" if len(inputs) == 1 else f"input{part:02d}"
@@ -168,12 +181,12 @@ def _add_group(tar: _Tar, job: Job, group: Group, number: int) -> list[tuple[Any
     for part, (member, cut) in enumerate(members):
         size = inputs[part].pixels.shape[:2]
         own = flags + manifest.TILED_INPUT * cut
-        rows.append((member, target, meta, number, part, *size, *places[part], own, mark))
+        rows.append((member, target, meta, number, part, *size, *corners[part], own, mark))
     return rows
 
 
 def _add_image(tar: _Tar, job: Job, name: str, image: _Image) -> tuple[int, bool]:
-    """Writes a picture, whole or in tiles; its (first) member, and whether it is in tiles."""
+    """Writes a picture; returns its (first) member, and whether it is in tiles."""
     if not job.tiles or image.suffix not in LOSSLESS:
         return tar.add(f"{name}.{image.suffix}", image.data), False
     height, width = image.pixels.shape[:2]
@@ -193,15 +206,15 @@ def _open(root: str, path: str) -> _Image:
         return _Image(path.rsplit(".", 1)[-1].lower(), data, decode(data))
     except DecodeError as error:
         raise ValueError(
-            f"{full} is not a whole picture ({error}); replace or remove it, then run the same "
+            f"{full} is not a complete picture ({error}); replace or remove it, then run the same "
             "command again"
         ) from error
     except FileNotFoundError as error:
-        raise ValueError(f"{full} is gone; run the same command again") from error
+        raise ValueError(f"{full} was removed meanwhile; run the same command again") from error
 
 
-def _place(root: str, group: Group, part: int, image: _Image, clean: _Image) -> tuple[int, int]:
-    """Where a degraded picture lies in its clean one (top, left); ValueError where sizes differ."""
+def _corner(root: str, group: Group, part: int, image: _Image, clean: _Image) -> tuple[int, int]:
+    """Top and left of a degraded picture in its clean one; ValueError where the sizes differ."""
     down = clean.pixels.shape[0] - image.pixels.shape[0]
     right = clean.pixels.shape[1] - image.pixels.shape[1]
     if group.centre and down >= 0 and right >= 0 and down % 2 == right % 2 == 0:
@@ -211,8 +224,7 @@ def _place(root: str, group: Group, part: int, image: _Image, clean: _Image) -> 
     sizes = [f"{shape[1]}x{shape[0]}" for shape in (image.pixels.shape, clean.pixels.shape)]
     raise ValueError(
         f"{os.path.join(root, group.inputs[part])} is {sizes[0]}, but its clean picture "
-        f"{group.target} is "
-        f"{sizes[1]}; replace or remove the pair, then run the same command again"
+        f"{group.target} is {sizes[1]}; replace or remove the pair, then run the same command again"
     )
 
 
@@ -224,15 +236,16 @@ def _synthesise(job: Job, group: Group, clean: np.ndarray) -> tuple[np.ndarray, 
         if depth.shape != clean.shape[:2]:
             raise ValueError(
                 f"{os.path.join(job.root, group.map)} is {depth.shape[1]}x{depth.shape[0]}, but "
-                "its picture is "
-                f"{clean.shape[1]}x{clean.shape[0]}; replace or remove the map"
+                f"its picture is {clean.shape[1]}x{clean.shape[0]}; replace or remove the map"
             )
     return degrade.synthesise(clean, job.chain, rng, depth)
 
 
 def read_map(path: str) -> np.ndarray:
-    """Relative depth (H, W) in [0, 1] from a `.npy` or 16-bit `.png` whose name says depth or
-    disparity."""
+    """Relative depth (H, W) in [0, 1] from a `.npy` or 16-bit `.png` file.
+
+    The name of the file or of its folder says whether it holds depth or disparity.
+    """
     try:
         if path.endswith(".npy"):
             values = np.load(path, allow_pickle=False)
@@ -240,11 +253,11 @@ def read_map(path: str) -> np.ndarray:
             with Image.open(path) as image:
                 values = np.asarray(image)
     except (ValueError, OSError, SyntaxError) as error:
-        raise ValueError(f"{path} is not a map that can be read ({error})") from error
+        raise ValueError(f"{path} is not a readable map ({error})") from error
     if values.ndim != 2:
-        raise ValueError(f"{path} has the shape {values.shape}, but a map has two dimensions")
-    kind = path.replace(os.sep, "/")
-    disparity = ".disparity." in kind or "/disparity/" in kind
+        raise ValueError(f"{path} has shape {values.shape}, but a map has two dimensions")
+    name, folder = os.path.basename(path), os.path.basename(os.path.dirname(path))
+    disparity = ".disparity." in name or folder == "disparity"
     return degrade.depth_from_map(values, "disparity" if disparity else "depth")
 
 
@@ -255,10 +268,10 @@ def _png(pixels: np.ndarray) -> bytes:
 
 
 def signature(pixels: np.ndarray) -> bytes:
-    """128 bits that stay nearly the same when a picture is scaled, cropped by a pixel or encoded
-    again.
+    """128 bits that hardly change when a picture is scaled, cropped by a pixel or encoded again.
 
-    The signs of brightness differences between neighbours of an 9x9 thumbnail, across and down.
+    They are the signs of the brightness differences between neighbours of a 9x9 thumbnail, across
+    and down.
     """
     grey = Image.fromarray(pixels).convert("L").resize((9, 9), Image.Resampling.BOX)
     levels = np.asarray(grey, np.int16)

@@ -5,7 +5,7 @@ from pathlib import Path
 from PIL import Image
 from skimage import data
 
-from shards.pack import pack
+from shards.packing import pack
 
 
 def pack_photographs(root: Path) -> Path:

@@ -11,10 +11,10 @@ from PIL import Image
 
 from shards import decode as decoding
 from shards.decode import (
-    UPRIGHT,
+    NO_FLIP,
     Box,
     DecodeError,
-    Turn,
+    Flip,
     as_bytes,
     as_floats,
     decode,
@@ -142,21 +142,21 @@ def test_tiles_lose_nothing() -> None:
 
 
 @pytest.mark.parametrize("number", range(8))
-def test_turns(number: int) -> None:
+def test_flips(number: int) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
-    turn = Turn(bool(number & 1), bool(number & 2), bool(number & 4))
-    expected = np.swapaxes(pixels, 0, 1) if turn.over else pixels
-    expected = np.flipud(expected) if turn.down else expected
-    expected = np.fliplr(expected) if turn.right else expected
+    flip = Flip(bool(number & 1), bool(number & 2), bool(number & 4))
+    expected = np.swapaxes(pixels, 0, 1) if flip.transpose else pixels
+    expected = np.flipud(expected) if flip.vertical else expected
+    expected = np.fliplr(expected) if flip.horizontal else expected
     expected = np.moveaxis(expected, -1, 0)
-    assert np.array_equal(as_bytes([pixels], [turn])[0], expected)
-    floats = as_floats([pixels], [turn])[0]
+    assert np.array_equal(as_bytes([pixels], [flip])[0], expected)
+    floats = as_floats([pixels], [flip])[0]
     assert floats.dtype == np.float32
     assert np.array_equal(floats, torch.from_numpy(expected.copy()).div(255).numpy())
     # A view that is not contiguous, as a crop of a whole picture is.
     view = np.random.default_rng(0).integers(0, 256, (9, 9, 3)).astype(np.uint8)[2:7, 1:8]
     assert np.array_equal(
-        as_floats([view], [UPRIGHT])[0], np.float32(view.transpose(2, 0, 1)) / 255
+        as_floats([view], [NO_FLIP])[0], np.float32(view.transpose(2, 0, 1)) / 255
     )
 
 
@@ -164,13 +164,13 @@ def test_without_the_compiled_part_pixels_are_the_same(monkeypatch: pytest.Monke
     pictures = [encoded(photograph(90, 70), kind) for kind in ("PNG", "JPEG")]
     box = Box(11, 13, 40, 50)
     fast = [decode(data, box) for data in pictures]
-    turns = [Turn(bool(n & 1), bool(n & 2), bool(n & 4)) for n in range(8)]
+    flips = [Flip(bool(n & 1), bool(n & 2), bool(n & 4)) for n in range(8)]
     square = [np.ascontiguousarray(fast[0][:40, :40])] * 8
-    laid_out = as_floats(square, turns)
+    laid_out = as_floats(square, flips)
     monkeypatch.setattr(decoding, "_crop_png", None)
     monkeypatch.setattr(decoding, "_crop_jpeg", None)
     monkeypatch.setattr(decoding, "_planes", None)
-    assert np.array_equal(as_floats(square, turns), laid_out)
+    assert np.array_equal(as_floats(square, flips), laid_out)
     for data, pixels in zip(pictures, fast, strict=True):
         assert np.array_equal(decode(data, box), pixels)
 

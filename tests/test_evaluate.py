@@ -10,12 +10,12 @@ from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from distributed.evaluate import EvaluationReport, Held, evaluate, held_by, load, main, score, table
-from distributed.storage import finite
 from measnet.config import ModelConfig, tiny
 from measnet.metrics import FIELD, Protocol
 from measnet.network import MEASNet
 from measnet.tiling import Tiling
-from shards.pack import pack
+from shards.packing import pack
+from shards.storage import finite
 from shards.stream import pictures
 from tests.test_official import Golden
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards import inspect, manifest, pack
+from shards import inspect, manifest
 from shards.config import DataConfig
+from shards.packing import pack
 from shards.reader import DamagedError
 from shards.stream import TrainStream, pictures
 
@@ -27,7 +28,7 @@ def packed(tmp_path: Path) -> Path:
         Image.fromarray(cut).save(tmp_path / f"pairs/target/{number:02d}.png")
         Image.fromarray(cut // 2).save(tmp_path / f"pairs/input/{number:02d}.jpg", quality=90)
     out = tmp_path / "out"
-    made = pack.pack(
+    made = pack(
         "paired", str(tmp_path / "pairs"), str(out), task="derain", shard_mib=0.024, workers=1
     )
     assert len(made.shards) == 3
@@ -90,13 +91,11 @@ def test_damage_is_named_with_what_mends_it(packed: Path, kind: str) -> None:
     names = {problem.shard for problem in report.problems}
     assert names == {"derain-000001" + (".idx" if "index" in kind else ".tar")}
     for problem in report.problems:
-        assert f"shards.pack paired ROOT {packed} --task derain --repair" in problem.mend
+        assert f"shards.pack paired ROOT {packed} --task derain --repair" in problem.remedy
     if "payload" in kind:  # the very sample is named
         assert any("sample 2 of derain" in problem.problem for problem in report.problems)
     # And its command does mend it.
-    pack.pack(
-        "paired", str(packed.parent / "pairs"), str(packed), task="derain", repair=True, workers=1
-    )
+    pack("paired", str(packed.parent / "pairs"), str(packed), task="derain", repair=True, workers=1)
     assert inspect.inspect(str(packed), deep=True, workers=1).ok
 
 
@@ -171,7 +170,9 @@ def test_problems_go_to_stderr_with_exit_code_2(
     assert inspect.main([str(packed), "--json"]) == 2
     captured = capsys.readouterr()
     assert not json.loads(captured.out)["ok"]
-    assert captured.err.startswith("error: derain-000002.tar: is named in the manifest, but is not")
+    assert captured.err.startswith(
+        "error: derain-000002.tar: is named in the manifest, but does not"
+    )
     assert captured.err.count("\n") == 1
     (packed / "manifest.json").write_text("{")
     assert inspect.main([str(packed)]) == 2
@@ -189,11 +190,11 @@ def test_a_stray_shard_is_named(packed: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"schema": 1', '"schema": 99', "is of version 99"),
-        ("derain-000001.tar", "../derain-000001.tar", "is not a shard of its folder"),
+        ('"schema": 1', '"schema": 99', "has version 99"),
+        ("derain-000001.tar", "../derain-000001.tar", "is not a shard in its folder"),
         ('"samples": 12', '"samples": 13', "do not add up"),
         ('"task": "derain"', '"task": "dream"', "unknown task"),
-        ('"sha256": "', '"sha256": "0', "its fingerprint does not fit"),
+        ('"sha256": "', '"sha256": "0', "its fingerprint does not match"),
     ],
 )
 def test_a_damaged_manifest_is_refused(packed: Path, old: str, new: str, message: str) -> None:
@@ -206,11 +207,13 @@ def test_a_damaged_manifest_is_refused(packed: Path, old: str, new: str, message
 
 @pytest.mark.parametrize("uri", ["pipe:cat x", "s3://a::file://b", "ftp://x/y", "file+x://y"])
 def test_places_that_could_run_commands_are_refused(uri: str) -> None:
-    with pytest.raises(ValueError, match="is not a folder or a store that is read here"):
+    with pytest.raises(ValueError, match="is not a folder or a store that can be read"):
         manifest.read(uri)
 
 
-def test_pictures_that_two_sets_share_are_found(tmp_path: Path) -> None:
+def test_pictures_that_two_sets_share_are_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import skimage.data
 
     astronaut, coffee = (
@@ -227,11 +230,19 @@ def test_pictures_that_two_sets_share_are_found(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         for file, picture in pictures_of_it.items():
             picture.save(tmp_path / name / file)
-        pack.pack("clean", str(tmp_path / name), str(tmp_path / f"{name}_packed"), workers=1)
-    report = inspect.inspect(
-        str(tmp_path / "train_packed"), workers=1, against=str(tmp_path / "test_packed")
-    )
+        pack("clean", str(tmp_path / name), str(tmp_path / f"{name}_packed"), workers=1)
+    train, test = str(tmp_path / "train_packed"), str(tmp_path / "test_packed")
+    report = inspect.inspect(train, workers=1, against=test)
     assert report.shared == [
         "denoise a.png is denoise copy_a.jpg",
         "denoise b.png is denoise copy_b.jpg",
     ]
+    assert inspect.main([train, "--against", test]) == 2
+    captured = capsys.readouterr()
+    assert "in both: denoise a.png is denoise copy_a.jpg" in captured.out
+    assert captured.err.startswith(f"error: 2 pictures are in both {train} and {test}")
+    (tmp_path / "other").mkdir()
+    astronaut.rotate(180).save(tmp_path / "other/e.png")
+    pack("clean", str(tmp_path / "other"), str(tmp_path / "other_packed"), workers=1)
+    assert inspect.main([train, "--against", str(tmp_path / "other_packed")]) == 0
+    assert "in both: none" in capsys.readouterr().out

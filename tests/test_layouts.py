@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from shards import layouts, manifest, names, pack
+from shards import benchmarks, layouts, manifest
 from shards.config import DataConfig
+from shards.packing import pack
 from shards.stream import open_reader
 
 
@@ -65,9 +66,9 @@ def test_its_and_sots_whole(tmp_path: Path) -> None:
         touch(
             sots, f"indoor/gt/{scene}.png", *(f"indoor/hazy/{scene}_{n}.png" for n in range(1, 11))
         )
-    for scene in names.SOTS_OUTDOOR:
+    for scene in benchmarks.SOTS_OUTDOOR:
         touch(sots, f"outdoor/gt/{scene}.png", f"outdoor/hazy/{scene}_0.8_0.2.jpg")
-    for scene in sorted(names.SOTS_OUTDOOR)[:8]:
+    for scene in sorted(benchmarks.SOTS_OUTDOOR)[:8]:
         touch(sots, f"outdoor/hazy/{scene}_1_0.16.jpg")
     for layout in ("sots-indoor", "sots-outdoor"):
         found = layouts.find(layout, str(sots))
@@ -106,7 +107,7 @@ def test_rain(tmp_path: Path, layout: str, rainy: str, dry: str, count: int) -> 
 
 @pytest.mark.parametrize("prefix", ["a", ""])
 def test_bsd400_with_and_without_the_a(tmp_path: Path, prefix: str) -> None:
-    touch(tmp_path, *(f"BSD/{prefix}{name}.jpg" for name in names.BSD400))
+    touch(tmp_path, *(f"BSD/{prefix}{name}.jpg" for name in benchmarks.BSD400))
     touch(tmp_path, *(f"WED/{number:05d}.bmp" for number in range(1, 4745)))
     touch(tmp_path, "BSD/105025.jpg")  # of CBSD68: not trained on
     found = layouts.find("bsd400-wed", str(tmp_path))
@@ -119,11 +120,11 @@ def test_bsd400_with_and_without_the_a(tmp_path: Path, prefix: str) -> None:
 
 
 def test_bsd_lists_are_what_their_names_say() -> None:
-    assert len(names.BSD400) == 400
-    assert len(names.CBSD68) == 68
-    assert len(names.SOTS_OUTDOOR) == 492
-    assert len(names.LOL_EVAL15) == 15
-    assert not names.BSD400 & names.CBSD68
+    assert len(benchmarks.BSD400) == 400
+    assert len(benchmarks.CBSD68) == 68
+    assert len(benchmarks.SOTS_OUTDOOR) == 492
+    assert len(benchmarks.LOL_EVAL15) == 15
+    assert not benchmarks.BSD400 & benchmarks.CBSD68
 
 
 def test_gopro_nested_and_flat_never_reads_blur_gamma(tmp_path: Path) -> None:
@@ -140,15 +141,67 @@ def test_gopro_nested_and_flat_never_reads_blur_gamma(tmp_path: Path) -> None:
         "train/GOPR0372_07_00/sharp/000047.png", ("train/GOPR0372_07_00/blur/000047.png",)
     )
     assert layouts.find("gopro-train", str(flat)).samples == 4
-    assert layouts.shortfall("gopro-train", found) == "found 4 of 2,103"
+    assert layouts.shortfall("gopro-train", found) == (
+        "found 4 of 2,103; missing GOPR0374_11_00 (the whole sequence), GOPR0374_11_01 (the whole "
+        "sequence), GOPR0374_11_02 (the whole sequence) …"
+    )
+    assert len(found.missing) == 20
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_gopro_packs_only_pictures_of_its_own_sequences(tmp_path: Path, nested: bool) -> None:
+    for sequence in ("GOPR0384_11_00", "GOPR0372_07_00"):  # of the test set, of the training set
+        for side in ("blur", "sharp"):
+            at = f"{sequence}/{side}/000001" if nested else f"{side}/{sequence}-000001"
+            touch(tmp_path, f"test/{at}.png")
+    if not nested:
+        touch(tmp_path, "test/blur/Flower1.png", "test/sharp/Flower1.png")
+    found = layouts.find("gopro-test", str(tmp_path))
+    assert [group.target.count("GOPR0384_11_00") for group in found.groups] == [1]
+    assert any("GOPR0372_07_00" in path for path in found.ignored)
+    assert all((tmp_path / path).exists() for path in found.ignored)
+    assert len(found.ignored) == (2 if nested else 4)
+    line = layouts.not_part_of_it("gopro-test", found)
+    assert line and line.startswith("not packed, because they are not part of gopro-test: test/")
+    assert layouts.not_part_of_it("gopro-test", found._replace(ignored=[])) is None
+
+
+def test_where_only_the_count_is_known_no_list_is_promised(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    for side in ("low", "high"):
+        (tmp_path / "lol" / side).mkdir(parents=True)
+        Image.new("RGB", (20, 20)).save(tmp_path / "lol" / side / "2.png")
+    root, out = str(tmp_path / "lol"), str(tmp_path / "out")
+    with pytest.raises(ValueError) as refused:
+        pack("lol-our485", root, out, workers=1)
+    assert str(refused.value) == (
+        "found 1 of 485; which ones are missing is not known, only the count; "
+        "add them, or go on without them by --allow-missing"
+    )
+    pack("lol-our485", root, out, workers=1, allow_missing=True)
+    assert "full list" not in capsys.readouterr().err
+    # Where names are known, the list that is promised is there.
+    root = str(tmp_path / "cbsd")
+    Path(root).mkdir()
+    Image.new("RGB", (20, 20)).save(f"{root}/101085.png")
+    with pytest.raises(ValueError, match=r"full list in .*missing-denoise\.txt") as listed:
+        pack("cbsd68", root, str(tmp_path / "out2"), workers=1)
+    listing = Path(str(listed.value).split("full list in ")[1].split(")")[0])
+    assert len(listing.read_text().split()) == 67
+    pack("cbsd68", root, str(tmp_path / "out2"), workers=1, allow_missing=True)
+    assert f"full list in {tmp_path / 'out2'}/manifest.json" in capsys.readouterr().err
+    assert len(manifest.read(str(tmp_path / "out2")).tasks["denoise"].missing) == 67
 
 
 def test_lol_with_high_or_gt(tmp_path: Path) -> None:
     root = touch(
         tmp_path, "our485/low/2.png", "our485/gt/2.png", "our485/low/22.png", "our485/gt/22.png"
     )
-    touch(root, *(f"eval15/low/{n}.png" for n in names.LOL_EVAL15))
-    touch(root, *(f"eval15/high/{n}.png" for n in names.LOL_EVAL15))
+    touch(root, *(f"eval15/low/{n}.png" for n in benchmarks.LOL_EVAL15))
+    touch(root, *(f"eval15/high/{n}.png" for n in benchmarks.LOL_EVAL15))
     found = layouts.find("lol-our485", str(root))
     assert found.samples == 2
     assert found.leaks == ["22 is a test picture of LOL eval15"]
@@ -166,12 +219,15 @@ def test_a_pair_without_its_counterpart_is_named(tmp_path: Path) -> None:
 def test_wrong_folders_get_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a folder"):
         layouts.find("clean", str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(ValueError, match="has no pictures"):
         layouts.find("clean", str(tmp_path))
     touch(tmp_path, "low/1.png")
     with pytest.raises(ValueError, match="it needs one of degraded pictures"):
         layouts.find("paired", str(tmp_path))
-    with pytest.raises(ValueError, match="'cleen' is not a layout; known: clean, paired, reside"):
+    with pytest.raises(
+        ValueError,
+        match="'cleen' is not a layout; did you mean clean\\? known: clean, paired, reside",
+    ):
         layouts.find("cleen", str(tmp_path))
 
 
@@ -184,7 +240,7 @@ def test_wrong_folders_get_one_clear_line(tmp_path: Path) -> None:
         ("rain100l-test", "derain/Rain100L", "derain", 15),
         ("cbsd68", "denoise/CBSD68", "denoise", 10),
         ("kodak24", "denoise/Kodak24", "denoise", 5),
-        ("gopro-test", "deblur/GoPro", "deblur", 4),
+        ("gopro-test", "deblur/GoPro", "deblur", 1),
         ("lol-our485", "lowlight/LOL", "lowlight", 15),
     ],
 )
@@ -193,8 +249,8 @@ def test_genuine_pictures_keep_their_bytes(
 ) -> None:
     root, out = real_pictures / folder, tmp_path / "out"
     with pytest.raises(ValueError, match=rf"found {samples} of .*--allow-missing"):
-        pack.pack(layout, str(root), str(out), workers=1)
-    made = pack.pack(layout, str(root), str(out), workers=1, allow_missing=True)
+        pack(layout, str(root), str(out), workers=1)
+    made = pack(layout, str(root), str(out), workers=1, allow_missing=True)
     assert made.counts == {task: samples}
     found = layouts.find(layout, str(root))
     assert manifest.read(str(out)).tasks[task].missing == list(found.missing)
@@ -222,7 +278,7 @@ def test_the_hazy_indoor_picture_is_the_centre_of_its_clear_one(
     from PIL import Image
 
     root = real_pictures / "dehaze/SOTS"
-    pack.pack("sots-indoor", str(root), str(tmp_path / "out"), workers=1, allow_missing=True)
+    pack("sots-indoor", str(root), str(tmp_path / "out"), workers=1, allow_missing=True)
     reader = open_reader(str(tmp_path / "out"), DataConfig())
     place = reader.locate("dehaze", 0)
     whole = np.asarray(Image.open(root / "indoor/gt/1400.png"))

@@ -1,19 +1,23 @@
 """Packing real pictures: what is written, and what is refused."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from shards import manifest, pack
+from shards import manifest
 from shards.config import DataConfig
 from shards.decode import Box
+from shards.pack import main
+from shards.packing import pack
 from shards.reader import Reader
 from shards.stream import open_reader
 
@@ -45,12 +49,12 @@ def test_a_clean_folder_becomes_five_tasks_that_webdataset_opens(
 
     out = tmp_path / "out"
     tasks = ["dehaze", "derain", "deblur", "lowlight"]
-    made = pack.pack("clean", str(photos), str(out), synthesise=tasks, workers=1)
+    made = pack("clean", str(photos), str(out), synthesise=tasks, workers=1)
     assert made.counts == {"denoise": 6, "derain": 6, "dehaze": 6, "deblur": 6, "lowlight": 6}
     assert manifest.read(str(out)).fingerprint == made.fingerprint
     names = sorted(path.name for path in photos.iterdir())
     for task in made.counts:
-        urls = [str(out / shard.name) for shard in made.of(task)]
+        urls = [str(out / shard.name) for shard in made.shards_of(task)]
         seen = list(webdataset.WebDataset(urls, shardshuffle=False))
         assert [sample["__key__"] for sample in seen] == [f"{task}_{n:08d}" for n in range(6)]
         for name, sample in zip(names, seen, strict=True):
@@ -70,9 +74,7 @@ def test_the_same_folder_gives_the_same_bytes_with_any_number_of_processes(
 ) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     for out, workers in ((one, 1), (two, 2)):
-        pack.pack(
-            "clean", str(photos), str(out), synthesise=["deblur"], workers=workers, shard_mib=0.1
-        )
+        pack("clean", str(photos), str(out), synthesise=["deblur"], workers=workers, shard_mib=0.1)
     files = sorted(path.name for path in one.iterdir() if path.is_file())
     assert len(files) > 6  # several shards
     for name in files:
@@ -80,7 +82,7 @@ def test_the_same_folder_gives_the_same_bytes_with_any_number_of_processes(
 
 
 def test_tars_are_plain_and_reproducible(photos: Path, tmp_path: Path) -> None:
-    made = pack.pack("clean", str(photos), str(tmp_path / "out"), workers=1)
+    made = pack("clean", str(photos), str(tmp_path / "out"), workers=1)
     with tarfile.open(tmp_path / "out" / made.shards[0].name) as tar:
         members = tar.getmembers()
     assert {member.mtime for member in members} == {0}
@@ -94,11 +96,11 @@ def test_tasks_are_added_one_after_the_other_and_not_twice(photos: Path, tmp_pat
         (pairs / side).mkdir(parents=True)
         for path in photos.iterdir():
             (pairs / side / path.name).write_bytes(path.read_bytes())
-    pack.pack("clean", str(photos), out, workers=1)
-    made = pack.pack("paired", str(pairs), out, task="derain", workers=1)
+    pack("clean", str(photos), out, workers=1)
+    made = pack("paired", str(pairs), out, task="derain", workers=1)
     assert made.counts == {"denoise": 6, "derain": 6}
-    with pytest.raises(ValueError, match="already holds derain"):
-        pack.pack("paired", str(pairs), out, task="derain", workers=1)
+    with pytest.raises(ValueError, match="already has derain"):
+        pack("paired", str(pairs), out, task="derain", workers=1)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -107,16 +109,22 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def test_chains_of_degradations_are_packed_as_mixed(photos: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    made = pack.pack(
+    made = pack(
         "clean", str(photos), out, synthesise=["dehaze+lowlight+denoise", "derain"], workers=1
     )
     assert made.counts == {"denoise": 6, "derain": 6, "mixed": 6}
     about = reader(tmp_path / "out").about(reader(tmp_path / "out").locate("mixed", 2))
     assert [link["degradation"] for link in about["chain"]] == ["dehaze", "lowlight", "denoise"]
     assert 10 <= about["chain"][2]["sigma"] <= 50
-    for wish in ("dehaze+fog", "denoise", "dehaze+derain+deblur+lowlight"):
-        with pytest.raises(ValueError, match="--synthesise names"):
-            pack.pack("clean", str(photos), str(tmp_path / "no"), synthesise=[wish], workers=1)
+    refused = {
+        "dehaze+fog": "'fog' cannot be synthesised",
+        "dehase": "did you mean dehaze",
+        "denoise": "'denoise', but noise is added while loading",
+        "dehaze+derain+deblur+lowlight": "a chain of 4",
+    }
+    for wish, reason in refused.items():
+        with pytest.raises(ValueError, match=f"--synthesise names.*{reason}"):
+            pack("clean", str(photos), str(tmp_path / "no"), synthesise=[wish], workers=1)
 
 
 def test_a_measured_depth_map_makes_the_haze(photos: Path, tmp_path: Path) -> None:
@@ -126,7 +134,7 @@ def test_a_measured_depth_map_makes_the_haze(photos: Path, tmp_path: Path) -> No
     depth = np.zeros((height, width)) + 1.0
     depth[:, width // 2 :] = 100.0
     np.save(photos / name.replace(".png", ".depth.npy"), depth)
-    pack.pack("clean", str(photos), str(tmp_path / "out"), synthesise=["dehaze"], workers=1)
+    pack("clean", str(photos), str(tmp_path / "out"), synthesise=["dehaze"], workers=1)
     packed = reader(tmp_path / "out")
     place = packed.locate("dehaze", 0)
     assert packed.about(place)["chain"][0]["depth"] == "measured"
@@ -139,15 +147,13 @@ def test_a_measured_depth_map_makes_the_haze(photos: Path, tmp_path: Path) -> No
     assert far / far_clean < 0.6
     np.save(photos / name.replace(".png", ".depth.npy"), depth[:-3])
     with pytest.raises(ValueError, match="remove the map"):
-        pack.pack("clean", str(photos), str(tmp_path / "no"), synthesise=["dehaze"], workers=1)
+        pack("clean", str(photos), str(tmp_path / "no"), synthesise=["dehaze"], workers=1)
 
 
 def test_tiles_give_the_same_pixels(photos: Path, tmp_path: Path) -> None:
     whole, tiled = tmp_path / "whole", tmp_path / "tiled"
     for out, tiles in ((whole, 0), (tiled, 32)):
-        made = pack.pack(
-            "clean", str(photos), str(out), synthesise=["derain"], workers=1, tiles=tiles
-        )
+        made = pack("clean", str(photos), str(out), synthesise=["derain"], workers=1, tiles=tiles)
         assert made.tasks["derain"].options["tiles"] == tiles
     one, other = reader(whole), reader(tiled)
     rng = np.random.default_rng(0)
@@ -182,7 +188,7 @@ def run_and_kill(arguments: list[str], after: float) -> bool:
 def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(photos: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     tasks = ["dehaze", "derain", "deblur"]
-    pack.pack("clean", str(photos), str(whole), synthesise=tasks, workers=1, shard_mib=0.05)
+    pack("clean", str(photos), str(whole), synthesise=tasks, workers=1, shard_mib=0.05)
     arguments = ["clean", str(photos), str(killed), "--shard-mib", "0.05", "--workers", "1"]
     arguments += ["--synthesise", *tasks]
     cut_short = [run_and_kill(arguments, after) for after in (0.75, 0.95)]
@@ -193,7 +199,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(photos: Path, tmp_pat
     # Whatever stands under a shard's own name is whole.
     for path in killed.glob("*.tar"):
         assert path.read_bytes() == (whole / path.name).read_bytes()
-    assert pack.main(arguments) == 0
+    assert main(arguments) == 0
     assert tree(killed) == tree(whole)
     assert not (killed / ".packing").exists()
 
@@ -204,15 +210,15 @@ def test_finished_shards_are_not_written_again(photos: Path, tmp_path: Path) -> 
     good = last.read_bytes()
     last.write_bytes(good[: len(good) // 2])
     options = {"workers": 1, "shard_mib": 0.02}
-    with pytest.raises(ValueError, match=rf"{last.name} is not a whole picture .* run the same"):
-        pack.pack("clean", str(photos), str(out), **options)
+    with pytest.raises(ValueError, match=rf"{last.name} is not a complete picture .* run the same"):
+        pack("clean", str(photos), str(out), **options)
     assert not (out / "manifest.json").exists()
     first = out / "denoise-000000.tar"
     before = first.stat().st_mtime_ns
     last.write_bytes(good)
-    pack.pack("clean", str(photos), str(out), **options)
+    pack("clean", str(photos), str(out), **options)
     assert first.stat().st_mtime_ns == before
-    pack.pack("clean", str(photos), str(tmp_path / "anew"), **options)
+    pack("clean", str(photos), str(tmp_path / "anew"), **options)
     assert tree(out) == tree(tmp_path / "anew")
 
 
@@ -223,17 +229,17 @@ def test_an_unfinished_packing_with_other_options_leaves_nothing_behind(
     last = sorted(photos.iterdir())[-1]
     good = last.read_bytes()
     last.write_bytes(b"")
-    with pytest.raises(ValueError, match="not a whole picture"):
-        pack.pack("clean", str(photos), str(out), workers=1, shard_mib=0.02)
+    with pytest.raises(ValueError, match="not a complete picture"):
+        pack("clean", str(photos), str(out), workers=1, shard_mib=0.02)
     last.write_bytes(good)
-    made = pack.pack("clean", str(photos), str(out), workers=1)
+    made = pack("clean", str(photos), str(out), workers=1)
     assert sorted(path.name for path in out.glob("*.tar")) == [row.name for row in made.shards]
 
 
 def test_repair_makes_damaged_shards_anew(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = {"synthesise": ["derain"], "workers": 1, "shard_mib": 0.05, "seed": 4}
-    pack.pack("clean", str(photos), str(out), **options)
+    pack("clean", str(photos), str(out), **options)
     good = tree(out)
     shards = sorted(out.glob("*.tar"))
     shards[0].unlink()
@@ -242,14 +248,14 @@ def test_repair_makes_damaged_shards_anew(photos: Path, tmp_path: Path) -> None:
     damaged = bytearray(shards[3].read_bytes())
     damaged[700] ^= 1
     shards[3].write_bytes(damaged)
-    pack.pack("clean", str(photos), str(out), repair=True, workers=1)
+    pack("clean", str(photos), str(out), repair=True, workers=1)
     assert tree(out) == good
     # Other pictures than those that were packed cannot repair it.
     shards[0].unlink()
     for path in photos.iterdir():
         Image.new("RGB", (64, 64)).save(path)
     with pytest.raises(ValueError, match="find the old pictures"):
-        pack.pack("clean", str(photos), str(out), repair=True, workers=1)
+        pack("clean", str(photos), str(out), repair=True, workers=1)
 
 
 def limited(arguments: list[str], size: int) -> subprocess.CompletedProcess[str]:
@@ -278,7 +284,7 @@ def test_a_full_disk_gives_one_line_and_leaves_nothing_half_written(
 
 
 def one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    assert pack.main(arguments) == 2
+    assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("error: ")
@@ -292,12 +298,15 @@ def test_wrong_inputs_get_one_clear_line(
     out = str(tmp_path / "out")
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "holds no pictures" in one_line(["clean", str(empty), out], capsys)
+    assert "has no pictures" in one_line(["clean", str(empty), out], capsys)
     assert "is not a folder" in one_line(["clean", str(tmp_path / "nowhere"), out], capsys)
     assert "'dirty' is not a layout" in one_line(["dirty", str(photos), out], capsys)
     assert "--task is None" in one_line(["paired", str(photos), out], capsys)
     assert "must be 0, or 16" in one_line(["clean", str(photos), out, "--tiles", "3"], capsys)
     assert "is not empty" in one_line(["clean", str(photos), str(photos)], capsys)
+    assert "did you mean derain?" in one_line(
+        ["paired", str(photos), out, "--task", "drain"], capsys
+    )
     assert "pipe:cat" in one_line(["clean", str(photos), "pipe:cat"], capsys)
     pairs = tmp_path / "pairs"
     for side, size in (("low", 60), ("high", 64)):
@@ -314,14 +323,92 @@ def test_two_packings_at_a_time_are_refused(photos: Path, tmp_path: Path) -> Non
     out = tmp_path / "out"
     (out / ".packing").mkdir(parents=True)
     with FileLock(out / ".packing/running.lock"), pytest.raises(ValueError, match="is running"):
-        pack.pack("clean", str(photos), str(out), workers=1)
-    pack.pack("clean", str(photos), str(out), workers=1)
+        pack("clean", str(photos), str(out), workers=1)
+    pack("clean", str(photos), str(out), workers=1)
+
+
+def interrupted(arguments: list[str], after: float, gap: float) -> tuple[int, float, str]:
+    """Runs a packing and sends two SIGINTs, to the process and to its group, as `timeout` does.
+
+    Returns its exit code, the seconds that it took to end, and its stderr.
+    """
+    command = [sys.executable, "-m", "shards.pack", *arguments]
+    process = subprocess.Popen(
+        command, start_new_session=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        time.sleep(after)
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        time.sleep(gap)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+        return process.returncode, time.monotonic() - start, errors
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize(("after", "gap"), [(0.7, 0), (1.3, 0.001), (2.0, 0), (3.0, 0.3)])
+def test_two_interrupts_end_it_cleanly(
+    many_photos: Path, tmp_path: Path, workers: str, after: float, gap: float
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["clean", str(many_photos), str(out), "--shard-mib", "0.5", "--workers", workers]
+    arguments += ["--synthesise", "deblur", "derain"]
+    code, seconds, errors = interrupted(arguments, after, gap)
+    assert (code, "Traceback" in errors) == (130, False), errors
+    assert errors == "stopped; run the same command again to continue\n"
+    assert seconds < 10
+    # Nothing incomplete is left, and no process.
+    assert not list(out.glob(".*.part"))
+    assert not (out / "manifest.json").exists()
+
+
+@pytest.fixture(scope="module")
+def many_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photographs that take half a minute to degrade."""
+    import skimage.data
+
+    folder = tmp_path_factory.mktemp("many")
+    for number in range(60):
+        picture = np.roll(skimage.data.astronaut(), 8 * number, axis=number % 2)
+        Image.fromarray(picture).save(folder / f"{number:02d}.jpg")
+    return folder
+
+
+def test_ray_without_a_cluster_is_refused(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ValueError, match="--ray needs a cluster: set RAY_ADDRESS"):
+        pack("clean", str(photos), str(tmp_path / "out"), ray=True)
+
+
+def test_a_mistyped_option_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["clean", "here", "there", "--alow-missing"])
+    assert "--allow-missing" in capsys.readouterr().err
+
+
+def test_counts_are_in_singular_and_plural(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, options, text in (
+        ("one", [], " 1 shard,"),
+        ("six", ["--shard-mib", "0.01"], " 6 shards,"),
+    ):
+        assert main(["clean", str(photos), str(tmp_path / name), "--workers", "1", *options]) == 0
+        assert text in capsys.readouterr().out
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_local")
 def test_packed_over_ray_it_is_the_same(photos: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     options = {"synthesise": ["derain"], "shard_mib": 0.05}
-    pack.pack("clean", str(photos), str(one), workers=1, **options)
-    pack.pack("clean", str(photos), str(two), ray=True, **options)
+    pack("clean", str(photos), str(one), workers=1, **options)
+    pack("clean", str(photos), str(two), ray=True, **options)
     assert tree(one) == tree(two)

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards import inspect, manifest, pack, storage
+from shards import inspect, manifest, storage
 from shards.cache import Cache
 from shards.config import DataConfig
+from shards.packing import pack
 from shards.stream import TrainStream, pictures
 
 
@@ -36,7 +37,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def packed(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("packed") / "set"
-    pack.pack("clean", str(photos), str(out), synthesise=["lowlight"], workers=1, shard_mib=0.03)
+    pack("clean", str(photos), str(out), synthesise=["lowlight"], workers=1, shard_mib=0.03)
     return out
 
 
@@ -133,7 +134,7 @@ def test_a_server_that_stumbles_is_asked_again(
         server.broken |= {shard.name: 3, shard.index_name: 1}
     server.broken[manifest.NAME] = 2
     assert contents(config(uri(server), tmp_path / "cache")) == local
-    assert not list((tmp_path / "cache").glob("*.part"))
+    assert not list((tmp_path / "cache").glob(".*.part"))
 
 
 def test_a_shard_that_never_comes_whole_stops_with_its_name(
@@ -144,7 +145,7 @@ def test_a_shard_that_never_comes_whole_stops_with_its_name(
     server.broken[shard.name] = 10**6
     with pytest.raises(ValueError, match=rf"fetching http.*{shard.name} failed 5 times"):
         contents(config(uri(server), tmp_path / "cache", prefetch=0))
-    assert not list((tmp_path / "cache").glob("*.part"))
+    assert not list((tmp_path / "cache").glob(".*.part"))
 
 
 def test_a_store_that_holds_another_shard_is_noticed(
@@ -207,21 +208,21 @@ def test_packed_to_s3_and_streamed_from_it(
 ) -> None:
     out = f"{bucket}/sets/one"
     options = {"synthesise": ["lowlight"], "workers": 1, "shard_mib": 0.03}
-    made = pack.pack("clean", str(photos), out, **options)
+    made = pack("clean", str(photos), out, **options)
     assert made.fingerprint == manifest.read(str(packed)).fingerprint
-    assert storage.names(f"{out}/.packing") == []
+    assert storage.list_names(f"{out}/.packing") == []
     assert contents(config(out, tmp_path / "cache")) == contents(
         config(str(packed), tmp_path / "no")
     )
     data = DataConfig(cache_dir=str(tmp_path / "cache"))
     assert inspect.inspect(out, workers=1, data=data).ok
-    with pytest.raises(ValueError, match="already holds denoise"):
-        pack.pack("clean", str(photos), out, **options)
+    with pytest.raises(ValueError, match="already has denoise"):
+        pack("clean", str(photos), out, **options)
     # A shard that vanishes is named, and made anew in its place.
     storage.remove(f"{out}/{made.shards[1].name}")
     report = inspect.inspect(out, workers=1, data=DataConfig(cache_dir=str(tmp_path / "fresh")))
     assert [problem.shard for problem in report.problems] == [made.shards[1].name]
-    pack.pack("clean", str(photos), out, repair=True, workers=1)
+    pack("clean", str(photos), out, repair=True, workers=1)
     assert inspect.inspect(out, workers=1, data=DataConfig(cache_dir=str(tmp_path / "new"))).ok
 
 
@@ -233,14 +234,14 @@ def test_an_unfinished_packing_to_s3_goes_on(bucket: str, photos: Path, tmp_path
         (copies / path.name).write_bytes(path.read_bytes())
     good = (copies / "9.png").read_bytes()
     (copies / "9.png").write_bytes(good[:100])
-    with pytest.raises(ValueError, match=r"9\.png is not a whole picture"):
-        pack.pack("clean", str(copies), out, workers=1, shard_mib=0.01)
+    with pytest.raises(ValueError, match=r"9\.png is not a complete picture"):
+        pack("clean", str(copies), out, workers=1, shard_mib=0.01)
     with pytest.raises(ValueError, match=r"has no manifest\.json"):
         manifest.read(out)
-    rows = [name for name in storage.names(f"{out}/.packing") if name.endswith(".json")]
+    rows = [name for name in storage.list_names(f"{out}/.packing") if name.endswith(".json")]
     assert rows  # finished shards are kept
     (copies / "9.png").write_bytes(good)
-    made = pack.pack("clean", str(copies), out, workers=1, shard_mib=0.01)
+    made = pack("clean", str(copies), out, workers=1, shard_mib=0.01)
     assert made.counts == {"denoise": 10}
 
 
@@ -281,13 +282,12 @@ def fetch_from(folder: str, address: str, sha256: str, size: int) -> None:
 
 def fetch_and_die(folder: str, address: str, sha256: str, size: int) -> None:
     """Dies while it holds the lock and has written half of the file."""
-    from shards import cache as module
 
-    def copy(uri: str, path: str) -> tuple[str, int]:
-        Path(path).write_bytes(b"half")
+    def download(uri: str, local: str) -> tuple[int, str]:
+        Path(local).write_bytes(b"half")
         os._exit(9)
 
-    module._copy = copy
+    storage.download = download
     fetch_from(folder, address, sha256, size)
 
 
@@ -301,7 +301,7 @@ def test_processes_that_want_one_shard_fetch_it_once_and_may_die(
     victim.start()
     victim.join(20)
     assert victim.exitcode == 9
-    assert os.path.exists(tmp_path / "cache" / f"{shard.sha256}.part")
+    assert list((tmp_path / "cache").glob(f".{shard.sha256}.*.part"))
     several = [context.Process(target=fetch_from, args=arguments) for _ in range(4)]
     for process in several:
         process.start()
@@ -309,4 +309,4 @@ def test_processes_that_want_one_shard_fetch_it_once_and_may_die(
         process.join(30)
     assert [process.exitcode for process in several] == [0] * 4
     assert server.asked.count(shard.name) == 1
-    assert not list((tmp_path / "cache").glob("*.part"))
+    assert not list((tmp_path / "cache").glob(".*.part"))

@@ -2,14 +2,16 @@
 
 import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from shards import degrade, pack, reader
+from shards import degrade, reader
 from shards.config import DataConfig
+from shards.packing import pack
 from shards.stream import Batch, TrainStream, pictures
 from shards.tasks import DEGRADATIONS, TASKS
 
@@ -27,7 +29,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(cut).save(root / "photos" / f"{number}.png")
     tasks = ["derain", "lowlight"]
     out = str(root / "shards")
-    pack.pack("clean", str(root / "photos"), out, synthesise=tasks, workers=1, shard_mib=0.08)
+    pack("clean", str(root / "photos"), out, synthesise=tasks, workers=1, shard_mib=0.08)
     return root / "shards"
 
 
@@ -45,6 +47,26 @@ def run(data: DataConfig, world: int, start: int = 0, stop: int = 96) -> list[Ba
         sizes = {"global_batch": 24, "micro_batch": 4, "world": world, "rank": rank}
         found += stream.batches(start, stop, **sizes)
     return sorted(found, key=lambda batch: int(batch.position[0]))
+
+
+class Crop(NamedTuple):
+    """One sample of a batch, as bytes again."""
+
+    degraded: np.ndarray
+    clean: np.ndarray
+    key: str
+
+
+def crops(stream: TrainStream, count: int) -> list[Crop]:
+    """The first samples of a run, in order."""
+    found = []
+    for batch in stream.batches(0, count, global_batch=1, micro_batch=1, world=1, rank=0):
+        pixels = [
+            (tensor[0] * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+            for tensor in (batch.degraded, batch.clean)
+        ]
+        found.append(Crop(*pixels, batch.keys[0]))
+    return found
 
 
 def equal(one: list[Batch], other: list[Batch]) -> bool:
@@ -71,7 +93,7 @@ def test_an_epoch_holds_each_sample_as_often_as_said(packed: Path, order: str) -
     stream = TrainStream(config(packed, order=order), 3)
     n = stream.plan.epoch_samples
     assert n == 9 * (2 + 1 + 3 + 1)
-    keys = [stream.read(position).key for position in range(n)]
+    keys = [crop.key for crop in crops(stream, n)]
     counts = {key: keys.count(key) for key in keys}
     wanted = {"denoise_15": 2, "denoise_50": 1, "derain": 3, "lowlight": 1}
     assert len(counts) == 9 * 4
@@ -93,8 +115,7 @@ def test_what_a_batch_holds(packed: Path, workers: int) -> None:
 def test_crop_and_flips_are_the_same_in_both_pictures_and_cut_from_the_source(packed: Path) -> None:
     stream = TrainStream(config(packed, repeats={"denoise_15": 1}, augment="dihedral"), 5)
     turned = set()
-    for position in range(60):
-        sample = stream.read(position)
+    for sample in crops(stream, 60):
         number = int(sample.key.rsplit("_", 1)[1])
         source = np.array(Image.open(packed.parent / "photos" / f"{number}.png"))
         source = np.pad(
@@ -201,8 +222,7 @@ def test_noise_levels_may_be_drawn_from_a_range_or_a_list(packed: Path) -> None:
         data = config(packed, repeats={"denoise_25": 4}, sigma={"denoise_25": choice})
         stream = TrainStream(data, 2)
         found = []
-        for position in range(36):
-            sample = stream.read(position)
+        for sample in crops(stream, 36):
             middle = (sample.clean > 100) & (sample.clean < 156)
             if middle.sum() > 1500:
                 found.append((sample.degraded.astype(float) - sample.clean)[middle].std())
@@ -225,9 +245,7 @@ def test_noise_levels_that_make_no_sense_are_refused(choice: str) -> None:
 
 def test_chains_are_trained_on_and_evaluated_as_mixed(packed: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "mixed")
-    pack.pack(
-        "clean", str(packed.parent / "photos"), out, synthesise=["derain+lowlight"], workers=1
-    )
+    pack("clean", str(packed.parent / "photos"), out, synthesise=["derain+lowlight"], workers=1)
     stream = TrainStream(config(Path(out), repeats={"mixed": 2}), 0)
     assert stream.plan.epoch_samples == 18
     batch = next(stream.batches(0, 4, global_batch=4, micro_batch=4, world=1, rank=0))
@@ -242,7 +260,7 @@ def test_the_samples_of_today_are_those_of_tomorrow(packed: Path) -> None:
     drawn = stream.plan.draws(np.array([0, 1, 2, 62, 63, 1000, 10**9]))
     assert drawn.degradation.tolist() == [6, 3, 0, 0, 0, 2, 0]
     assert drawn.sample.tolist() == [7, 2, 1, 2, 6, 2, 0]
-    rng = degrade.Keyed().at(1, 2, 3)
+    rng = degrade.KeyedGenerator().at(1, 2, 3)
     assert rng.bit_generator.random_raw(3).tolist() == [
         4895842857741926726,
         176895602379161741,
@@ -251,7 +269,7 @@ def test_the_samples_of_today_are_those_of_tomorrow(packed: Path) -> None:
 
 
 def test_keys_of_generators_do_not_meet(packed: Path) -> None:
-    keyed = degrade.Keyed()
+    keyed = degrade.KeyedGenerator()
     starts = [
         tuple(keyed.at(seed, epoch, place).bit_generator.random_raw(2).tolist())
         for seed in (0, 1, -1, 2**40)

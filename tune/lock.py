@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from distributed.storage import open_folder
+from shards.storage import open_folder
 
 
 @contextlib.contextmanager

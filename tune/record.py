@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from distributed.storage import finite, open_folder, read_json, write_json
+from shards.storage import finite, open_folder, read_json, write_json
 from tune.space import Changes
 
 FILE = "search.json"

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from distributed.storage import open_folder, write_whole
 from measnet.config import from_dict
+from shards.storage import open_folder, write_whole
 from tune import plots
 from tune.config import SearchConfig
 from tune.record import FILE, SearchRecord, TrialRecord, is_number, load

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from distributed import checkpoint as checkpoints
 from distributed import mlflow_tracker
 from distributed.config import TrainConfig, to_yaml
-from distributed.storage import open_folder, write_whole
+from shards.storage import open_folder, write_whole
 from tune.config import SearchConfig
 from tune.lock import in_use
 from tune.record import SearchRecord, TrialRecord, is_number

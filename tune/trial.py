@@ -22,8 +22,8 @@ from distributed import checkpoint as checkpoints
 from distributed.config import TrainConfig
 from distributed.guard import cause_of
 from distributed.launch import GRACE_S, Outcome, launch
-from distributed.storage import open_folder
 from measnet.config import to_dict
+from shards.storage import open_folder
 from tune.lock import exclusive
 from tune.space import apply
 
