@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -77,6 +78,16 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_is_made(
     assert done.returncode == 2
     assert done.stderr.startswith("error: scaling.device is gpu, but")
     assert not list(tmp_path.iterdir())
+
+
+def test_ray_listens_on_this_machine_only(ray_local: None) -> None:
+    listening = {
+        connection.laddr.ip
+        for process in psutil.Process().children(recursive=True)
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening and listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
 def test_a_run_leaves_what_is_needed(finished: Path) -> None:
