@@ -361,7 +361,7 @@ def test_two_interrupts_end_it_cleanly(
     code, seconds, errors = interrupted(arguments, after, gap)
     assert (code, "Traceback" in errors) == (130, False), errors
     assert errors == "stopped; run the same command again to continue\n"
-    assert seconds < 10
+    assert seconds < 20  # a second or two on an idle machine
     # Nothing incomplete is left, and no process.
     assert not list(out.glob(".*.part"))
     assert not (out / "manifest.json").exists()

@@ -7,6 +7,8 @@ import http.server
 import multiprocessing
 import os
 import socketserver
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -224,6 +226,23 @@ def test_packed_to_s3_and_streamed_from_it(
     assert [problem.shard for problem in report.problems] == [made.shards[1].name]
     pack("clean", str(photos), out, repair=True, workers=1)
     assert inspect.inspect(out, workers=1, data=DataConfig(cache_dir=str(tmp_path / "new"))).ok
+
+
+def test_what_another_process_writes_to_s3_is_seen_at_once(bucket: str) -> None:
+    """s3fs keeps listings; a run that lists checkpoints must see those of other nodes."""
+    folder = f"{bucket}/listed"
+    storage.write(f"{folder}/one.json", b"1")
+    fs, path = storage.open_folder(folder)
+    assert storage.list_names(folder) == ["one.json"]
+    assert [name.rsplit("/", 1)[-1] for name in fs.ls(path, detail=False)] == ["one.json"]
+    assert not fs.exists(f"{path}/two.json")
+    code = f"from shards import storage; storage.write({folder + '/two.json'!r}, b'2')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert storage.exists(f"{folder}/two.json")
+    assert fs.exists(f"{path}/two.json")
+    assert storage.list_names(folder) == ["one.json", "two.json"]
+    assert len(fs.ls(path, detail=False)) == 2
+    assert storage.read_json(fs, f"{path}/two.json") == 2
 
 
 def test_an_unfinished_packing_to_s3_goes_on(bucket: str, photos: Path, tmp_path: Path) -> None:
