@@ -229,7 +229,7 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(
 
 
 def test_a_checkpoint_of_the_authors_program_is_loaded(golden: Path, tmp_path: Path) -> None:
-    reference = Golden(golden)
+    reference = Golden(golden, torch.device("cpu"))
     torch.save({"state_dict": reference.entries("tiny")}, tmp_path / "epoch.ckpt")
     image = reference.image("model_64x64", 64, 64)
     with torch.no_grad():

@@ -383,6 +383,7 @@ def test_ray_without_a_cluster_is_refused(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests may have started one
     with pytest.raises(ValueError, match="--ray needs a cluster: set RAY_ADDRESS"):
         pack("clean", str(photos), str(tmp_path / "out"), ray=True)
 
