@@ -145,7 +145,7 @@ def test_a_checkpoint_scores_the_same(
     build(size(configs.paper(), gpu), "auto").save_pretrained(path)
     scores = [
         evaluation.evaluate(
-            evaluation.load(str(path), device), str(packed / "test"), None, limit=1, device=device
+            evaluation.load(str(path), device), str(packed / "test"), None, limit=1
         ).scores
         for device in (torch.device("cpu"), gpu)
     ]

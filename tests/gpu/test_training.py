@@ -18,7 +18,7 @@ Figure = Callable[[str, float], None]
 CONTEXT = 64 * 2**20
 """A process that opens a card takes several times these bytes of it."""
 OPTIONS = (
-    *("--scaling.workers", "1", "--data.crop", "48"),
+    *("--scaling.workers", "1", "--scaling.device", "auto", "--data.crop", "48"),
     # At the demo's rate a difference of rounding grows threefold with every step.
     *("--recipe.samples", str(30 * chaos.BATCH), "--recipe.lr", "2e-4"),
     *("--engine.compile", "off"),  # would take longer than all else here
@@ -50,7 +50,7 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 def test_a_killed_worker_changes_nothing(
     gpu: torch.device, figure: Figure, start: Callable[..., chaos.Run], tmp_path: Path
 ) -> None:
-    """The three runs at a time; the killed ones go on from a checkpoint."""
+    """The three runs at a time; the killed ones resume from a checkpoint."""
     del gpu  # there is one, or this is tried on a CPU
     deterministic = ("--engine.deterministic", "on")
     runs = {
@@ -64,7 +64,7 @@ def test_a_killed_worker_changes_nothing(
     ends = {}
     for name, run in runs.items():
         assert run.end() == 0, log(run)
-        assert ("going on from checkpoint" in log(run)) == name.startswith("killed")
+        assert ("resumed from checkpoint" in log(run)) == name.startswith("killed")
         ends[name] = chaos.final_state(tmp_path / name)
         speeds = [r["metrics"].get("speed/samples_per_s") for r in read_metrics(run.folder)]
         figure(f"tiny_{name}_samples_per_s", [speed for speed in speeds if speed][-1])
