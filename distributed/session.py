@@ -159,9 +159,8 @@ class Session:
                 self._local, settings["tracking"], first_s=first_s, card=own_card
             )
         self._say_start(decisions._asdict(), found)
-        environment, changes = record_environment(
-            self.device, settings["driver_process"], self._folder
-        )
+        driver = settings["driver_process"]
+        environment, changes = record_environment(self.device, driver, self._folder)
         if changes:
             self._note(f"resumed on other hardware: {', '.join(changes)}")
         if self._tracker:

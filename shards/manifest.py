@@ -32,8 +32,6 @@ NONE = 0xFFFFFFFF
 TILED_INPUT, TILED_TARGET, SEVERAL = 1, 2, 4
 """Flags of a `SAMPLE` row: the input is in tiles; the target is in tiles; the target has several
 inputs."""
-WEBDATASET = "webdataset"
-"""Layout of tars that somebody else made and `shards.index` has indexed."""
 
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
 """One member of the tar: where its data starts, its length in bytes, and its checksum."""
@@ -159,12 +157,6 @@ class Manifest:
     def remedy(self, task: str) -> str:
         """What to do about a damaged shard of a task, as the end of a sentence."""
         entry = self.tasks[task]
-        if entry.layout == WEBDATASET:
-            keys = " ".join(f"--{name} {key}" for name, key in entry.options.items() if key)
-            return (
-                f"copy it again; or accept it as it is: remove {self.uri}/{NAME}, then run "
-                f"`python -m shards.index {self.uri} --task {task} {keys}`"
-            )
         task_option = f" --task {task}" if entry.layout == "paired" else ""
         return (
             "copy it again, or pack it again from the pictures by "
@@ -230,12 +222,10 @@ def read(uri: str) -> Manifest:
 def _not_packed(uri: str) -> str:
     """What to do where there is no manifest."""
     names = [] if uri.startswith("http") else storage.list_names(uri)
-    tars = sum(name.endswith(".tar") for name in names)
-    if tars and ".packing" not in names:
+    if any(name.endswith(".tar") for name in names) and ".packing" not in names:
         return (
-            f"{uri} has no {NAME}, but {tars} {'tar' if tars == 1 else 'tars'}; if they are a "
-            f"WebDataset, index them by `python -m shards.index {uri} --task TASK --clean FIELD "
-            "[--degraded FIELD]`"
+            f"{uri} holds tars, but no {NAME}: tars that another program made cannot be read here; "
+            f"unpack their pictures, then run `python -m shards.pack LAYOUT ROOT {uri}-packed`"
         )
     return (
         f"{uri} has no {NAME}, so it is not a (finished) folder of packed shards; "

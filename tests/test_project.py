@@ -102,3 +102,25 @@ def test_commands_in_the_documentation_exist(path: Path) -> None:
 def test_files_named_in_the_documentation_exist(path: Path) -> None:
     for link in re.findall(r"\]\((?!https?://|#)([^)\s#]+)", path.read_text()):
         assert (path.parent / link).exists(), f"{path.name} links to {link}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_file_is_too_long(room: str) -> None:
+    lines = {p.name: len(p.read_text().splitlines()) for p in (ROOT / room).rglob("*.py")}
+    assert not {name: count for name, count in lines.items() if count > 500}
+
+
+PRIVATE = re.compile(
+    r"ray\._private|ray\.[a-z0-9_.]*_internal|_hp_mapping|grad_position|__compatible_ops__"
+)
+
+
+def test_private_names_of_other_libraries_have_one_place() -> None:
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*.py"):
+            if "internals" not in path.parts:
+                assert not PRIVATE.search(path.read_text()), path.relative_to(ROOT)
