@@ -6,12 +6,15 @@ import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from distributed.config import TrainConfig
 from shards.storage import open_folder
+
+if TYPE_CHECKING:
+    import torch
 
 PLACEMENT_S = 2.0
 """Seconds to wait for the workers of a range. Their resources are reserved, so they start at once;
@@ -147,3 +150,18 @@ def ray_storage(storage: str) -> dict[str, Any]:
 
     fs, path = open_folder(storage)
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
+
+
+def own_device(kind: str) -> "torch.device":
+    """In a worker, the device that the run decided on: this worker's GPU, or the CPU.
+
+    Ray does not hide a GPU from a worker that asked for none, so torch is never asked here.
+    """
+    import torch
+
+    if kind == "cpu":
+        return torch.device("cpu")
+    import ray.train.torch
+
+    device: torch.device = ray.train.torch.get_device()
+    return device

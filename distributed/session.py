@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
-import ray.train.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from distributed.checkpoint import Checkpoint, RunState, Snapshot, newest_whole
 from distributed.checkpoint_writer import CheckpointWriter
+from distributed.cluster import own_device
 from distributed.compilation import compile_blocks
 from distributed.config import TrainConfig
 from distributed.decisions import decide, sharing_workers
@@ -38,6 +38,7 @@ from distributed.guard import (
     log_line,
     watch_unused,
 )
+from distributed.internals.deepspeed import version_warning
 from distributed.meter import Meter
 from distributed.mlflow_tracker import Tracker
 from distributed.progress import Reporter
@@ -64,17 +65,6 @@ RESUMED_S = 60.0
 after a lost worker the run trains first."""
 
 
-def _own_device(kind: str) -> torch.device:
-    """The device that the run decided on: this worker's GPU, or the CPU.
-
-    Ray does not hide a GPU from a worker that asked for none, so torch is never asked here.
-    """
-    if kind == "cpu":
-        return torch.device("cpu")
-    device: torch.device = ray.train.torch.get_device()
-    return device
-
-
 class Session:
     """One worker's view of a run, from a start or restart to its end or the next failure."""
 
@@ -92,7 +82,7 @@ class Session:
         self.config = from_dict(TrainConfig, settings["config"])
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.device = _own_device(settings["device"])
+        self.device = own_device(settings["device"])
         self._folder = self.config.folder
         self._local = Path(settings["tracking_folder"])
         self._local.mkdir(parents=True, exist_ok=True)
@@ -407,6 +397,8 @@ class Session:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def _say_start(self, decisions: Mapping[str, Any], found: Checkpoint | None) -> None:
+        if warning := version_warning():
+            self._reporter.say(f"warning: {warning}")
         for name, decision in decisions.items():
             self._reporter.say(f"{name}: {decision.choice} ({decision.reason})")
         if found:

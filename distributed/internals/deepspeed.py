@@ -1,7 +1,6 @@
 """What training needs of DeepSpeed beyond its documented interface. Tested with DeepSpeed 0.19."""
 
 import importlib
-import importlib.metadata
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,19 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distributed.internals.versions import untested
+
 TESTED = "0.19"
 """DeepSpeed's version that everything here was tested with."""
 
 
 def version_warning() -> str:
     """What to say where DeepSpeed has another version than the tested one; else empty."""
-    version = importlib.metadata.version("deepspeed")
-    if version.startswith(f"{TESTED}."):
-        return ""
-    return (
-        f"DeepSpeed is {version}, but training was tested with {TESTED}: "
-        f"pip install 'deepspeed=={TESTED}.*', or run pytest tests/test_engine.py"
-    )
+    return untested("deepspeed", TESTED, "pytest tests/test_engine.py")
 
 
 @contextmanager

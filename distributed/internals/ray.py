@@ -1,6 +1,5 @@
 """What training needs of Ray beyond its documented interface. Tested with Ray 2.60."""
 
-import importlib.metadata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +13,8 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.execution.callback import RayTrainCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.worker_group import WorkerGroupContext
 
+from distributed.internals.versions import untested
+
 TESTED = "2.60"
 """Ray's version that everything here was tested with."""
 COUNT_S = 5.0
@@ -22,13 +23,7 @@ COUNT_S = 5.0
 
 def version_warning() -> str:
     """What to say where Ray has another version than the tested one; else empty."""
-    version = importlib.metadata.version("ray")
-    if version.startswith(f"{TESTED}."):
-        return ""
-    return (
-        f"Ray is {version}, but training was tested with {TESTED}: pip install 'ray=={TESTED}.*', "
-        "or run make test-slow"
-    )
+    return untested("ray", TESTED, "make test-slow")
 
 
 @contextmanager

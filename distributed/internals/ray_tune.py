@@ -6,8 +6,9 @@ changes it.
 Imports no Ray: Ray reads at its import whether it must ask for a token.
 """
 
-import importlib.metadata
 import os
+
+from distributed.internals.versions import untested
 
 TESTED = "2.60"
 """Ray's version that everything here was tested with."""
@@ -36,13 +37,7 @@ def configure() -> str:
     """Set the variables, before Ray starts; returns a warning where Ray has another version."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    version = importlib.metadata.version("ray")
-    if version.startswith(f"{TESTED}."):
-        return ""
-    return (
-        f"Ray is {version}, but the search was tested with {TESTED}: "
-        f"pip install 'ray=={TESTED}.*', or run pytest -m slow tests/test_search.py"
-    )
+    return untested("ray", TESTED, "pytest -m slow tests/test_search.py")
 
 
 def this_node() -> str:
