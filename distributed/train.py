@@ -35,8 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def show(outcome: "Outcome", console: "Console") -> None:
     """Say how the run ended, where its results are and what to do next."""
+    from rich.markup import escape
+
     from distributed.mlflow_tracker import run_page
 
+    reason = escape(outcome.reason)  # a library's message may hold [brackets]
     again = "the same command goes on from there"
     match outcome.status:
         case "finished":
@@ -48,10 +51,10 @@ def show(outcome: "Outcome", console: "Console") -> None:
                 page = run_page(outcome.tracking_uri, outcome.mlflow_run_id)
                 console.print(f"  this run  {page}", soft_wrap=True)
         case "stopped":
-            console.print(f"stopped ({outcome.reason}) after {outcome.samples:,} samples; {again}")
+            console.print(f"stopped ({reason}) after {outcome.samples:,} samples; {again}")
         case "failed":
             where = f"after {outcome.samples:,} samples"
-            console.print(f"[red]failed[/red] {where}: {outcome.reason}; {again}")
+            console.print(f"[red]failed[/red] {where}: {reason}; {again}")
 
 
 if __name__ == "__main__":

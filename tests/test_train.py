@@ -14,11 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from rich.console import Console
 
 from distributed import checkpoint as checkpoints
+from distributed.launch import Outcome
 from distributed.presets import PRESETS
 from distributed.session import CONSUMED
-from distributed.train import main
+from distributed.train import main, show
 from measnet.network import MEASNet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,6 +80,12 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_is_made(
     assert done.returncode == 2
     assert done.stderr.startswith("error: scaling.device is gpu, but")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_reason_with_brackets_is_shown_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    reason = "RuntimeError: [/gloo/transport/tcp/pair.cc:553] Connection closed by peer"
+    show(Outcome("failed", "runs/demo", reason, samples=40), Console(soft_wrap=True))
+    assert f"failed after 40 samples: {reason}; the same command" in capsys.readouterr().out
 
 
 def test_ray_listens_on_this_machine_only(ray_local: None) -> None:
