@@ -11,7 +11,6 @@ width: the widest K are counted, which is the most that a picture can cost.
 Not counted: activations, additions, softmax, pooling, sorting and copying.
 """
 
-import argparse
 import logging
 import math
 import statistics
@@ -21,16 +20,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+import tyro
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
 from measnet import config as configs
 from measnet.config import ModelConfig
 from measnet.frequency import PictureExperts
-from measnet.memory import cards_table, memory_table, parse_bytes
+from measnet.memory import Precision, cards_table, memory_table, parse_bytes
 from measnet.network import MEASNet
 
 PRESETS: dict[str, Callable[[], ModelConfig]] = {
@@ -223,34 +223,47 @@ def _beside(axes: Any, label: str, at: tuple[float, float], points: float) -> No
     axes.annotate(label, at, ha="left", va="center", fontsize=8, **offset)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Parameters, multiply-adds and training memory of a network.
+
+    One multiply-add counts as 1, for a picture of 256×256×3. docs/network.md says what is counted.
+    """
+
+    preset: tyro.conf.Positional[str] = "paper"
+    """paper, official or tiny."""
+    chart: Annotated[str | None, tyro.conf.arg(metavar="PNG")] = None
+    """Write the bubble chart here."""
+    memory: Annotated[str | None, tyro.conf.arg(metavar="SIZE")] = None
+    """Memory of a GPU, as 24GiB: prints the largest micro-batch for training instead."""
+    cards: bool = False
+    """Print the largest micro-batches by card instead."""
+    crop: int = 128
+    """Side of the training crops in pixels."""
+    precision: Precision = "bf16"
+    """Arithmetic of training."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; 0, or 2 after a message."""
-    parser = argparse.ArgumentParser(prog="python -m measnet.complexity", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("preset", nargs="?", default="paper", help=", ".join(PRESETS))
-    parser.add_argument("--chart", metavar="PNG", help="write the bubble chart here")
-    parser.add_argument("--memory", metavar="SIZE", help="memory of the device, as 24GiB")
-    parser.add_argument("--cards", action="store_true", help="the largest micro-batches by card")
-    parser.add_argument("--crop", type=int, default=128, help="side of the training crops")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
-    arguments = parser.parse_args(argv)
+    given = tyro.cli(Arguments, args=argv, prog="python -m measnet.complexity")
     try:
-        if arguments.preset not in PRESETS:
-            raise ValueError(f"unknown preset {arguments.preset}; choose {', '.join(PRESETS)}")
-        config = PRESETS[arguments.preset]()
-        if arguments.memory:
-            budget = parse_bytes(arguments.memory)
-            print(memory_table(config, budget, arguments.crop, arguments.precision))
+        if given.preset not in PRESETS:
+            raise ValueError(f"unknown preset {given.preset}; choose {', '.join(PRESETS)}")
+        config = PRESETS[given.preset]()
+        if given.memory:
+            budget = parse_bytes(given.memory)
+            print(memory_table(config, budget, given.crop, given.precision))
             return 0
-        if arguments.cards:
-            print(cards_table(config, arguments.crop))
+        if given.cards:
+            print(cards_table(config, given.crop))
             return 0
         complexity = count(MEASNet(config))
-        print(table(complexity), peers_table(arguments.preset, complexity), sep="\n\n")
-        if arguments.preset == "official":
+        print(table(complexity), peers_table(given.preset, complexity), sep="\n\n")
+        if given.preset == "official":
             print(f"The authors' program stores {DEAD_OFFICIAL_PARAMETERS:,} more, without effect.")
-        if arguments.chart:
-            bubble_chart(arguments.preset, complexity, arguments.chart)
+        if given.chart:
+            bubble_chart(given.preset, complexity, given.chart)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

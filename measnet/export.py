@@ -11,12 +11,13 @@ ones take another way through its frequency blocks). Around the graph belongs:
 * after: cut the padding off, clamp to [0, 1], times 255, round.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from os import PathLike
 
 import torch
+import tyro
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
@@ -65,22 +66,25 @@ def export_onnx(model: MEASNet, path: str | PathLike[str]) -> None:
     program.save(path)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Write the network as ONNX, with free height and width."""
+
+    model: tyro.conf.Positional[str]
+    """Weights: a .safetensors file, a checkpoint of the authors' program, or a run folder."""
+    out: tyro.conf.Positional[str]
+    """ONNX file to write."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; 0, or 2 after a message."""
-    parser = argparse.ArgumentParser(prog="python -m measnet.export", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "model",
-        help="weights: a .safetensors file, a checkpoint of the authors' program, or a run folder",
-    )
-    parser.add_argument("out", help="ONNX file to write")
-    arguments = parser.parse_args(argv)
+    given = tyro.cli(Arguments, args=argv, prog="python -m measnet.export")
     try:
-        export_onnx(load_weights(arguments.model), arguments.out)
+        export_onnx(load_weights(given.model), given.out)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{arguments.out}: takes (1, 3, H, W) in [0, 1], multiples of 8")
+    print(f"{given.out}: takes (1, 3, H, W) in [0, 1], multiples of 8")
     return 0
 
 
