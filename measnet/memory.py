@@ -22,7 +22,7 @@ from measnet.experts import resolve_path
 from measnet.hardware import Card
 from measnet.losses import restoration_loss
 from measnet.network import MEASNet
-from measnet.ops.cpu_library import torch_only
+from measnet.ops.choice import torch_only
 
 RESERVE = 0.9
 """Share of a device's memory that is planned with; the rest is for fragments and libraries."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from measnet.ops import cpu_library
 from measnet.ops.attention import attend_planes
+from measnet.ops.choice import torch_only
 from measnet.ops.convolution import convolve, project
 from measnet.ops.low_pass import low_pass
 from measnet.transformer import TransformerBlock
@@ -60,7 +61,7 @@ def test_a_block_agrees_with_torch(shape, lanes, monkeypatch: pytest.MonkeyPatch
     fits = cpu_library.fits(x, heads=shape[-1])
     assert fits == (shape[3] % (shape[4] * lanes) == 0)
     ours, exact = trained(block, x), trained(copy.deepcopy(block).double(), x.double())
-    with cpu_library.torch_only():
+    with torch_only():
         torchs = trained(block, x)
     worst = max(
         ((one.double() - true).abs().max() / true.abs().max()).item()
@@ -77,7 +78,7 @@ def test_a_block_agrees_with_torch(shape, lanes, monkeypatch: pytest.MonkeyPatch
 def test_the_kernels_are_what_runs() -> None:
     block, x = block_and_input((1, 8, 8, 48, 1))
     assert "_FeedForward" in type(block(x).grad_fn).__name__
-    with cpu_library.torch_only():
+    with torch_only():
         assert "_FeedForward" not in type(block(x).grad_fn).__name__
 
 
@@ -240,5 +241,5 @@ def test_only_fp32_on_a_cpu_takes_the_kernels() -> None:
     assert not cpu_library.fits(x, matrix, heads=4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not cpu_library.fits(x, matrix)
-    with cpu_library.torch_only():
+    with torch_only():
         assert not cpu_library.fits(x, matrix)

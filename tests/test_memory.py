@@ -34,7 +34,7 @@ from measnet.memory import (
     state_bytes,
 )
 from measnet.network import MEASNet
-from measnet.ops.cpu_library import torch_only
+from measnet.ops.choice import torch_only
 from tests.ranks import run_ranks
 
 # Peaks of torch's allocator on one H100 (torch 2.11, CUDA 13.0): forward, backward and AdamW in a

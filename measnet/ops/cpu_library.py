@@ -3,14 +3,15 @@
 Built at installation from `_kernels.h`, once for vectors of 16 floats and once for 8.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from measnet.ops.choice import acceleration_allowed
 
 
 def _built() -> dict[int, ModuleType]:
@@ -47,18 +48,6 @@ ADDRESSES = (
 _INDEX = {name: at for at, name in enumerate(ADDRESSES)}
 _STACKED = ("matrix", "plane", "kernel", "offset")
 """There are one to three of each, at addresses that follow each other."""
-_allowed = True
-
-
-@contextmanager
-def torch_only() -> Iterator[None]:
-    """Within it torch computes everything, as on a GPU; not for several threads."""
-    global _allowed
-    before, _allowed = _allowed, False
-    try:
-        yield
-    finally:
-        _allowed = before
 
 
 def fits(x: Tensor, *weights: Tensor | None, heads: int = 1, out: int | None = None) -> bool:
@@ -71,7 +60,7 @@ def fits(x: Tensor, *weights: Tensor | None, heads: int = 1, out: int | None = N
         out: channels of the output, where those matter too.
     """
     return (
-        _allowed
+        acceleration_allowed()
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and all(_is_whole(weight) for weight in weights if weight is not None)

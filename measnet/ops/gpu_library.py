@@ -1,0 +1,136 @@
+"""Which work the Triton kernels take, and how they are started.
+
+Nothing here imports Triton before a kernel is to run. On the device `meta` a kernel is counted and
+not run; so memory, launches and traffic of a training step are known without a GPU.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from measnet.ops.choice import acceleration_allowed
+
+MULTIPLE = 16
+"""Channels (of a head, too) must be a multiple of this: the least side of a product of tiles."""
+WIDEST = 1024
+"""Most channels of one feature map."""
+WIDEST_HEAD = 128
+"""Most channels of one head: the product of queries and keys stays in registers."""
+_stand_in = ""
+"""A device other than `cuda` whose tensors take the kernels' path: `cpu` or `meta`."""
+
+
+class Launch(NamedTuple):
+    """One kernel, as `counting` saw it."""
+
+    name: str
+    bytes: int
+    """Sizes of all tensors that it reads or writes, each counted once."""
+
+
+_launches: list[Launch] | None = None
+
+
+@cache
+def installed() -> bool:
+    """Whether Triton is there; torch's builds for CUDA bring it."""
+    return find_spec("triton") is not None
+
+
+@contextmanager
+def stand_in(device: str) -> Iterator[None]:
+    """Within it, tensors of `device` take the kernels' path as if they lay on a GPU.
+
+    Args:
+        device: `meta`, where kernels are counted and not run; or `cpu`, where Triton's interpreter
+            runs them (environment variable `TRITON_INTERPRET=1`, set before the first import).
+    """
+    global _stand_in
+    before, _stand_in = _stand_in, device
+    try:
+        yield
+    finally:
+        _stand_in = before
+
+
+@contextmanager
+def counting() -> Iterator[list[Launch]]:
+    """Collects the kernels that start within it, on whichever device."""
+    global _launches
+    before, _launches = _launches, []
+    try:
+        yield _launches
+    finally:
+        _launches = before
+
+
+def fits(x: Tensor, *weights: Tensor | None, channels: int | None = None, heads: int = 1) -> bool:
+    """Whether the Triton kernels compute this; asked first for what is quick to know.
+
+    Args:
+        x: the features, channels last.
+        weights: parameters that take part; None is one that is not there.
+        channels: of the features, if not the last dimension of `x`.
+        heads: they split the channels.
+    """
+    channels = x.shape[-1] if channels is None else channels
+    return (
+        acceleration_allowed()
+        and (x.device.type == "cuda" or x.device.type == _stand_in)
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and channels % (heads * MULTIPLE) == 0
+        and channels <= WIDEST
+        and (heads == 1 or channels // heads <= WIDEST_HEAD)
+        and x.numel() > 0
+        and feature_dtype(x) in (torch.float32, torch.bfloat16)
+        and all(_is_complete(weight) for weight in weights if weight is not None)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and installed()
+    )
+
+
+def feature_dtype(x: Tensor) -> torch.dtype:
+    """What the kernels compute in: autocast's type where it is on, else that of the features."""
+    device = "cpu" if x.device.type == "meta" else x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """Run a Triton kernel on the current stream, or count it where its tensors are on `meta`."""
+    tensors = [one for one in args if isinstance(one, Tensor)]
+    if _launches is not None:
+        sizes = {one.data_ptr() if one.device.type != "meta" else id(one): one for one in tensors}
+        moved = sum(one.numel() * one.element_size() for one in sizes.values())
+        _launches.append(Launch(kernel.__name__, moved))
+    if tensors[0].device.type != "meta":
+        kernel[grid](*args, **constants)
+
+
+def products(dtype: torch.dtype) -> str:
+    """How a product of fp32 tiles is computed: as three of TF32, which keeps fp32's accuracy."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def power_of_two(n: int, least: int = MULTIPLE) -> int:
+    """The smallest power of two that is at least `n` and `least`."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def _is_complete(weight: Tensor) -> bool:
+    """DeepSpeed's ZeRO-3 keeps a parameter in parts, except in the forward of its own module."""
+    return weight.is_floating_point() and not hasattr(weight, "ds_id")
+
+
+Kernel = Callable[..., None]
