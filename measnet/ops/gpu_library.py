@@ -4,7 +4,7 @@ Nothing here imports Triton before a kernel is to run. On the device `meta` a ke
 not run; so memory, launches and traffic of a training step are known without a GPU.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -26,11 +26,24 @@ _stand_in = ""
 
 
 class Launch(NamedTuple):
-    """One kernel, as `counting` saw it."""
+    """One start of a kernel, as `counting` saw it."""
 
-    name: str
-    bytes: int
-    """Sizes of all tensors that it reads or writes, each counted once."""
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    """Compile-time constants, `num_warps` and `num_stages`."""
+
+    @property
+    def name(self) -> str:
+        """Of the kernel."""
+        return str(self.kernel.__name__)
+
+    @property
+    def bytes(self) -> int:
+        """Sizes of all tensors that it reads or writes, each counted once."""
+        tensors = {id(one): one for one in self.arguments if isinstance(one, Tensor)}
+        return sum(one.numel() * one.element_size() for one in tensors.values())
 
 
 _launches: list[Launch] | None = None
@@ -104,12 +117,9 @@ def feature_dtype(x: Tensor) -> torch.dtype:
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Run a Triton kernel on the current stream, or count it where its tensors are on `meta`."""
-    tensors = [one for one in args if isinstance(one, Tensor)]
     if _launches is not None:
-        sizes = {one.data_ptr() if one.device.type != "meta" else id(one): one for one in tensors}
-        moved = sum(one.numel() * one.element_size() for one in sizes.values())
-        _launches.append(Launch(kernel.__name__, moved))
-    if tensors[0].device.type != "meta":
+        _launches.append(Launch(kernel, grid, args, constants))
+    if not any(isinstance(one, Tensor) and one.is_meta for one in args):
         kernel[grid](*args, **constants)
 
 
@@ -131,6 +141,3 @@ def power_of_two(n: int, least: int = MULTIPLE) -> int:
 def _is_complete(weight: Tensor) -> bool:
     """DeepSpeed's ZeRO-3 keeps a parameter in parts, except in the forward of its own module."""
     return weight.is_floating_point() and not hasattr(weight, "ds_id")
-
-
-Kernel = Callable[..., None]
