@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from measnet.ops import cpu
+from measnet.ops import cpu, gpu_library
 from measnet.ops.convolution import convolve, pointwise
 from measnet.ops.cpu_library import fits
 
@@ -39,6 +39,10 @@ def residual_attention(x_bhwc: Tensor, norm: nn.LayerNorm, attention: AttentionW
     heads = len(attention.temperature)
     if fits(x_bhwc, norm.weight, norm.bias, *weights, heads=heads):
         return cpu.attention(x_bhwc, norm, *weights)
+    if gpu_library.fits(x_bhwc, norm.weight, norm.bias, *weights, heads=heads):
+        from measnet.ops.gpu import block
+
+        return block.attention(x_bhwc, norm, *weights)
     # The module itself is called: ZeRO-3 gathers its weights for its own forward pass only.
     return x_bhwc + attention(norm(x_bhwc))
 
@@ -56,6 +60,11 @@ def attend_planes(
     if fits(v_bhwc, depthwise, temperature, project_out, heads=heads):
         planes = (q_bhwc, k_bhwc, v_bhwc)
         return cpu.attend_planes(*planes, depthwise, temperature, project_out)
+    if gpu_library.fits(v_bhwc, depthwise, temperature, project_out, heads=heads):
+        from measnet.ops.gpu import block
+
+        planes = (q_bhwc, k_bhwc, v_bhwc)
+        return block.attend_planes(*planes, depthwise, temperature, project_out)
     q_bpc, k_bpc, v_bpc = (
         convolve(plane, kernel, groups=len(kernel)).flatten(1, 2)
         for plane, kernel in zip((q_bhwc, k_bhwc, v_bhwc), depthwise, strict=True)

@@ -4,7 +4,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from measnet.ops import cpu
+from measnet.ops import cpu, gpu_library
 from measnet.ops.cpu_library import fits
 
 
@@ -30,5 +30,9 @@ def residual_feed_forward(
     weights = (feed_forward.project_in, feed_forward.depthwise, feed_forward.project_out)
     if fits(x_bhwc, norm.weight, norm.bias, *weights):
         return cpu.feed_forward(x_bhwc, norm, *weights)
+    if gpu_library.fits(x_bhwc, norm.weight, norm.bias, *weights):
+        from measnet.ops.gpu import block
+
+        return block.feed_forward(x_bhwc, norm, *weights)
     # The module itself is called: ZeRO-3 gathers its weights for its own forward pass only.
     return x_bhwc + feed_forward(norm(x_bhwc))

@@ -1,0 +1,313 @@
+"""Attention among the channels, without the products around it.
+
+Queries and keys after their depth-wise convolution are never written: the kernel that convolves
+them sums their product and their squares over the pixels. What attention and its output projection
+do to v is one small matrix for each picture.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from measnet.ops.gpu.depthwise import (
+    COLUMNS,
+    ROWS,
+    WARPS,
+    add_row,
+    load_columns,
+    load_taps,
+    start_of,
+)
+from measnet.ops.gpu_library import ceil_div, launch, power_of_two, products
+
+EPSILON = 1e-12
+"""The least norm that a query or key is divided by."""
+
+
+class Correlation(NamedTuple):
+    """Sums over all pixels of each picture, fp32."""
+
+    gram: Tensor
+    """qᵀk, (B, heads, C/heads, C/heads)."""
+    squares: Tensor
+    """Σ q² and Σ k², (B, 2, C)."""
+
+
+@triton.jit
+def _correlate(
+    q, k, q_kernel, k_kernel, gram, squares, of_gram, of_squares, of_q, of_k,
+    B, H, W, step, out_step,
+    C: tl.constexpr, HEAD: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
+    BACK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The sums of this tile of one head; or `BACK`, the gradients of q and k convolved."""
+    picture, row, start = start_of(H, W, R, BW)
+    part = tl.program_id(0) - picture * (tl.num_programs(0) // B)
+    column = start + tl.arange(0, BW)
+    head = tl.program_id(1)
+    own = tl.arange(0, BC)
+    known = own < HEAD
+    c = head * HEAD + own
+    q_taps = load_taps(q_kernel, c, known)
+    k_taps = load_taps(k_kernel, c, known)
+    q_above = tl.zeros([BW, BC], tl.float32)
+    q_here = tl.zeros([BW, BC], tl.float32)
+    k_above = tl.zeros([BW, BC], tl.float32)
+    k_here = tl.zeros([BW, BC], tl.float32)
+    dtype = q.dtype.element_ty
+    both = known[:, None] & known[None, :]
+    square = own[:, None] * HEAD + own[None, :]
+    if BACK:
+        address = of_gram + (picture * tl.num_programs(1) + head) * HEAD * HEAD + square
+        of_product = tl.load(address, mask=both, other=0.0).to(dtype)
+        address = of_squares + picture * 2 * C + c
+        of_q_square = tl.load(address, mask=known, other=0.0)[None, :]
+        of_k_square = tl.load(address + C, mask=known, other=0.0)[None, :]
+    else:
+        sums = tl.zeros([BC, BC], tl.float32)
+        q_squares = tl.zeros([BW, BC], tl.float32)
+        k_squares = tl.zeros([BW, BC], tl.float32)
+    for i in range(R + 2):
+        r = row + i - 1
+        beside = load_columns(q, picture, r, column, c, known, step, H, W)
+        query = q_above + add_row(beside, q_taps[6], q_taps[7], q_taps[8])
+        q_above = q_here + add_row(beside, q_taps[3], q_taps[4], q_taps[5])
+        q_here = add_row(beside, q_taps[0], q_taps[1], q_taps[2])
+        beside = load_columns(k, picture, r, column, c, known, step, H, W)
+        key = k_above + add_row(beside, k_taps[6], k_taps[7], k_taps[8])
+        k_above = k_here + add_row(beside, k_taps[3], k_taps[4], k_taps[5])
+        k_here = add_row(beside, k_taps[0], k_taps[1], k_taps[2])
+        made = ((i >= 2) & (r - 1 < H) & (column < W))[:, None] & known[None, :]
+        # Rounded as if they had been written, so that no cosine is above 1.
+        query = tl.where(made, query, 0.0).to(dtype)
+        key = tl.where(made, key, 0.0).to(dtype)
+        if BACK:
+            at = ((picture * H + r - 1) * W + column)[:, None] * out_step + c[None, :]
+            of_query = tl.dot(key, tl.trans(of_product), input_precision=PRECISION)
+            of_query += 2.0 * of_q_square * query.to(tl.float32)
+            tl.store(of_q + at, of_query.to(dtype), mask=made)
+            of_key = tl.dot(query, of_product, input_precision=PRECISION)
+            of_key += 2.0 * of_k_square * key.to(tl.float32)
+            tl.store(of_k + at, of_key.to(dtype), mask=made)
+        else:
+            sums = tl.dot(tl.trans(query), key, sums, input_precision=PRECISION)
+            q_squares += query.to(tl.float32) * query.to(tl.float32)
+            k_squares += key.to(tl.float32) * key.to(tl.float32)
+    if not BACK:
+        at = part * B + picture
+        tl.store(gram + (at * tl.num_programs(1) + head) * HEAD * HEAD + square, sums, mask=both)
+        tl.store(squares + at * 2 * C + c, tl.sum(q_squares, 0), mask=known)
+        tl.store(squares + at * 2 * C + C + c, tl.sum(k_squares, 0), mask=known)
+
+
+@triton.jit
+def _attend(gram, squares, temperature, at, picture, head, own, C, HEAD: tl.constexpr):
+    """Of one head: cosines, attention (rows sum to 1), and the norms of q and k."""
+    known = own < HEAD
+    both = known[:, None] & known[None, :]
+    product = tl.load(
+        gram + at * HEAD * HEAD + own[:, None] * HEAD + own[None, :], mask=both, other=0.0
+    )
+    address = squares + picture * 2 * C + head * HEAD + own
+    least = 1e-24
+    q_norm = tl.sqrt(tl.maximum(tl.load(address, mask=known, other=1.0), least))
+    k_norm = tl.sqrt(tl.maximum(tl.load(address + C, mask=known, other=1.0), least))
+    cosine = product / q_norm[:, None] / k_norm[None, :]
+    scaled = tl.where(both, cosine * tl.load(temperature + head), -float("inf"))
+    scaled = tl.where(known[:, None], scaled, 0.0)
+    power = tl.exp(scaled - tl.max(scaled, 1)[:, None])
+    return cosine, power / tl.sum(power, 1)[:, None], q_norm, k_norm
+
+
+@triton.jit
+def _mixer(
+    gram, squares, temperature, project, out,
+    C: tl.constexpr, HEAD: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[o, j] = Σ_i project[o, i] · attention[i, j] within one head of one picture."""
+    picture = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    own = tl.arange(0, BC)
+    known = own < HEAD
+    at = picture * tl.num_programs(1) + head
+    _, attention, _, _ = _attend(gram, squares, temperature, at, picture, head, own, C, HEAD)
+    dtype = out.dtype.element_ty
+    c = head * HEAD + own
+    for start in range(0, C, BO):
+        o = start + tl.arange(0, BO)
+        inside = (o < C)[:, None] & known[None, :]
+        weight = tl.load(project + o[:, None] * C + c[None, :], mask=inside, other=0.0).to(dtype)
+        mixed = tl.dot(weight, attention.to(dtype), input_precision=PRECISION)
+        address = out + picture * C * C + o[:, None] * C + c[None, :]
+        tl.store(address, mixed.to(dtype), mask=inside)
+
+
+@triton.jit
+def _mixer_back(
+    gram, squares, temperature, project, of_mixer, of_gram, of_squares, of_temperature, of_project,
+    C: tl.constexpr, HEAD: tl.constexpr, BC: tl.constexpr, BO: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of the matrix: those of the sums, the temperature and the projection."""
+    picture = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    own = tl.arange(0, BC)
+    known = own < HEAD
+    both = known[:, None] & known[None, :]
+    at = picture * tl.num_programs(1) + head
+    cosine, attention, q_norm, k_norm = _attend(
+        gram, squares, temperature, at, picture, head, own, C, HEAD
+    )
+    c = head * HEAD + own
+    of_attention = tl.zeros([BC, BC], tl.float32)
+    for start in range(0, C, BO):
+        o = start + tl.arange(0, BO)
+        inside = (o < C)[:, None] & known[None, :]
+        here = o[:, None] * C + c[None, :]
+        weight = tl.load(project + here, mask=inside, other=0.0).to(tl.float32)
+        wanted = tl.load(of_mixer + picture * C * C + here, mask=inside, other=0.0)
+        of_attention = tl.dot(tl.trans(weight), wanted, of_attention, input_precision="tf32x3")
+        given = tl.dot(wanted, tl.trans(attention), input_precision="tf32x3")
+        tl.store(of_project + picture * C * C + here, given, mask=inside)
+    of_attention = tl.where(both, of_attention, 0.0)
+    along = tl.sum(of_attention * attention, 1)
+    of_scaled = tl.where(both, attention * (of_attention - along[:, None]), 0.0)
+    tl.store(of_temperature + at, tl.sum(tl.sum(of_scaled * cosine, 1), 0))
+    of_cosine = of_scaled * tl.load(temperature + head)
+    of_product = of_cosine / q_norm[:, None] / k_norm[None, :]
+    tl.store(of_gram + at * HEAD * HEAD + own[:, None] * HEAD + own[None, :], of_product, mask=both)
+    # d cos / d Σq² = −cos / (2 Σq²); where the norm is held at its least value there is none.
+    least = 1e-24
+    q_square = q_norm * q_norm
+    k_square = k_norm * k_norm
+    of_q = tl.where(q_square > least, -0.5 * tl.sum(of_cosine * cosine, 1) / q_square, 0.0)
+    of_k = tl.where(k_square > least, -0.5 * tl.sum(of_cosine * cosine, 0) / k_square, 0.0)
+    address = of_squares + picture * 2 * C + c
+    tl.store(address, of_q, mask=known)
+    tl.store(address + C, of_k, mask=known)
+
+
+def correlate(
+    q_bhwc: Tensor, k_bhwc: Tensor, q_kernel: Tensor, k_kernel: Tensor, heads: int
+) -> Correlation:
+    """Product and squares of q and k, convolved first, over all pixels of each picture.
+
+    Args:
+        q_bhwc: (B, H, W, C); pixels may lie further apart than C.
+        k_bhwc: the same, with its pixels as far apart.
+        q_kernel: (C, 9) fp32, contiguous.
+        k_kernel: the same.
+        heads: they split the channels.
+    """
+    batch, _, _, channels = q_bhwc.shape
+    head = channels // heads
+    parts = _tiles(q_bhwc)
+    gram = q_bhwc.new_empty(parts, batch, heads, head, head, dtype=torch.float32)
+    squares = q_bhwc.new_empty(parts, batch, 2, channels, dtype=torch.float32)
+    planes = (q_bhwc, k_bhwc, q_kernel, k_kernel)
+    unused = (gram, squares, q_bhwc, k_bhwc)
+    _launch_correlate(planes, (gram, squares), unused, heads, q_bhwc.stride(2), back=False)
+    return Correlation(gram.sum(0), squares.sum(0))
+
+
+def correlate_back(
+    q_bhwc: Tensor,
+    k_bhwc: Tensor,
+    q_kernel: Tensor,
+    k_kernel: Tensor,
+    gradient: Correlation,
+    of_q: Tensor,
+    of_k: Tensor,
+) -> None:
+    """Write the gradients of q and k after their convolution.
+
+    Args:
+        q_bhwc: see `correlate`.
+        k_bhwc: see `correlate`.
+        q_kernel: see `correlate`.
+        k_kernel: see `correlate`.
+        gradient: of what `correlate` gave.
+        of_q: (B, H, W, C); pixels may lie further apart than C.
+        of_k: the same, with its pixels as far apart.
+    """
+    planes = (q_bhwc, k_bhwc, q_kernel, k_kernel)
+    heads = gradient.gram.shape[1]
+    to = (*gradient, of_q, of_k)
+    _launch_correlate(planes, gradient, to, heads, of_q.stride(2), back=True)
+
+
+def mixer(
+    sums: Correlation, temperature: Tensor, project_out: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """What attention and its output projection do to v, one matrix a picture: (B, C out, C of v).
+
+    Args:
+        sums: of queries and keys.
+        temperature: (heads, 1, 1) fp32.
+        project_out: (C, C) fp32.
+        dtype: of the result.
+    """
+    batch, heads, head, _ = sums.gram.shape
+    channels = len(project_out)
+    out = project_out.new_empty(batch, channels, channels, dtype=dtype)
+    launch(
+        _mixer,
+        (batch, heads),
+        *(*sums, temperature, project_out, out),
+        **{"C": channels, "HEAD": head, "BC": power_of_two(head), "BO": 64},
+        PRECISION=products(dtype),
+        num_warps=4,
+    )
+    return out
+
+
+def mixer_back(
+    sums: Correlation, temperature: Tensor, project_out: Tensor, of_mixer: Tensor
+) -> tuple[Correlation, Tensor, Tensor]:
+    """Gradients of the sums, the temperature and the projection, from (B, C, C) fp32."""
+    batch, heads, head, _ = sums.gram.shape
+    channels = len(project_out)
+    of_sums = Correlation(*(torch.empty_like(one) for one in sums))
+    of_temperature = temperature.new_empty(batch, heads, 1, 1)
+    of_project = project_out.new_empty(batch, channels, channels)
+    launch(
+        _mixer_back,
+        (batch, heads),
+        *(*sums, temperature, project_out, of_mixer, *of_sums, of_temperature, of_project),
+        **{"C": channels, "HEAD": head, "BC": power_of_two(head), "BO": 32},
+        num_warps=8,
+    )
+    return of_sums, of_temperature.sum(0), of_project.sum(0)
+
+
+def _tiles(x_bhwc: Tensor) -> int:
+    """Tiles of one picture."""
+    return ceil_div(x_bhwc.shape[1], ROWS) * ceil_div(x_bhwc.shape[2], COLUMNS)
+
+
+def _launch_correlate(
+    planes: tuple[Tensor, Tensor, Tensor, Tensor],
+    sums: tuple[Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor],
+    heads: int,
+    out_step: int,
+    *,
+    back: bool,
+) -> None:
+    x = planes[0]
+    batch, height, width, channels = x.shape
+    head = channels // heads
+    # Back, a product in three parts would not fit into the memory that an RTX 4090 shares.
+    precision = "ieee" if back and x.dtype == torch.float32 else products(x.dtype)
+    launch(
+        _correlate,
+        (batch * _tiles(x), heads),
+        *(*planes, *sums, *gradients, batch, height, width, x.stride(2), out_step),
+        **{"C": channels, "HEAD": head, "R": ROWS, "BW": COLUMNS, "BC": power_of_two(head)},
+        BACK=back,
+        PRECISION=precision,
+        num_warps=WARPS,
+    )

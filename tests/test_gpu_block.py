@@ -1,0 +1,174 @@
+"""The transformer block's Triton kernels: by the interpreter against torch, and compiled."""
+
+import copy
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from measnet.autocast import CudaAutocast
+from measnet.ops import cpu_library, gpu_library
+from measnet.ops.attention import attend_planes
+from measnet.ops.choice import torch_only
+from measnet.transformer import TransformerBlock
+from tests.compiled import assert_fits, compiled, interpret_bf16
+
+pytest.importorskip("triton")
+
+# Batch, height, width, channels, heads: narrower than a tile; parts of tiles in both directions;
+# several heads, and channels that no tile divides; one pixel.
+SHAPES = [(2, 2, 3, 48, 1), (1, 5, 17, 32, 2), (2, 1, 2, 80, 5), (1, 1, 1, 16, 1)]
+WIDTHS = {48: (128, 1), 96: (128, 2), 192: (32, 4), 384: (16, 8)}
+"""Channels -> side of the features and heads, as in the full network at crops of 128."""
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes a second for each program, so there are several of few rows."""
+    from measnet.ops.gpu import correlation, depthwise
+
+    monkeypatch.setattr(cpu_library, "KERNELS", {})
+    for module in (depthwise, correlation):
+        monkeypatch.setattr(module, "ROWS", 4)
+
+
+def trained(function: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    """What comes out, and the gradients of the inputs and of every parameter."""
+    inputs = tuple(one.detach().clone().requires_grad_() for one in inputs)
+    out = function(*inputs)
+    grad = torch.sin(torch.arange(out.numel(), dtype=torch.float64)).to(out).view(out.shape)
+    return [out.detach(), *torch.autograd.grad(out, (*inputs, *function.parameters()), grad)]
+
+
+def assert_close(ours: list[Tensor], exact: list[Tensor], tolerance: float) -> None:
+    for our, one in zip(ours, exact, strict=True):
+        limit = tolerance * one.abs().max().item()
+        torch.testing.assert_close(our.double(), one.double(), rtol=0, atol=limit)
+
+
+def block_and_input(shape: tuple[int, ...]) -> tuple[TransformerBlock, Tensor]:
+    torch.manual_seed(0)
+    *sizes, heads = shape
+    block = TransformerBlock(sizes[-1], heads, 2.66)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return block, torch.randn(*sizes) + 2.0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_block_agrees_with_torch(shape: tuple[int, ...]) -> None:
+    block, x = block_and_input(shape)
+    with torch_only():
+        exact = trained(copy.deepcopy(block).double(), x.double())
+    with gpu_library.stand_in("cpu"), gpu_library.counting() as launches:
+        ours = trained(block, x)
+    assert {one.name for one in launches} >= {"_norm_project", "_correlate", "_gate"}
+    assert_close(ours, exact, 1e-5)
+
+
+def test_a_block_under_autocast_agrees_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    interpret_bf16(monkeypatch)
+    block, x = block_and_input((1, 3, 5, 48, 1))
+    with torch_only():
+        exact = trained(copy.deepcopy(block).double(), x.double())
+    with torch_only(), torch.autocast("cpu", torch.bfloat16), CudaAutocast():
+        plain = trained(block, x)
+    with gpu_library.stand_in("cpu"), torch.autocast("cpu", torch.bfloat16):
+        ours = trained(block, x)
+    assert ours[0].dtype == torch.bfloat16
+    assert all(one.dtype == torch.float32 for one in ours[1:])
+    for our, theirs, one in zip(ours, plain, exact, strict=True):
+        error, usual = ((got.double() - one).norm() / one.norm() for got in (our, theirs))
+        assert error <= 1.5 * usual + 0.005
+
+
+class Planes(nn.Module):
+    """Attention of planes that come from anything."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.depthwise = nn.Parameter(torch.randn(3, channels, 1, 3, 3))
+        self.temperature = nn.Parameter(torch.rand(heads, 1, 1) + 0.5)
+        self.project_out = nn.Parameter(torch.randn(channels, channels))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_planes(q, k, v, self.depthwise, self.temperature, self.project_out)
+
+
+def test_attention_of_three_planes_agrees_with_torch() -> None:
+    planes = Planes(32, 2)
+    inputs = [torch.randn(2, 5, 6, 32) for _ in range(3)]
+    with torch_only():
+        exact = trained(copy.deepcopy(planes).double(), *(one.double() for one in inputs))
+    with gpu_library.stand_in("cpu"), gpu_library.counting() as launches:
+        ours = trained(planes, *inputs)
+    assert launches
+    assert_close(ours, exact, 1e-5)
+
+
+def test_a_plane_of_zeros_has_finite_gradients() -> None:
+    planes = Planes(16, 1)
+    zeros = torch.zeros(1, 3, 3, 16)
+    with gpu_library.stand_in("cpu"):
+        assert all(one.isfinite().all() for one in trained(planes, zeros, zeros, zeros))
+
+
+def test_which_work_the_kernels_take() -> None:
+    x, weight = torch.randn(1, 4, 4, 48), torch.randn(48, 48)
+    assert not gpu_library.fits(x, weight)  # it lies on the CPU
+    with gpu_library.stand_in("cpu"):
+        assert gpu_library.fits(x, weight)
+        assert not gpu_library.fits(x.double(), weight)
+        assert not gpu_library.fits(x[..., :40], weight)  # not a multiple of 16
+        assert not gpu_library.fits(x, weight, heads=2)  # 24 channels a head
+        assert not gpu_library.fits(torch.randn(1, 2, 2, 2048), weight)
+        assert not gpu_library.fits(x[:0], weight)
+        with torch_only():
+            assert not gpu_library.fits(x, weight)
+        partitioned = nn.Parameter(weight)
+        partitioned.ds_id = 0  # type: ignore[attr-defined]  # as ZeRO-3 marks them
+        assert not gpu_library.fits(x, partitioned)
+
+
+def step_at_full_width(
+    dtype: torch.dtype = torch.bfloat16, widths: tuple[int, ...] = (48, 384)
+) -> None:
+    """Start all kernels of blocks of the full network, forward and backward, on `meta`."""
+    for channels in widths:
+        side, heads = WIDTHS[channels]
+        block = TransformerBlock(channels, heads, 2.66).to("meta")
+        shape = (8, side, side, channels)
+        x = torch.empty(shape, device="meta", dtype=dtype, requires_grad=True)
+        out = block(x)
+        torch.autograd.grad(out, (x, *block.parameters()), torch.empty_like(out))
+
+
+def every_step_at_full_width() -> None:
+    """The same for every width, and in fp32 too."""
+    for dtype in (torch.bfloat16, torch.float32):
+        step_at_full_width(dtype, tuple(WIDTHS))
+
+
+def test_kernels_compile_for_three_cards() -> None:
+    assert_fits(compiled("tests.test_gpu_block:step_at_full_width", 80, 89, 90))
+
+
+@pytest.mark.slow
+def test_kernels_of_all_widths_and_types_compile() -> None:
+    assert_fits(compiled("tests.test_gpu_block:every_step_at_full_width", 80, 89, 90))
+
+
+def test_a_block_moves_little_memory() -> None:
+    """Counted in tensors as large as the features: forward some 30, with backward some 115.
+
+    Torch's own operations move more than twice as much.
+    """
+    with gpu_library.stand_in("meta"), gpu_library.counting() as launches:
+        step_at_full_width(widths=(96,))
+    features = 8 * 128 * 128 * 96 * 2
+    assert sum(one.bytes for one in launches) / features < 120
+    assert len(launches) <= 21
