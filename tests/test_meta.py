@@ -16,7 +16,7 @@ from measnet.config import ABLATION, ModelConfig, replace_dotted
 from measnet.frequency import commit_statistics
 from measnet.losses import Losses, restoration_loss
 from measnet.network import MEASNet, Restoration
-from measnet.ops.cpu_library import torch_only
+from measnet.ops.choice import torch_only
 from measnet.tiling import restore
 from tests.meta import UNREPEATABLE, MetaAutocast, OneDevice
 
