@@ -134,6 +134,27 @@ def test_which_work_the_kernels_take() -> None:
         assert not gpu_library.fits(x, partitioned)
 
 
+def test_without_a_working_compiler_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from measnet.ops.gpu import trial
+
+    assert trial.doubles(torch.device("cpu"))
+
+    def fails(device: torch.device) -> bool:
+        raise RuntimeError("Failed to find C compiler.\nmore")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(trial, "doubles", fails)
+    choose = gpu_library.choice.__wrapped__  # without what it remembers
+    chosen = choose(torch.device("cuda"))
+    assert chosen.choice == "torch"
+    assert "RuntimeError: Failed to find C compiler.)" in chosen.reason
+    assert "gcc python3-dev" in chosen.reason
+    monkeypatch.setattr(trial, "doubles", lambda device: True)
+    assert choose(torch.device("cuda")).choice == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "compute capability 7.5" in choose(torch.device("cuda")).reason
+
+
 def step_at_full_width(
     dtype: torch.dtype = torch.bfloat16, widths: tuple[int, ...] = (48, 384)
 ) -> None:

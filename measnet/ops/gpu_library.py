@@ -7,12 +7,14 @@ not run; so memory, launches and traffic of a training step are known without a 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from importlib.metadata import version as version_of
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from measnet.hardware import Decision
 from measnet.ops.choice import acceleration_allowed
 
 MULTIPLE = 16
@@ -21,6 +23,8 @@ WIDEST = 1024
 """Most channels of one feature map."""
 WIDEST_HEAD = 128
 """Most channels of one head: the product of queries and keys stays in registers."""
+LEAST_CAPABILITY = (8, 0)
+"""What Triton supports."""
 _stand_in = ""
 """A device other than `cuda` whose tensors take the kernels' path: `cpu` or `meta`."""
 
@@ -53,6 +57,35 @@ _launches: list[Launch] | None = None
 def installed() -> bool:
     """Whether Triton is there; torch's builds for CUDA bring it."""
     return find_spec("triton") is not None
+
+
+@cache
+def choice(device: torch.device) -> Decision:
+    """`triton` or `torch`: what computes the network's operations on this GPU, and why.
+
+    At the first call a small kernel is built and run. Triton builds with a C compiler and Python's
+    headers; many machines have neither, and torch alone computes the same there, only slower.
+    """
+    if not installed():
+        return Decision("torch", "Triton is not installed; pip install triton")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY:
+        version = ".".join(map(str, capability))
+        return Decision("torch", f"compute capability {version}; the kernels need 8.0")
+    from measnet.ops.gpu import trial
+
+    try:
+        good = trial.doubles(device)
+    except Exception as error:  # compilers, headers and drivers fail in many ways
+        lines = str(error).strip().splitlines() or [""]
+        return Decision(
+            "torch",
+            f"Triton cannot build here ({type(error).__name__}: {lines[0]}); it needs a C compiler "
+            "and Python's headers (apt-get install gcc python3-dev)",
+        )
+    if not good:
+        return Decision("torch", "a kernel of Triton gave a wrong result; look at the driver")
+    return Decision("triton", f"the kernels of measnet.ops.gpu, Triton {version_of('triton')}")
 
 
 @contextmanager
@@ -94,7 +127,7 @@ def fits(x: Tensor, *weights: Tensor | None, channels: int | None = None, heads:
     channels = x.shape[-1] if channels is None else channels
     return (
         acceleration_allowed()
-        and (x.device.type == "cuda" or x.device.type == _stand_in)
+        and x.device.type in ("cuda", _stand_in)
         and x.dtype in (torch.float32, torch.bfloat16)
         and channels % (heads * MULTIPLE) == 0
         and channels <= WIDEST
@@ -105,7 +138,7 @@ def fits(x: Tensor, *weights: Tensor | None, channels: int | None = None, heads:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and type(x) in (Tensor, torch.nn.Parameter)
-        and installed()
+        and (choice(x.device).choice == "triton" if x.is_cuda else installed())
     )
 
 
