@@ -87,7 +87,9 @@ def train_case(case: Case, device: torch.device, steps: int) -> dict[str, Any]:
             continue
         with contextlib.nullcontext() if accelerated else torch_only():
             try:
-                training = Training(build(case.preset), device, case.batch, case.crop, case.precision)
+                training = Training(
+                    build(case.preset), device, case.batch, case.crop, case.precision
+                )
                 found |= _timed(training, label, graph, steps, device)
             except torch.OutOfMemoryError:
                 found[f"{label}ms"] = None  # does not fit into this card

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from measnet.autocast import autocast_off
+from measnet.ops import gpu_library
 from measnet.ops.convolution import pointwise, preferred_padding
 from measnet.transformer import weight
 
@@ -102,6 +103,15 @@ class ExpertBank(nn.Module):
         merged = self.weight_out.transpose(0, 1).flatten(1)  # (C, N·h): the sum is in the product
         return pointwise(hidden_pnh.flatten(1), merged) + gate_pn @ self.bias_out.to(x_pc.dtype)
 
+    def fused(self, x: Tensor, gate_pn: Tensor, residual: Tensor) -> Tensor:
+        """Eq. 3 on a GPU, plus `residual`, by one kernel; `gate_pn` is 0 for the not chosen."""
+        from measnet.ops.gpu.experts import mixture
+
+        experts, hidden = self.bias_in.shape
+        weight_out = self.weight_out.transpose(1, 2).flatten(0, 1)
+        weights = (self.weight_in.flatten(0, 1), self.bias_in.flatten(), weight_out, self.bias_out)
+        return mixture(x, gate_pn, residual, (hidden,) * experts, *weights)
+
     def all(self, x_pc: Tensor) -> Tensor:
         """Every expert's output for every pixel, (P, N, C)."""
         hidden_nph = self._hidden(x_pc).transpose(0, 1)
@@ -183,6 +193,14 @@ class PromptGate(nn.Module):
         prompt_bc = None if self.to_channels is None else self.to_channels(prompt_bm)
         return self.logits(x_bhwc, prompt_bc, self.weight)
 
+    def of_prompt(self, prompt_bm: Tensor | None, like: Tensor) -> Tensor:
+        """The prompt's part of the logits, (B, N) fp32; zeros without a prompt."""
+        if self.to_channels is None or prompt_bm is None:
+            return like.new_zeros(len(like), self.weight.shape[1], dtype=torch.float32)
+        prompt_bc = self.to_channels(prompt_bm)
+        with autocast_off(prompt_bc):
+            return prompt_bc.float() @ self.weight[-prompt_bc.shape[1] :].float()
+
     def logits(self, x_bhwc: Tensor, prompt_bc: Tensor | None, weight_cn: Tensor) -> Tensor:
         """[features, prompt] × weight, without building the concatenation."""
         channels = x_bhwc.shape[-1]
@@ -217,15 +235,34 @@ class PixelExperts(nn.Module):
         self, x_bhwc: Tensor, prompt_bm: Tensor | None, generator: torch.Generator | None = None
     ) -> Routed:
         """(B, H, W, C) and prompts (B, M) -> features plus experts; this gate draws no noise."""
+        bank, gate = self.bank, self.gate.weight
+        weights = (gate, bank.weight_in, bank.bias_in, bank.weight_out, bank.bias_out)
+        if gpu_library.fits_experts(x_bhwc, self.experts, *weights):
+            return self._on_gpu(x_bhwc, prompt_bm)
         probability_bpn = torch.softmax(self.gate(x_bhwc, prompt_bm).flatten(1, 2), dim=-1)  # W
         gate_bpk, index_bpk = probability_bpn.topk(self.top_k, dim=-1)
         path = resolve_path(self.path, self.experts, self.top_k, x_bhwc.device)
         x_pc = x_bhwc.flatten(0, 2)
         out_pc = self.bank(x_pc, gate_bpk.flatten(0, 1), index_bpk.flatten(0, 1), path)
         counts_bn = count_choices(index_bpk, self.experts)
-        balance_b = squared_variation(probability_bpn.sum(1)) + squared_variation(counts_bn)
-        shares_bn = counts_bn / index_bpk.shape[1]
-        return Routed(x_bhwc + out_pc.view(x_bhwc.shape), balance_b.mean(), shares_bn)
+        features = x_bhwc + out_pc.view(x_bhwc.shape)
+        return self._routed(features, probability_bpn.sum(1), counts_bn)
+
+    def _on_gpu(self, x_bhwc: Tensor, prompt_bm: Tensor | None) -> Routed:
+        """The same by two kernels: the gates of all pixels, and all their experts."""
+        from measnet.ops.gpu.routing import route
+
+        weight_cn = self.gate.weight[: x_bhwc.shape[-1]]
+        from_prompt = self.gate.of_prompt(prompt_bm, x_bhwc)
+        gate_pn, probability_bn, counts_bn = route(x_bhwc, weight_cn, from_prompt, self.top_k)
+        features = self.bank.fused(x_bhwc, gate_pn, x_bhwc)
+        return self._routed(features, probability_bn, counts_bn)
+
+    def _routed(self, features: Tensor, probability_bn: Tensor, counts_bn: Tensor) -> Routed:
+        """With the balance loss: S and S̃ of Eq. 4 and 5 are sums over each picture's pixels."""
+        balance_b = squared_variation(probability_bn) + squared_variation(counts_bn)
+        shares_bn = counts_bn / features.shape[1:3].numel()
+        return Routed(features, balance_b.mean(), shares_bn)
 
 
 def count_choices(index_bpk: Tensor, experts: int) -> Tensor:

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from measnet.autocast import autocast_off
 from measnet.experts import ExpertPath, resolve_path, scatter_gates
+from measnet.ops import gpu_library
 from measnet.ops.convolution import convolve, pointwise
 from measnet.ops.low_pass import low_pass
+from measnet.ops.normalization import layer_norm
 from measnet.transformer import Merge, weight
 
 GROUPS = 8
@@ -163,16 +165,24 @@ class PictureExperts(nn.Module):
 
     def forward(self, x_bhwc: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, W, C) -> the input plus its experts, and the choice as (B, N) zeros and ones."""
-        depth = convolve(self.norm(x_bhwc), self.depthwise, groups=len(self.depthwise))  # F^d
+        normal = layer_norm(x_bhwc, self.norm)
+        depth = convolve(normal, self.depthwise, groups=len(self.depthwise))  # F^d
         gate_bk, index_bk = self._choose(depth)
         mixed = pointwise(depth, self.project) * (depth + 1)  # F^pd = F^p ⊙ F^d + F^p
         gate_bn = scatter_gates(gate_bk, index_bk, len(self.widths))
+        chosen_bn = scatter_gates(torch.ones_like(gate_bk).detach(), index_bk, len(self.widths))
+        weights = (self.weight_in, self.bias_in, self.weight_out, self.bias_out)
+        if gpu_library.fits_experts(mixed, len(self.widths), *weights):
+            from measnet.ops.gpu.experts import mixture
+
+            into, bias_in, back, bias_out = weights
+            given = (mixed, gate_bn, x_bhwc, tuple(self.widths))
+            return mixture(*given, into, bias_in, back.t(), bias_out), chosen_bn
         path = resolve_path(self.path, len(self.widths), self.top_k, x_bhwc.device)
         if path == "sorted":
             out = self._chosen(mixed, gate_bn, index_bk)
         else:
             out = self._dense(mixed, gate_bn)
-        chosen_bn = scatter_gates(torch.ones_like(gate_bk).detach(), index_bk, len(self.widths))
         return x_bhwc + out, chosen_bn
 
     def _choose(self, depth_bhwc: Tensor) -> tuple[Tensor, Tensor]:

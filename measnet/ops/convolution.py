@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from measnet.ops import cpu, cpu_library
+from measnet.ops import cpu, cpu_library, gpu_library
 from measnet.ops.cpu_library import fits
 
 CONVOLUTION_PAYS = 48 * 128
@@ -25,6 +25,13 @@ def convolve(
     depthwise = groups == len(kernel) and kernel.shape[1] == 1 and max(kernel.shape[2:]) == 3
     if depthwise and fits(x_bhwc, kernel, bias):
         return cpu.depthwise(x_bhwc, kernel, bias, gelu=gelu)
+    bare = kernel.shape[2:] == (3, 3) and bias is None and not gelu
+    if depthwise and bare and gpu_library.fits(x_bhwc, kernel):
+        from measnet.ops.gpu.depthwise import Depthwise
+
+        x = x_bhwc.to(gpu_library.feature_dtype(x_bhwc)).contiguous()
+        out: Tensor = Depthwise.apply(x, kernel)
+        return out
     padding = (kernel.shape[-2] // 2, kernel.shape[-1] // 2)
     x_bchw = F.conv2d(x_bhwc.permute(0, 3, 1, 2), kernel, bias, padding=padding, groups=groups)
     out_bhwc = x_bchw.permute(0, 2, 3, 1)

@@ -23,6 +23,10 @@ WIDEST = 1024
 """Most channels of one feature map."""
 WIDEST_HEAD = 128
 """Most channels of one head: the product of queries and keys stays in registers."""
+WIDEST_EXPERTS = {torch.bfloat16: 256, torch.float32: 128}
+"""Most channels of features that go through experts: a tile of pixels stays in registers."""
+MOST_EXPERTS = 64
+"""The gates of a pixel stay in registers."""
 LEAST_CAPABILITY = (8, 0)
 """What Triton supports."""
 _stand_in = ""
@@ -139,6 +143,15 @@ def fits(x: Tensor, *weights: Tensor | None, channels: int | None = None, heads:
         and not torch.jit.is_tracing()
         and type(x) in (Tensor, torch.nn.Parameter)
         and (choice(x.device).choice == "triton" if x.is_cuda else installed())
+    )
+
+
+def fits_experts(x: Tensor, experts: int, *weights: Tensor | None) -> bool:
+    """The same for a library of `experts` experts."""
+    return (
+        fits(x, *weights)
+        and x.shape[-1] <= WIDEST_EXPERTS[feature_dtype(x)]
+        and experts <= MOST_EXPERTS
     )
 
 

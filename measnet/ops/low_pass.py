@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from measnet.ops import cpu
+from measnet.ops import cpu, gpu_library
 from measnet.ops.cpu_library import fits
 
 
@@ -20,6 +20,10 @@ def low_pass(x_bhwc: Tensor, taps_bc9: Tensor) -> tuple[Tensor, Tensor]:
     """
     if fits(x_bhwc):
         return cpu.low_pass(x_bhwc, taps_bc9.transpose(1, 2))
+    if gpu_library.fits(x_bhwc):
+        from measnet.ops.gpu import low_pass as gpu
+
+        return gpu.low_pass(x_bhwc, taps_bc9)
     padded = reflect_pad(x_bhwc.permute(0, 3, 1, 2))
     kernel_bc133 = taps_bc9.unflatten(2, (1, 3, 3))
     low = torch.cat(

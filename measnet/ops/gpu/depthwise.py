@@ -5,10 +5,13 @@ of the result, so that each row of the input is loaded three times, once for eac
 kernel, and not nine times.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from measnet.ops.gpu_library import ceil_div, launch, power_of_two
 
@@ -232,7 +235,7 @@ def convolve(x_bhwc: Tensor, kernel: Tensor, out: Tensor | None = None) -> Tenso
     """
     channels = x_bhwc.shape[-1]
     out = x_bhwc.new_empty(x_bhwc.shape) if out is None else out
-    grid, sizes = _tiling(x_bhwc, channels)
+    grid, sizes = tiling(x_bhwc, channels)
     height, width = x_bhwc.shape[1:3]
     arguments = (x_bhwc, kernel, out, height, width, x_bhwc.stride(2), out.stride(2))
     launch(_convolve, grid, *arguments, C=channels, **sizes)
@@ -251,7 +254,7 @@ def gate(planes_bhwc: Tensor, kernel: Tensor) -> Tensor:
     """
     batch, height, width, both = planes_bhwc.shape
     out = planes_bhwc.new_empty(batch, height, width, both // 2)
-    grid, sizes = _tiling(planes_bhwc, both // 2)
+    grid, sizes = tiling(planes_bhwc, both // 2)
     arguments = (planes_bhwc, kernel, out, out, out, height, width)
     launch(_gate, grid, *arguments, C=both // 2, BACK=False, **sizes)
     return out
@@ -262,7 +265,7 @@ def gate_back(planes_bhwc: Tensor, kernel: Tensor, gradient: Tensor) -> tuple[Te
     batch, height, width, both = planes_bhwc.shape
     of_planes = torch.empty_like(planes_bhwc)
     gated = planes_bhwc.new_empty(batch, height, width, both // 2)
-    grid, sizes = _tiling(planes_bhwc, both // 2)
+    grid, sizes = tiling(planes_bhwc, both // 2)
     arguments = (planes_bhwc, kernel, gated, gradient, of_planes, height, width)
     launch(_gate, grid, *arguments, C=both // 2, BACK=True, **sizes)
     return of_planes, gated
@@ -277,7 +280,7 @@ def convolve_back(x_bhwc: Tensor, kernel: Tensor, gradient: Tensor) -> tuple[Ten
         gradient: of the result, (B, H, W, C); pixels may lie further apart than C.
     """
     channels = x_bhwc.shape[-1]
-    grid, sizes = _tiling(x_bhwc, channels)
+    grid, sizes = tiling(x_bhwc, channels)
     of_x = torch.empty_like(x_bhwc, memory_format=torch.contiguous_format)
     of_kernel = x_bhwc.new_empty(grid[0], channels, 9, dtype=torch.float32)
     arguments = (x_bhwc, kernel, gradient, of_x, of_kernel, *x_bhwc.shape[1:3])
@@ -286,7 +289,26 @@ def convolve_back(x_bhwc: Tensor, kernel: Tensor, gradient: Tensor) -> tuple[Ten
     return of_x, of_kernel.sum(0)
 
 
-def _tiling(x_bhwc: Tensor, channels: int) -> tuple[tuple[int, int], dict[str, int]]:
+class Depthwise(torch.autograd.Function):
+    """`convolve` and its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x_bhwc: Tensor, kernel: Tensor) -> Tensor:
+        """`x_bhwc` (B, H, W, C), contiguous; `kernel` (C, 1, 3, 3)."""
+        taps = kernel.flatten(1).float().contiguous()
+        ctx.save_for_backward(x_bhwc, taps)
+        return convolve(x_bhwc, taps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the features and the kernel."""
+        x, taps = ctx.saved_tensors
+        of_x, of_taps = convolve_back(x, taps, gradient.contiguous())
+        return of_x, of_taps.view(-1, 1, 3, 3)
+
+
+def tiling(x_bhwc: Tensor, channels: int) -> tuple[tuple[int, int], dict[str, int]]:
     """The grid, and the constants of a kernel that slides down rows."""
     batch, height, width, _ = x_bhwc.shape
     block = min(CHANNELS, power_of_two(channels))

@@ -1,0 +1,173 @@
+"""Triton kernels of experts, their gates and FD: by the interpreter against torch, and compiled."""
+
+import copy
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from measnet.autocast import CudaAutocast
+from measnet.experts import PixelExperts
+from measnet.frequency import PictureExperts
+from measnet.ops import cpu_library, gpu_library
+from measnet.ops.choice import torch_only
+from measnet.ops.low_pass import low_pass
+from tests.compiled import assert_fits, compiled, interpret_bf16
+from tests.test_gpu_block import assert_close
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from measnet.ops.gpu import depthwise
+
+    monkeypatch.setattr(cpu_library, "KERNELS", {})
+    monkeypatch.setattr(depthwise, "ROWS", 4)
+
+
+def pixel_experts(channels: int, experts: int, top_k: int) -> PixelExperts:
+    torch.manual_seed(0)
+    sizes = {"experts": experts, "top_k": top_k, "expansion": 2.66}
+    return PixelExperts(channels, **sizes, prompt_length=8, path="dense")
+
+
+def trained(module: nn.Module, x: Tensor, *others: Tensor) -> list[Tensor]:
+    """Features, balance, shares; gradients of the features and balance."""
+    x = x.detach().clone().requires_grad_()
+    features, *rest = module(x, *others)
+    wanted = torch.sin(torch.arange(features.numel(), dtype=torch.float64)).to(features)
+    total = (features * wanted.view(features.shape)).sum()
+    if rest[0].requires_grad:
+        total = total + rest[0]
+    gradients = torch.autograd.grad(total, (x, *module.parameters()))
+    return [features.detach(), *(one.detach() for one in rest), *gradients]
+
+
+@pytest.mark.parametrize(
+    ("channels", "experts", "top_k", "size"),
+    [(16, 6, 2, (2, 3, 5)), (48, 3, 3, (1, 4, 5)), (32, 17, 1, (3, 1, 2))],
+)
+def test_pixel_experts_agree_with_torch(
+    channels: int, experts: int, top_k: int, size: tuple[int, int, int]
+) -> None:
+    module = pixel_experts(channels, experts, top_k)
+    x, prompt = torch.randn(*size, channels), torch.randn(size[0], 8)
+    with torch_only():
+        exact = trained(copy.deepcopy(module).double(), x.double(), prompt.double())
+    with gpu_library.stand_in("cpu"), gpu_library.counting() as launches:
+        ours = trained(module, x, prompt)
+    names = {one.name for one in launches}
+    assert names == {"_route", "_route_back", "_forward", "_backward", "_weights_backward"}
+    assert_close(ours, exact, 1e-5)
+
+
+def test_an_expert_that_no_pixel_chooses_has_a_gradient_of_zero() -> None:
+    module = pixel_experts(16, 4, 1)
+    with torch.no_grad():
+        module.gate.weight[:, 2:] = 0.0
+        module.gate.weight[:16, 0] = 9.0
+        module.gate.weight[:16, 1] = -9.0
+    with gpu_library.stand_in("cpu"):
+        features, _, shares = module(torch.rand(1, 4, 4, 16), torch.zeros(1, 8))
+        features.sum().backward()
+    assert shares[0].tolist() == [1.0, 0.0, 0.0, 0.0]
+    for weight in (module.bank.weight_in, module.bank.bias_in, module.bank.weight_out):
+        assert weight.grad is not None
+        assert weight.grad[0].abs().sum() > 0
+        assert weight.grad[1:].abs().sum() == 0
+
+
+def test_experts_under_autocast_agree_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    interpret_bf16(monkeypatch)
+    module = pixel_experts(16, 3, 3)  # all chosen: rounding cannot choose others
+    x, prompt = torch.randn(1, 3, 5, 16).bfloat16(), torch.randn(1, 8)
+    with torch_only():
+        exact = trained(copy.deepcopy(module).double(), x.double(), prompt.double())
+    with torch_only(), torch.autocast("cpu", torch.bfloat16), CudaAutocast():
+        plain = trained(module, x, prompt)
+    with gpu_library.stand_in("cpu"), torch.autocast("cpu", torch.bfloat16):
+        ours = trained(module, x, prompt)
+    assert ours[0].dtype == torch.bfloat16
+    for our, theirs, one in zip(ours, plain, exact, strict=True):
+        error, usual = ((got.double() - one).norm() for got in (our, theirs))
+        assert error <= 1.5 * usual + 0.005 * one.norm()
+
+
+def test_picture_experts_agree_with_torch() -> None:
+    torch.manual_seed(0)
+    module = PictureExperts(32, experts=5, top_k=2, path="dense")
+    x = torch.randn(3, 2, 5, 32)
+    with torch_only():
+        exact = trained(copy.deepcopy(module).double(), x.double())
+    with gpu_library.stand_in("cpu"), gpu_library.counting() as launches:
+        ours = trained(module, x)
+    assert {one.name for one in launches} == {
+        *("_convolve", "_convolve_back"),
+        *("_forward", "_backward", "_weights_backward"),
+    }
+    assert_close(ours, exact, 1e-5)
+
+
+class Split(nn.Module):
+    """FD's filter with taps that are trained."""
+
+    def __init__(self, batch: int, channels: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.taps = nn.Parameter(torch.rand(batch, channels, 9))
+
+    def forward(self, x_bhwc: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = low_pass(x_bhwc, self.taps)
+        return low + 2 * high, high.detach()
+
+
+# Twice the same pixel on either side of an edge; tiles in both directions; two columns.
+@pytest.mark.parametrize("shape", [(2, 2, 2, 16), (1, 9, 17, 16), (2, 3, 2, 48), (1, 5, 3, 16)])
+def test_low_pass_agrees_with_torch(shape: tuple[int, int, int, int]) -> None:
+    module, x = Split(shape[0], shape[3]), torch.randn(shape)
+    with torch_only():
+        exact = trained(copy.deepcopy(module).double(), x.double())
+    with gpu_library.stand_in("cpu"), gpu_library.counting() as launches:
+        ours = trained(module, x)
+    assert len(launches) == 2  # forward and backward, for all pictures
+    assert_close(ours, exact, 1e-5)
+
+
+WIDTHS = {48: 128, 96: 64, 192: 32}
+"""Channels -> side, as in the full network at crops of 128."""
+
+
+def step_at_full_width(
+    dtype: torch.dtype = torch.bfloat16, widths: tuple[int, ...] = (48, 192)
+) -> None:
+    """Start all kernels of experts and FD of the full network, on `meta`."""
+    for channels in widths:
+        side = WIDTHS[channels]
+        x = torch.empty(8, side, side, channels, device="meta", dtype=dtype, requires_grad=True)
+        prompt = torch.empty(8, 8, device="meta")
+        features, balance, _ = pixel_experts(channels, 6, 2).to("meta")(x, prompt)
+        pictures = PictureExperts(channels, experts=5, top_k=2, path="dense").to("meta")
+        low, high = low_pass(x, torch.empty(8, channels, 9, device="meta", requires_grad=True))
+        total = features.sum() + balance + (low + high).sum()
+        if dtype == torch.bfloat16:  # in fp32 the convolution of `meta` is torch's
+            total = total + pictures(x.to(dtype))[0].sum()
+        total.backward()
+
+
+def every_step_at_full_width() -> None:
+    """In fp32 too, for as many channels as the kernels take there."""
+    step_at_full_width(widths=tuple(WIDTHS))
+    step_at_full_width(torch.float32, (48, 96))
+
+
+def test_kernels_compile_for_three_cards() -> None:
+    assert_fits(compiled("tests.test_gpu_experts:step_at_full_width", 80, 89, 90))
+
+
+@pytest.mark.slow
+def test_kernels_of_both_types_compile() -> None:
+    assert_fits(compiled("tests.test_gpu_experts:every_step_at_full_width", 80, 89, 90))
