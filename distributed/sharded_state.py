@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distributed.engine import guarded_optimizer
+from distributed.engine import GuardedAdam, guarded_optimizer
 from distributed.internals.deepspeed import parts
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -74,7 +74,8 @@ def load_optimizer_state(engine: Any, state: Mapping[str, Tensor], updates: int)
     for part in parts(engine):
         held = optimizer.state[part.flat]
         if not held:
-            held["step"] = torch.tensor(float(updates))
+            device = part.flat.device if optimizer.defaults["fused"] else None
+            held["step"] = torch.tensor(float(updates), device=device)
             held.update({moment: torch.zeros_like(part.flat) for moment in MOMENTS})
         for moment in MOMENTS:
             key = f"{moment}.{part.name}"
@@ -123,6 +124,16 @@ class WeightAverage:
         """Move the average towards the weights, after update number `updates` (from 1)."""
         decay = min(self._decay, (1 + updates) / (10 + updates))
         torch._foreach_lerp_(self._average, self._held, 1.0 - decay)
+
+    @torch.no_grad()
+    def update_on_device(self, optimizer: GuardedAdam) -> None:
+        """The same after each step of `optimizer`, without waiting for it: skipped steps move
+        nothing."""
+        made = optimizer.device_updates
+        decay = ((1 + made) / (10 + made)).clamp_max(self._decay)
+        apart = torch._foreach_sub(self._held, self._average)
+        torch._foreach_mul_(apart, (1.0 - decay) * optimizer.applied)
+        torch._foreach_add_(self._average, apart)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 import itertools
 import math
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -191,3 +192,42 @@ def _compilers_after_steps() -> dict[int, list[str]]:
         _steps(engine, sharded_state.WeightAverage(engine, RECIPE.ema_decay), range(2), poison=-1)
         found[stage] = sorted({"torch._dynamo", "torch._inductor", "mlflow"} & set(sys.modules))
     return found
+
+
+def test_a_gpu_clips_skips_and_averages_as_a_cpu_does() -> None:
+    """What is decided on the device, here by torch's fused Adam for CPUs."""
+    clip, decay = 0.05, 0.9
+    results = []
+    for fused in (False, True):
+        network = _network()
+        adam = engines.GuardedAdam(
+            network.parameters(), lr=1e-2, fused=fused, clip=clip if fused else 0.0, equal=True
+        )
+        average = WeightAverage(SimpleNamespace(module=network), decay)
+        for step in range(5):
+            x = torch.randn(2, 7, generator=torch.Generator().manual_seed(step))
+            if step == 2:
+                x[0, 0] = float("nan")
+            adam.zero_grad()
+            (network(x) ** 2).mean().backward()
+            if not fused:  # as DeepSpeed does it before the step
+                torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
+            before = adam.updates
+            adam.step()
+            assert adam.updates == before + (step != 2)
+            assert adam.applied.item() == (step != 2)
+            if fused:
+                average.update_on_device(adam)
+            elif step != 2:
+                average.update(adam.updates)
+        results.append([*network.parameters(), *average._average])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_clipping_is_left_to_the_fused_optimizer_on_a_gpu_alone() -> None:
+    for stage, device, ours in ((0, "cuda", True), (0, "cpu", False), (1, "cuda", False)):
+        config = TrainConfig(recipe=RECIPE, engine=EngineConfig(zero_stage=stage))
+        settings = engines.deepspeed_config(config, decide(config, 1, None), device)
+        assert settings["gradient_clipping"] == (0.0 if ours else RECIPE.clip)
+        assert settings["timers"]["throughput"]["enabled"] is False

@@ -240,6 +240,16 @@ def test_the_update_waits_once_however_many_weights(
         assert adam.updates == 1
 
 
+def test_the_average_on_the_device_never_waits() -> None:
+    model = network(configs.tiny())
+    average = WeightAverage(SimpleNamespace(module=model), decay=0.999)
+    step = torch.empty((), device="meta")
+    optimizer = SimpleNamespace(device_updates=step, applied=step)
+    with OneDevice() as device:
+        average.update_on_device(optimizer)
+    assert (device.reads, device.copies) == (0, 0)
+
+
 def test_the_average_of_the_weights_never_waits() -> None:
     model = network(configs.tiny())
     average = WeightAverage(SimpleNamespace(module=model), decay=0.999)

@@ -288,7 +288,7 @@ def _sizes(x: Tensor, experts: int, rows: int) -> dict[str, Any]:
     most = 64 if x.dtype == torch.float32 else 128
     rows = max(16, min(most, rows * 128 // block))
     if x.dtype == torch.float32:
-        rows = max(16, rows // 2)
+        rows = max(16, rows // (2 if block <= 64 else 4))
     return {
         **{"C": channels, "N": experts, "BM": rows, "BC": block, "BH": HIDDEN[x.dtype]},
         **{"PRECISION": products(x.dtype), "num_warps": 8, "num_stages": 2},

@@ -170,6 +170,6 @@ def _tiling(x_bhwc: Tensor, experts: int) -> tuple[tuple[int, int], dict[str, An
     block, rows = min(power_of_two(channels), 64), 64
     sizes = {
         **{"C": channels, "N": experts, "BM": rows, "BC": block, "BN": power_of_two(experts)},
-        **{"PRECISION": products(torch.float32), "num_warps": 4},
+        **{"PRECISION": products(torch.float32), "num_warps": 8},
     }
     return (ceil_div(height * width, rows), batch), sizes
