@@ -108,7 +108,7 @@ def pack(
     layouts.check_name(layout)
     chains = {} if repair else _chains(layout, task, synthesise)
     listing = layouts.find(layout, root)
-    with _lock(out):
+    with locked(out):
         if repair:
             return _repair(layout, task, root, out, listing, workers, ray, progress)
         before = _manifest_before(out, list(chains))
@@ -317,8 +317,8 @@ def _manifest_before(out: str, tasks: list[str]) -> Manifest:
 
 
 @contextlib.contextmanager
-def _lock(out: str) -> Iterator[None]:
-    """Refuses a second packing into the same local folder at the same time."""
+def locked(out: str) -> Iterator[None]:
+    """Refuses to pack or index twice into the same local folder at the same time."""
     if storage.is_remote(out):
         yield
         return
@@ -329,7 +329,9 @@ def _lock(out: str) -> Iterator[None]:
         with FileLock(f"{out}/{WORK}/running.lock", timeout=0):
             yield
     except Timeout as error:
-        raise ValueError(f"another packing into {out} is running; wait until it ends") from error
+        raise ValueError(
+            f"another packing or indexing into {out} is running; wait until it ends"
+        ) from error
     finally:
         # Where nothing was written, nothing is left behind.
         if storage.list_names(f"{out}/{WORK}") in ([], ["running.lock"]):
