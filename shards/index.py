@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from shards import interrupt
-from shards.tasks import DEGRADATIONS
+from shards.tasks import DEGRADATIONS, PAPER_TASKS
 
 if TYPE_CHECKING:
     from shards.manifest import Manifest
@@ -78,14 +78,22 @@ def _print_result(result: "Manifest", task: str) -> None:
     left_out = result.tasks[task].missing
     if left_out:
         print(f"left out {len(left_out):,} corrupt (listed in the manifest); first: {left_out[0]}")
-    repeats = [name for name, row in DEGRADATIONS.items() if row.task in result.tasks]
-    words = [word for name in repeats for word in (name, "1")]
-    place = shlex.quote(result.uri)
-    print(f"check them by: python -m shards.inspect {place}")
-    print(
-        f"train by: python -m distributed.train --data.train {place} "
-        f"--data.repeats {' '.join(words)}"
-    )
+    print(f"check them by: python -m shards.inspect {shlex.quote(result.uri)}")
+    print(f"train by: {_train_command(result)}")
+
+
+def _train_command(result: "Manifest") -> str:
+    """How to train on all tasks of a set; VALIDATION stands for a folder that the user has."""
+    command, tasks = "python -m distributed.train", list(result.tasks)
+    if not set(tasks) <= set(PAPER_TASKS):
+        uses = ", ".join(f"{name}: 1" for name, row in DEGRADATIONS.items() if row.task in tasks)
+        line = f"data: {{train: {result.uri}, validation: VALIDATION, repeats: {{{uses}}}}}"
+        return f"{command} --config FILE.yaml, where FILE.yaml has the line `{line}`"
+    preset = f"paper-single-{tasks[0]}" if len(tasks) == 1 else "paper-5task"
+    data = f"--data.train {shlex.quote(result.uri)} --data.validation VALIDATION"
+    absent = [n for n, row in DEGRADATIONS.items() if row.task in set(PAPER_TASKS) - set(tasks)]
+    zeros = [f"--data.repeats.{name.replace('_', '-')} 0" for name in absent if len(tasks) > 1]
+    return " ".join([command, preset, data, *zeros])
 
 
 if __name__ == "__main__":

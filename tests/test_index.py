@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,12 +24,15 @@ import skimage.data
 import webdataset
 from PIL import Image
 
+from distributed.config import from_yaml
+from distributed.presets import parse
 from shards import inspect, interrupt, manifest
 from shards.config import DataConfig
 from shards.index import main
 from shards.indexing import index
 from shards.packing import pack
 from shards.stream import TrainStream, open_reader, pictures
+from shards.tasks import DEGRADATIONS
 
 Sample = dict[str, bytes]
 
@@ -373,13 +377,34 @@ def test_corrupt_samples_are_listed_or_left_out(
     assert main([*arguments, "--skip-corrupt"]) == 0
     out = capsys.readouterr().out
     assert "derain 3 samples in 1 tar" in out and "left out 7 corrupt" in out
-    assert f"train by: python -m distributed.train --data.train {tmp_path}" in out
     made = manifest.read(str(tmp_path))
     assert len(made.tasks["derain"].missing) == 7
     assert "--skip-corrupt" in made.remedy("derain")
     reader = open_reader(str(tmp_path), DataConfig())
     assert [reader.key(reader.locate("derain", n)) for n in range(3)] == ["7", "8", "9"]
     assert inspect.inspect(str(tmp_path), deep=True, workers=1).ok
+
+
+@pytest.mark.parametrize(
+    "tasks", [["denoise"], ["deblur"], ["denoise", "derain"], ["mixed"], ["derain", "mixed"]]
+)
+def test_the_command_that_it_prints_trains_on_all_tasks(
+    pairs: Path, tasks: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for task in tasks:
+        degraded = [] if task == "denoise" else ["--degraded", "lq.jpg"]
+        main([str(pairs), "--task", task, "--clean", "gt.png", *degraded, "--workers", "1"])
+    last = capsys.readouterr().out.splitlines()[-1].removeprefix("train by: ")
+    if "FILE.yaml" in last:
+        config = from_yaml(last.split("`")[1])
+    else:
+        words = shlex.split(last)
+        assert words[:3] == ["python", "-m", "distributed.train"]
+        config = parse(words[3:])
+    assert config.data.train == str(pairs)
+    trained = {DEGRADATIONS[name].task for name, uses in config.data.repeats.items() if uses}
+    assert trained == set(tasks)
+    TrainStream(config.data, 0)
 
 
 @pytest.mark.parametrize(
@@ -478,3 +503,32 @@ def test_tars_of_a_store_that_cannot_be_written_to(
     index(str(pairs), **RAIN)
     assert remote == stream(config(pairs), 0, 24)
     assert {row.sha256 for row in made.shards} <= set(os.listdir(tmp_path / "cache"))
+
+
+# --- The examples of docs/data.md ---
+
+
+def example(title: str) -> str:
+    """The first Python block of a section."""
+    text = (Path(__file__).resolve().parent.parent / "docs/data.md").read_text()
+    section = text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    return section.split("```python\n")[1].split("```")[0]
+
+
+def test_the_examples_of_the_documentation_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for side in ("input", "target"):
+        (tmp_path / "pictures" / side).mkdir(parents=True)
+        for number in range(3):
+            (tmp_path / "pictures" / side / f"{number}.png").write_bytes(photo(number))
+    exec(example("Your own WebDataset"), {})
+    arguments = ["--task", "derain", "--clean", "gt.png", "--degraded", "lq.png"]
+    assert main(["rain", *arguments]) == 0
+    assert manifest.read("rain").counts == {"derain": 3}
+    pack("paired", "pictures", "data/shards/train", task="derain", workers=1)
+    seen: dict[str, dict[str, np.ndarray]] = {}
+    exec(example("Our shards in the webdataset library"), seen)
+    last = (skimage.data.coffee()[16 : 16 + 48, 100:166] / 255).astype(np.float32)
+    assert np.allclose(seen["sample"]["target.png"], last)

@@ -248,7 +248,7 @@ def test_tars_of_another_program_are_indexed_and_streamed_on_s3(
     # A tar that has changed since is named with the command that indexes it again.
     name = made.shards[0].name
     good = storage.read(f"{tars}/{name}")
-    storage.write(f"{tars}/{name}", good.replace(b"target.png", b"target.PNG"))
+    storage.write(f"{tars}/{name}", good.replace(b'"height":48', b'"height":49'))
     changed = dataclasses.replace(data, cache_dir=str(tmp_path / "fresh"), prefetch=0)
     with pytest.raises(ValueError, match=rf"{name} failed .*`python -m shards.index '?{tars}/"):
         contents(changed)
