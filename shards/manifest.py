@@ -68,6 +68,7 @@ dataset.
 _HEADER = struct.Struct("<4s5I")
 SHARD_NAME = re.compile(r"(?:[\w+=,@-][\w.+=,@ -]*/)*[\w+=,@-][\w.+=,@ -]*\.tar")
 """Names that a manifest may hold, relative to the folder of the tars: none leads out of it."""
+_ANEW = "copy it again, or remove it and pack or index again"
 
 
 class Shard(NamedTuple):
@@ -247,7 +248,7 @@ def read(uri: str) -> Manifest:
         return _parse(json.loads(data), uri)
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{where} is damaged ({type(error).__name__}: {error}); copy it again, or pack again"
+            f"{where} is damaged ({type(error).__name__}: {error}); {_ANEW}"
         ) from error
 
 
@@ -270,7 +271,7 @@ def _parse(raw: dict[str, Any], uri: str) -> Manifest:
     if raw["schema"] != SCHEMA:
         raise ValueError(
             f"{where} has version {raw['schema']}, but this program reads version {SCHEMA}; "
-            "pack again"
+            "pack or index again"
         )
     manifest = Manifest(
         tasks={task: TaskEntry(**entry) for task, entry in raw["tasks"].items()},
@@ -283,16 +284,14 @@ def _parse(raw: dict[str, Any], uri: str) -> Manifest:
         if shard.task not in manifest.tasks or shard.task not in TASKS:
             raise ValueError(f"{where}: {shard.name} has the unknown task {shard.task!r}")
     for task, entry in manifest.tasks.items():
+        storage.checked(entry.source)
         if sum(shard.samples for shard in manifest.shards_of(task)) != entry.samples:
             raise ValueError(
                 f"{where} is damaged: the samples of {task}'s shards do not add up to "
-                f"{entry.samples}; copy it again, or pack again"
+                f"{entry.samples}; {_ANEW}"
             )
     if raw["fingerprint"] != manifest.fingerprint:
-        raise ValueError(
-            f"{where} is damaged: its fingerprint does not match its shards; copy it again, or "
-            "pack again"
-        )
+        raise ValueError(f"{where} is damaged: its fingerprint does not match its shards; {_ANEW}")
     return manifest
 
 

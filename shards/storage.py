@@ -126,7 +126,11 @@ def find(pattern: str) -> dict[str, int]:
     fs, path = open_folder(pattern)
     name_of = fs.unstrip_protocol if is_remote(pattern) else str
     found = fs.glob(path, detail=True).items()
-    return {name_of(match): int(about["size"] or 0) for match, about in found}
+    return {
+        name_of(match): int(about["size"] or 0)
+        for match, about in found
+        if about["type"] != "directory"
+    }
 
 
 def read(uri: str) -> bytes:

@@ -187,6 +187,9 @@ def test_patterns_name_tars(pairs: Path, tmp_path: Path) -> None:
         made = index(*(str(pairs / one) for one in patterns), out=str(out), **RAIN)
         assert len(made.shards) == tars, patterns
         assert made.tasks["derain"].source
+    (pairs / "folder.tar").mkdir()
+    (pairs / "link.tar").symlink_to(write(tmp_path / "elsewhere/0.tar", {"y": pair(21)}))
+    assert len(index(str(pairs), **RAIN).shards) == 4
     with pytest.raises(ValueError, match=r"nothing/\*\.tar matches no file; give a folder"):
         index(str(tmp_path / "nothing"), **RAIN)
 
@@ -245,6 +248,12 @@ def plain(path: Path, members: list[tarfile.TarInfo | tuple[str, bytes]], form: 
 def special(name: str, kind: bytes) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, "1.gt.png"
+    return info
+
+
+def large(name: str) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.size = 2**32
     return info
 
 
@@ -310,6 +319,7 @@ CONTENT: dict[str, tuple[list[tarfile.TarInfo | tuple[str, bytes]], str]] = {
     "hard link": ([special("2.gt.png", tarfile.LNKTYPE)], r"2\.gt\.png at byte \d+ is a hard link"),
     "symbolic link": ([special("2.gt.png", tarfile.SYMTYPE)], "symbolic link to 1.gt.png"),
     "device": ([special("2.gt.png", tarfile.CHRTYPE)], "is not a plain file"),
+    "large": ([large("2.mp4")], r"2\.mp4 at byte \d+ has 4294967296 bytes, .* at most 4294967295"),
     "duplicate field": (
         [("2.gt.png", photo(2)), ("2.GT.png", photo(2))],
         r"2\.GT\.png at byte \d+: the sample '2' has the field 'gt.png' twice \(first 2\.gt\.png",
@@ -452,15 +462,16 @@ def test_an_interrupt_that_another_thread_takes_is_blocked_too() -> None:
     thread.join()
 
 
-@pytest.mark.parametrize(("workers", "after"), [("1", 0.0), ("2", 0.0), ("2", 2.0)])
+@pytest.mark.parametrize(("workers", "after"), [("1", 0.0), ("2", 0.0), ("2", 1.5)])
 def test_an_interrupt_leaves_no_manifest(tmp_path: Path, workers: str, after: float) -> None:
-    picture = photo(1, side=300)
+    buffer = io.BytesIO()  # large enough that reading all takes some seconds
+    Image.fromarray(skimage.data.coffee()).resize((1800, 1200)).save(buffer, "JPEG", quality=30)
     for tar in range(4):
-        numbers = range(1000 * tar, 1000 * tar + 400)
-        write(tmp_path / f"{tar}.tar", {f"{n}": {"png": picture} for n in numbers})
+        numbers = range(1000 * tar, 1000 * tar + 100)
+        write(tmp_path / f"{tar}.tar", {f"{n}": {"jpg": buffer.getvalue()} for n in numbers})
     command = [sys.executable, "-m", "shards.index", str(tmp_path), "--task", "denoise"]
     process = subprocess.Popen(
-        [*command, "--clean", "png", "--workers", workers], stderr=subprocess.PIPE, text=True
+        [*command, "--clean", "jpg", "--workers", workers], stderr=subprocess.PIPE, text=True
     )
     while not (tmp_path / ".packing").exists() and process.poll() is None:
         time.sleep(0.01)
