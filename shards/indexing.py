@@ -102,35 +102,40 @@ def index(
     _check_options(places, task, degraded)
     found = tars.find(places)
     out = _destination(found, out)
-    source = "" if storage.absolute(out) == found.folder else found.folder
     work = [_Tar(storage.join(found.folder, n), n, task, clean, degraded) for n in found.sizes]
     _check_writable(out)
     with locked(out):
-        before = _manifest_before(out, task, source, found)
+        before = _manifest_before(out, task, work)
         indexed = _read_all(work, sum(found.sizes.values()), workers, progress)
         _check_fields(indexed, clean, degraded)
         _check_keys(indexed)
         corrupt = [line for one in indexed for line in one.corrupt]
         if corrupt and not skip_corrupt:
             raise _refusal(corrupt, found.folder)
-        options = {"tars": found.patterns, "clean": clean, "degraded": degraded}
         kept = [one for one in indexed if one.shard.samples]
         if not kept:
             raise ValueError(f"{found.folder} has no sample left without the corrupt ones")
+        fields = {"clean": clean, "degraded": degraded}
         entry = TaskEntry(
             samples=sum(one.shard.samples for one in kept),
             layout=WEBDATASET,
-            options={**options, "skip_corrupt": skip_corrupt},
-            source=source,
+            options={"tars": found.patterns, **fields, "skip_corrupt": skip_corrupt},
+            source="" if tars.absolute(out) == found.folder else found.folder,
             missing=corrupt,
         )
-        result = before.with_task(task, entry, [one.shard for one in kept])
-        for one in kept:
-            storage.write(storage.join(out, one.shard.index_name), one.data)
-        manifest.write(result, out)
-        old = {row.index_name for row in before.shards} - {row.index_name for row in result.shards}
-        for name in old:
-            storage.remove(storage.join(out, name))
+        return _write(before, task, entry, kept)
+
+
+def _write(before: Manifest, task: str, entry: TaskEntry, kept: list[_Indexed]) -> Manifest:
+    """Writes the indexes, then the manifest, then removes indexes that it no longer names."""
+    result = before.with_task(task, entry, [one.shard for one in kept])
+    for one in kept:
+        storage.write(storage.join(result.uri, one.shard.index_name), one.data)
+    manifest.write(result, result.uri)
+    named = {shard.index_name for shard in result.shards}
+    for shard in before.shards:
+        if shard.index_name not in named:
+            storage.remove(storage.join(result.uri, shard.index_name))
     return result
 
 
@@ -166,22 +171,29 @@ def _destination(found: tars.Tars, out: str | None) -> str:
     return found.folder
 
 
-def _manifest_before(out: str, task: str, source: str, found: tars.Tars) -> Manifest:
-    """The manifest in OUT, or an empty one; ValueError where its task has other tars."""
+def _manifest_before(out: str, task: str, work: list[_Tar]) -> Manifest:
+    """The manifest in OUT, or an empty one; ValueError where its task has tars that still exist,
+    but are not in this work."""
     if not storage.exists(storage.join(out, manifest.NAME)):
         return Manifest(tasks={}, shards=(), uri=out)
     before = manifest.read(out)
-    entry = before.tasks.get(task)
-    if entry is None or (entry.layout == WEBDATASET and entry.source == source):
+    if task not in before.tasks:
         return before
+    entry = before.tasks[task]
     if entry.layout != WEBDATASET:
         raise ValueError(
             f"{out} already has {task}, packed from {entry.layout}; name another folder by --out"
         )
-    raise ValueError(
-        f"{out} already has {task} from {entry.source or out}; name another folder by --out, or "
-        f"index both together: `python -m shards.index {entry.source or out} {found.folder} …`"
-    )
+    now = {tar.uri for tar in work}
+    folder = tars.absolute(entry.source or out)
+    then = [storage.join(folder, shard.name) for shard in before.shards_of(task)]
+    left_out = next((uri for uri in then if uri not in now and storage.exists(uri)), None)
+    if left_out is not None:
+        raise ValueError(
+            f"{out} already has {task} from {left_out}, which this command leaves out; name all "
+            "tars of a task in one command, or name another folder by --out"
+        )
+    return before
 
 
 def _check_writable(out: str) -> None:

@@ -252,8 +252,9 @@ class Reader:
         headers = os.pread(self._opened(location.shard).descriptor, end - start, start)
         try:
             if end - start == tarfile.BLOCKSIZE:  # the usual case, read in half the time
-                return tarfile.TarInfo.frombuf(headers, "utf-8", "surrogateescape").name
-            with tarfile.TarFile(fileobj=BytesIO(headers)) as tar:
+                return tarfile.TarInfo.frombuf(headers, "utf-8", "replace").name
+            file = BytesIO(headers)
+            with tarfile.TarFile(fileobj=file, encoding="utf-8", errors="replace") as tar:
                 return next(info.name for info in tar if start + info.offset_data == end)
         except (tarfile.TarError, StopIteration) as error:
             raise self._damaged_sample(

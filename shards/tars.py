@@ -65,7 +65,7 @@ def find(places: Sequence[str]) -> Tars:
     Raises:
         ValueError: a place has no tar, has compressed ones, or is in another store than the rest.
     """
-    patterns = [_pattern(storage.absolute(storage.checked(place))) for place in places]
+    patterns = [_pattern(absolute(place)) for place in places]
     folder = _common_folder([fixed_part(pattern) for pattern in patterns])
     sizes: dict[str, int] = {}
     for pattern in patterns:
@@ -86,6 +86,12 @@ def find(places: Sequence[str]) -> Tars:
             )
     relative = [pattern.removeprefix(f"{folder}/") for pattern in patterns]
     return Tars(folder, relative, dict(sorted(sizes.items())))
+
+
+def absolute(place: str) -> str:
+    """The same place with an absolute path; links stay links, because names matter."""
+    place = storage.checked(place)
+    return place if "://" in place else os.path.abspath(os.path.expanduser(place))
 
 
 def _pattern(place: str) -> str:
@@ -193,7 +199,9 @@ def members(stream: Stream, uri: str) -> Iterator[Member]:
             names the member and the byte.
     """
     try:
-        with tarfile.TarFile(fileobj=stream, tarinfo=_StrictInfo, errors="surrogateescape") as tar:
+        with tarfile.TarFile(
+            fileobj=stream, tarinfo=_StrictInfo, encoding="utf-8", errors="replace"
+        ) as tar:
             while (info := tar.next()) is not None:
                 if not info.isdir():
                     yield _read(stream, uri, info)
