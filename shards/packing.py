@@ -26,7 +26,6 @@ from shards.manifest import Manifest, Shard, TaskEntry
 from shards.tasks import TASKS
 from shards.writer import WORK, Job
 
-
 _PACKED = re.compile(rf"({'|'.join(TASKS)})-\d{{6}}\.(tar|idx)")
 """Names of the files that packing writes."""
 
@@ -336,20 +335,19 @@ def locked(out: str) -> Iterator[bool]:
     if os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"{out} is a file; give a folder for the shards")
     was_killed = os.path.isdir(f"{out}/{WORK}")
-    os.makedirs(f"{out}/{WORK}", exist_ok=True)
-    lock = FileLock(f"{out}/{WORK}/running.lock", timeout=0)
+    another = False
     try:
-        lock.acquire()
+        os.makedirs(f"{out}/{WORK}", exist_ok=True)
+        with FileLock(f"{out}/{WORK}/running.lock", timeout=0):
+            yield was_killed
     except Timeout as error:
+        another = True
         raise ValueError(
             f"another packing or indexing into {out} is running; wait until it ends"
         ) from error
-    try:
-        yield was_killed
     finally:
-        lock.release()
         # Where nothing was written, nothing is left behind.
-        if storage.list_names(f"{out}/{WORK}") in ([], ["running.lock"]):
+        if not another and storage.list_names(f"{out}/{WORK}") in ([], ["running.lock"]):
             shutil.rmtree(f"{out}/{WORK}", ignore_errors=True)
             with contextlib.suppress(OSError):
                 os.rmdir(out)
