@@ -98,6 +98,7 @@ def run(
 
     def advance(amount: int) -> None:
         nonlocal count
+        interrupt.check()
         count += amount
         show(count)
 
@@ -144,6 +145,7 @@ def _run_in_processes(
                         future.result()
                         waiting.discard(future)
                         break
+                interrupt.check()
                 show(count.value)
         except BaseException:
             # Each worker finishes its bit of work and removes its temporary file.

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+_arrived = False
 EXIT_CODE = 130
 """128 + SIGINT, as shells report it."""
 
@@ -38,8 +39,19 @@ def run_command(main: Callable[[], int]) -> int:
 
 
 def _raise_once(_number: int, _frame: FrameType | None) -> None:
+    global _arrived
+    _arrived = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise Interrupted
+
+
+def check() -> None:
+    """Raises `Interrupted` if SIGINT has arrived; for long work to call now and then.
+
+    Python drops an exception that a handler raises inside a destructor, and the work would go on.
+    """
+    if _arrived:
+        raise Interrupted
 
 
 @contextlib.contextmanager

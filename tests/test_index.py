@@ -469,6 +469,27 @@ def test_an_interrupt_that_another_thread_takes_is_blocked_too() -> None:
     thread.join()
 
 
+def test_an_interrupt_that_a_destructor_drops_still_stops_the_work() -> None:
+    code = """
+import signal, sys
+from shards import execution, interrupt
+class Late:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+def work(item, advance):
+    Late()
+    print("goes on", flush=True)
+    advance(1)
+    print("to the end")
+def main():
+    execution.run(work, [1], 1, print)
+    return 0
+sys.exit(interrupt.run_command(main))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (interrupt.EXIT_CODE, "goes on\n")
+
+
 @pytest.mark.parametrize(("workers", "after"), [("1", 0.0), ("2", 0.0), ("2", 1.5)])
 def test_an_interrupt_leaves_no_manifest(tmp_path: Path, workers: str, after: float) -> None:
     buffer = io.BytesIO()  # large enough that reading all takes some seconds
