@@ -14,6 +14,10 @@ from filelock import FileLock
 from shards import storage
 
 
+class ContentError(OSError):
+    """A store holds another file under this name than the one that was asked for."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cache:
     """Where copies are kept, and how much of them."""
@@ -65,7 +69,7 @@ class Cache:
             with storage.atomic_path(path) as temporary:
                 received = storage.download(uri, temporary)
                 if received != (size, sha256):
-                    raise OSError(
+                    raise ContentError(
                         f"received {received[0]} bytes with sha256 {received[1][:12]}…, but the "
                         f"manifest says {size} and {sha256[:12]}…"
                     )

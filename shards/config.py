@@ -31,7 +31,8 @@ class DataConfig:
     """Which data is read, and how a sample becomes part of a batch."""
 
     train: str = field(default="data/shards/train", metadata=MAY_CHANGE)
-    """Folder or URI of shards with a manifest.json (`python -m shards.pack`)."""
+    """Folder or URI of shards with a manifest.json (`python -m shards.pack`, or `shards.index`
+    for WebDataset tars)."""
     validation: str = field(default="data/shards/validation", metadata=MAY_CHANGE)
     """Folder or URI of shards whose whole pictures are restored for validation."""
     repeats: dict[str, int] = field(default_factory=lambda: dict(PAPER_REPEATS))

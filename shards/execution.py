@@ -72,29 +72,41 @@ def run_jobs(jobs: list[Job], workers: int | None, ray: bool, progress: bool) ->
     total = sum(len(job.groups) for job in jobs)
     done = sum(len(job.groups) for job in jobs if job.name in rows)
     workers = min(workers or os.cpu_count() or 1, max(len(left), 1))
-    with _progress_bar(total, done, progress) as show:
+    with progress_bar(total, done, progress, "packing", "pictures") as show:
         if ray:
             rows |= _run_on_ray(left, show)
-        elif workers == 1:
-            rows |= _run_here(left, show)
         else:
-            rows |= _run_in_processes(left, workers, show)
+            rows |= {row.name: row for row in run(write_shard, left, workers, show)}
     return [rows[job.name] for job in jobs]
 
 
-def _run_here(jobs: list[Job], show: Callable[[int], None]) -> dict[str, Shard]:
+def run(
+    function: Callable[[T, Callable[[int], None]], R],
+    items: Sequence[T],
+    workers: int,
+    show: Callable[[int], None],
+) -> list[R]:
+    """`[function(item, advance) for item in items]`, in `workers` processes where there are two or
+    more.
+
+    The function calls `advance(amount)` for each bit of work done; `show` gets the sum over all
+    items so far.
+    """
+    if workers > 1:
+        return _run_in_processes(function, items, workers, show)
     count = 0
 
-    def picture_done() -> None:
+    def advance(amount: int) -> None:
         nonlocal count
-        count += 1
+        interrupt.check()
+        count += amount
         show(count)
 
-    return {job.name: write_shard(job, picture_done) for job in jobs}
+    return [function(item, advance) for item in items]
 
 
-class _Stopped(Exception):
-    """The parent process asked the workers to stop."""
+class _Stopped(BaseException):
+    """The parent process asked the workers to stop. No Exception, so that nothing retries it."""
 
 
 _count: Any = None
@@ -102,45 +114,45 @@ _stop: Any = None
 
 
 def _start_worker(count: Any, stop: Any) -> None:
-    """In a new worker: the count of pictures done, and the event that asks to stop."""
+    """In a new worker: the count of work done, and the event that asks to stop."""
     global _count, _stop
     _count, _stop = count, stop
 
 
-def _picture_done() -> None:
+def _advance(amount: int) -> None:
     with _count.get_lock():
-        _count.value += 1
+        _count.value += amount
     if _stop.is_set():
         raise _Stopped
 
 
-def _write(job: Job) -> Shard:
-    return write_shard(job, _picture_done)
-
-
 def _run_in_processes(
-    jobs: list[Job], workers: int, show: Callable[[int], None]
-) -> dict[str, Shard]:
+    function: Callable[[T, Callable[[int], None]], R],
+    items: Sequence[T],
+    workers: int,
+    show: Callable[[int], None],
+) -> list[R]:
     context = multiprocessing.get_context("spawn")
     count, stop = context.Value("q", 0), context.Event()
     with _process_pool(workers, count, stop) as pool:
         try:
             with interrupt.blocked():
-                futures = {job.name: pool.submit(_write, job) for job in jobs}
-            waiting = set(futures.values())
+                futures = [pool.submit(function, item, _advance) for item in items]
+            waiting = set(futures)
             while waiting:
                 with contextlib.suppress(TimeoutError):
                     for future in as_completed(waiting, timeout=0.2):
                         future.result()
                         waiting.discard(future)
                         break
+                interrupt.check()
                 show(count.value)
         except BaseException:
-            # Each worker finishes its picture and removes its temporary file.
+            # Each worker finishes its bit of work and removes its temporary file.
             with interrupt.ignored():
                 stop.set()
             raise
-    return {name: future.result() for name, future in futures.items()}
+    return [future.result() for future in futures]
 
 
 def _run_on_ray(jobs: list[Job], show: Callable[[int], None]) -> dict[str, Shard]:
@@ -185,21 +197,23 @@ def _ray_cluster() -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _progress_bar(total: int, done: int, wanted: bool) -> Iterator[Callable[[int], None]]:
-    """Yields a function that shows how many pictures were packed in addition to `done`."""
+def progress_bar(
+    total: int, done: int, wanted: bool, verb: str, unit: str
+) -> Iterator[Callable[[int], None]]:
+    """Yields a function that shows how much was done in addition to `done`."""
     columns = (
-        TextColumn("packing"),
+        TextColumn(verb),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]} pictures/s"),
+        TextColumn(f"{{task.fields[rate]}} {unit}/s"),
         TimeRemainingColumn(),
     )
     start = time.monotonic()
     with Progress(*columns, disable=not wanted) as bar:
-        task = bar.add_task("packing", total=total, completed=done, rate="?")
+        task = bar.add_task(verb, total=total, completed=done, rate="?")
 
-        def show(packed: int) -> None:
-            rate = packed / max(time.monotonic() - start, 1e-3)
-            bar.update(task, completed=done + packed, rate=f"{rate:.1f}")
+        def show(more: int) -> None:
+            rate = more / max(time.monotonic() - start, 1e-3)
+            bar.update(task, completed=done + more, rate=f"{rate:.1f}")
 
         yield show

@@ -95,7 +95,7 @@ def inspect(
     data = data or DataConfig()
     source = manifest.read(uri)
     cache = Cache(folder=data.cache_dir, limit=int(data.cache_gib * 2**30), attempts=2)
-    work = [(source.uri, shard, deep, cache) for shard in source.shards]
+    work = [(_only(source, shard), deep, cache) for shard in source.shards]
     problems: list[Problem] = []
     sizes: dict[str, Counter[str]] = {task: Counter() for task in source.tasks}
     tiles: dict[str, int] = {}
@@ -131,8 +131,10 @@ def _reader(uri: str, cache: Cache) -> Reader:
 
 
 def _stray_shards(source: Manifest) -> list[Problem]:
-    """Tars in the folder that are not in the manifest: a plain WebDataset reader would read
-    them."""
+    """Tars in a packed folder that are not in the manifest: a plain WebDataset reader would read
+    them. Beside indexed tars there may be others, on purpose."""
+    if any(entry.layout == manifest.WEBDATASET for entry in source.tasks.values()):
+        return []
     named = {shard.name for shard in source.shards}
     strays = [n for n in storage.list_names(source.uri) if n.endswith(".tar") and n not in named]
     remedy = "finish the packing that wrote it, or remove it"
@@ -208,17 +210,18 @@ def _problem(file: str, problem: str) -> Problem:
     return Problem(shard=file, problem=problem, remedy="")
 
 
-def _check_shard(work: tuple[str, Shard, bool, Cache]) -> _Check:
-    uri, shard, deep, cache = work
-    reader = Reader(_only(uri, shard), cache)
-    problems = _check_file(uri, shard)
+def _check_shard(work: tuple[Manifest, bool, Cache]) -> _Check:
+    source, deep, cache = work
+    (shard,) = source.shards
+    reader = Reader(source, cache)
+    problems = _check_file(source.location(shard), shard)
     sizes: Counter[str] = Counter()
     tile = 0
     try:
         index = reader.index(shard)
         sizes.update(f"{row['width']}x{row['height']}" for row in index.samples)
         tile = index.tile
-        if deep or (problems and not storage.is_remote(uri)):
+        if deep or (problems and not storage.is_remote(source.location(shard))):
             problems += _check_samples(reader, shard)
         if deep and not problems:
             problems += _check_members(reader, shard)
@@ -232,22 +235,22 @@ def _check_shard(work: tuple[str, Shard, bool, Cache]) -> _Check:
     return _Check(problems, sizes, tile)
 
 
-def _only(uri: str, shard: Shard) -> Manifest:
+def _only(source: Manifest, shard: Shard) -> Manifest:
     """A manifest of one shard, so that its samples count from 0."""
-    entry = manifest.TaskEntry(samples=shard.samples, layout="")
-    return Manifest(tasks={shard.task: entry}, shards=(shard,), uri=uri)
+    entry = dataclasses.replace(source.tasks[shard.task], samples=shard.samples)
+    return Manifest(tasks={shard.task: entry}, shards=(shard,), uri=source.uri)
 
 
-def _check_file(uri: str, shard: Shard) -> list[Problem]:
+def _check_file(location: str, shard: Shard) -> list[Problem]:
     try:
-        size, digest = storage.size_and_sha256(storage.join(uri, shard.name))
+        size, digest = storage.size_and_sha256(location)
     except FileNotFoundError:
         return [_problem(shard.name, "is named in the manifest, but does not exist")]
     if size != shard.bytes:
         text = f"has {size} bytes, but the manifest says {shard.bytes}"
         return [_problem(shard.name, text)]
     if digest != shard.sha256:
-        return [_problem(shard.name, "its bytes have changed since packing (sha256)")]
+        return [_problem(shard.name, "its bytes have changed (sha256)")]
     return []
 
 

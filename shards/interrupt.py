@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+_arrived = False
 EXIT_CODE = 130
 """128 + SIGINT, as shells report it."""
 
@@ -38,8 +39,19 @@ def run_command(main: Callable[[], int]) -> int:
 
 
 def _raise_once(_number: int, _frame: FrameType | None) -> None:
+    global _arrived
+    _arrived = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise Interrupted
+
+
+def check() -> None:
+    """Raises `Interrupted` if SIGINT has arrived; for long work to call now and then.
+
+    Python drops an exception that a handler raises inside a destructor, and the work would go on.
+    """
+    if _arrived:
+        raise Interrupted
 
 
 @contextlib.contextmanager
@@ -63,6 +75,27 @@ def blocked() -> Iterator[None]:
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        yield
+        with _postponed():
+            yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _postponed() -> Iterator[None]:
+    """Postpones the handler of SIGINT to the end of the block.
+
+    A mask holds for one thread. Another thread, such as those of numpy, can take the signal, and
+    then Python runs the handler in the main thread in spite of its mask.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: arrived.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if arrived:
+            signal.raise_signal(signal.SIGINT)

@@ -1,7 +1,8 @@
 """What a folder of shards holds: `manifest.json`, and an index beside each tar.
 
-The tars are plain WebDataset: any reader opens them. WebDataset does not know how many samples
-there should be, where each one starts, or whether its bytes have changed since packing. That is
+The tars are plain WebDataset: any reader opens them. `shards.pack` writes them, or another program
+wrote them and `shards.index` indexed them. WebDataset does not know how many samples
+there should be, where each one starts, or whether its bytes have changed since then. That is
 stored here.
 
 `manifest.json`: `schema`, `fingerprint`, `tasks` (per task: layout, samples, options, what was
@@ -16,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import shlex
 import struct
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -27,6 +29,8 @@ from shards.tasks import TASKS
 
 SCHEMA = 1
 NAME = "manifest.json"
+WEBDATASET = "webdataset"
+"""Layout of tars that another program wrote and `shards.index` indexed."""
 NONE = 0xFFFFFFFF
 """In a `SAMPLE` row: there is no such member."""
 TILED_INPUT, TILED_TARGET, SEVERAL = 1, 2, 4
@@ -54,15 +58,17 @@ SAMPLE = np.dtype(
 
 `input`: member of the degraded picture, or of its first tile; NONE where only the clean picture is
 stored. `target`: the same for the clean picture. `meta`: member that describes the sample as JSON;
-NONE in tars that somebody else made. `group`: number in the key; samples of one group share their
-clean picture. `part`: which input of its group this is. `height`, `width`: of the degraded picture.
+NONE in tars that another program wrote. `group`: number in the key (in tars of another program:
+within the tar); samples of one group share their clean picture. `part`: which input of its group
+this is. `height`, `width`: of the degraded picture.
 `top`, `left`: where it lies in a larger clean picture. `flags`: sum of `TILED_INPUT`,
 `TILED_TARGET` and `SEVERAL`. `signature`: of the clean picture, to find the same picture in another
 dataset.
 """
 _HEADER = struct.Struct("<4s5I")
-SHARD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.+=-]*\.tar")
-"""File names that a manifest may hold: no path leads out of its folder."""
+SHARD_NAME = re.compile(r"(?:[\w+=,@-][\w.+=,@ -]*/)*[\w+=,@-][\w.+=,@ -]*\.tar")
+"""Names that a manifest may hold, relative to the folder of the tars: none leads out of it."""
+_ANEW = "copy it again, or remove it and pack or index again"
 
 
 class Shard(NamedTuple):
@@ -77,8 +83,14 @@ class Shard(NamedTuple):
 
     @property
     def index_name(self) -> str:
-        """`denoise-000000.idx` for `denoise-000000.tar`."""
-        return self.name.removesuffix(".tar") + ".idx"
+        """`denoise-000000.idx` for `denoise-000000.tar`, `0.denoise.idx` for `0.tar`.
+
+        So a tar that another program wrote can serve several tasks, and two folders of such tars
+        can have the same names.
+        """
+        stem = self.name.removesuffix(".tar")
+        packed = stem.startswith(f"{self.task}-")
+        return f"{stem}.idx" if packed else f"{stem}.{self.task}.idx"
 
 
 class Index(NamedTuple):
@@ -118,14 +130,16 @@ class TaskEntry:
     samples: int
     """Count of samples: pairs, or clean pictures for denoise."""
     layout: str
-    """The layout of the source folder."""
+    """The layout of the source folder; `WEBDATASET` for tars of another program."""
     options: dict[str, Any] = field(default_factory=dict)
-    """The options of packing that change the bytes."""
+    """The options of packing that change the bytes, or the options of indexing."""
+    source: str = ""
+    """Folder or URI of the tars; empty where they are beside the manifest."""
     expected: int = 0
     """Samples of the complete benchmark; 0 where any count is right."""
     missing: list[str] = field(default_factory=list)
-    """Files of the benchmark that the source folder did not have, as far as their names are
-    known."""
+    """Files of the benchmark that the source folder did not have, as far as their names are known;
+    or samples that indexing left out, with the reasons."""
     leaks: list[str] = field(default_factory=list)
     """Pictures that are known to be part of a test set too."""
 
@@ -154,14 +168,33 @@ class Manifest:
         """Task -> samples."""
         return {task: entry.samples for task, entry in self.tasks.items()}
 
+    def location(self, shard: Shard) -> str:
+        """Path or URI of a tar."""
+        return storage.join(self.tasks[shard.task].source or self.uri, shard.name)
+
     def remedy(self, task: str) -> str:
         """What to do about a damaged shard of a task, as the end of a sentence."""
         entry = self.tasks[task]
+        if entry.layout == WEBDATASET:
+            return f"copy it again, or index the tars again by `{self._index_command(task)}`"
         task_option = f" --task {task}" if entry.layout == "paired" else ""
         return (
             "copy it again, or pack it again from the pictures by "
             f"`python -m shards.pack {entry.layout} ROOT {self.uri}{task_option} --repair`"
         )
+
+    def _index_command(self, task: str) -> str:
+        """The command that indexed the tars of a task."""
+        entry, most = self.tasks[task], 3
+        patterns, fields = entry.options["tars"], ("clean", "degraded")
+        words = [storage.join(entry.source or self.uri, one) for one in patterns[:most]]
+        more = [f"… ({len(patterns)} in all)"] if len(patterns) > most else []
+        options = ["--task", task]
+        named = [(f"--{field}", entry.options[field]) for field in fields if entry.options[field]]
+        options += [word for pair in named for word in pair]
+        options += ["--out", self.uri] if entry.source else []
+        options += ["--skip-corrupt"] if entry.options["skip_corrupt"] else []
+        return " ".join(["python -m shards.index", shlex.join(words), *more, shlex.join(options)])
 
     def shards_of(self, task: str) -> list[Shard]:
         """The shards of one task."""
@@ -215,7 +248,7 @@ def read(uri: str) -> Manifest:
         return _parse(json.loads(data), uri)
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{where} is damaged ({type(error).__name__}: {error}); copy it again, or pack again"
+            f"{where} is damaged ({type(error).__name__}: {error}); {_ANEW}"
         ) from error
 
 
@@ -224,8 +257,8 @@ def _not_packed(uri: str) -> str:
     names = [] if uri.startswith("http") else storage.list_names(uri)
     if any(name.endswith(".tar") for name in names) and ".packing" not in names:
         return (
-            f"{uri} holds tars, but no {NAME}: tars that another program made cannot be read here; "
-            f"unpack their pictures, then run `python -m shards.pack LAYOUT ROOT {uri}-packed`"
+            f"{uri} holds tars, but no {NAME}; index them by `python -m shards.index {uri} "
+            "--task TASK --clean FIELD --degraded FIELD` (denoise has no --degraded)"
         )
     return (
         f"{uri} has no {NAME}, so it is not a (finished) folder of packed shards; "
@@ -238,7 +271,7 @@ def _parse(raw: dict[str, Any], uri: str) -> Manifest:
     if raw["schema"] != SCHEMA:
         raise ValueError(
             f"{where} has version {raw['schema']}, but this program reads version {SCHEMA}; "
-            "pack again"
+            "pack or index again"
         )
     manifest = Manifest(
         tasks={task: TaskEntry(**entry) for task, entry in raw["tasks"].items()},
@@ -251,16 +284,14 @@ def _parse(raw: dict[str, Any], uri: str) -> Manifest:
         if shard.task not in manifest.tasks or shard.task not in TASKS:
             raise ValueError(f"{where}: {shard.name} has the unknown task {shard.task!r}")
     for task, entry in manifest.tasks.items():
+        storage.checked(entry.source)
         if sum(shard.samples for shard in manifest.shards_of(task)) != entry.samples:
             raise ValueError(
                 f"{where} is damaged: the samples of {task}'s shards do not add up to "
-                f"{entry.samples}; copy it again, or pack again"
+                f"{entry.samples}; {_ANEW}"
             )
     if raw["fingerprint"] != manifest.fingerprint:
-        raise ValueError(
-            f"{where} is damaged: its fingerprint does not match its shards; copy it again, or "
-            "pack again"
-        )
+        raise ValueError(f"{where} is damaged: its fingerprint does not match its shards; {_ANEW}")
     return manifest
 
 

@@ -160,7 +160,8 @@ class Plan:
                     f"data.repeats.{name} is {repeats[name]}, but "
                     f"{manifest.uri or 'the manifest'} has "
                     f"no samples of {task} (it has {', '.join(counts) or 'none'}); "
-                    f"set data.repeats.{name} to 0, or add the task by `python -m shards.pack`"
+                    f"set data.repeats.{name} to 0, or add the task by `python -m shards.pack` "
+                    "or `python -m shards.index`"
                 )
         sizes = {
             task: np.array([shard.samples for shard in manifest.shards_of(task)], np.int64)

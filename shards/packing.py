@@ -9,6 +9,7 @@ without it does not count as packed.
 import contextlib
 import difflib
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -24,6 +25,9 @@ from shards.layouts import LAYOUTS, Group, Listing
 from shards.manifest import Manifest, Shard, TaskEntry
 from shards.tasks import TASKS
 from shards.writer import WORK, Job
+
+_PACKED = re.compile(rf"({'|'.join(TASKS)})-\d{{6}}\.(tar|idx)")
+"""Names of the files that packing writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +112,10 @@ def pack(
     layouts.check_name(layout)
     chains = {} if repair else _chains(layout, task, synthesise)
     listing = layouts.find(layout, root)
-    with _lock(out):
+    with locked(out) as was_killed:
         if repair:
             return _repair(layout, task, root, out, listing, workers, ray, progress)
-        before = _manifest_before(out, list(chains))
+        before = _manifest_before(out, list(chains), was_killed)
         _check_complete(layout, listing, out, next(iter(chains)), allow_missing)
         jobs = [
             job
@@ -291,15 +295,18 @@ def _is_intact(out: str, shard: Shard) -> bool:
         return False
 
 
-def _manifest_before(out: str, tasks: list[str]) -> Manifest:
+def _manifest_before(out: str, tasks: list[str], was_killed: bool) -> Manifest:
     """The manifest in OUT, or an empty one.
 
     ValueError where OUT has other files, or has the tasks already.
     """
     names = [name for name in storage.list_names(out) if not name.startswith(".")]
     if manifest.NAME not in names:
-        foreign = [name for name in names if not name.endswith((".tar", ".idx"))]
-        unfinished = any(name.endswith(".json") for name in storage.list_names(f"{out}/{WORK}"))
+        foreign = [name for name in names if not _PACKED.fullmatch(name)]
+        # Between the first shard and its record, only the folder of records shows it.
+        unfinished = was_killed or any(
+            name.endswith(".json") for name in storage.list_names(f"{out}/{WORK}")
+        )
         if foreign or (names and not unfinished):
             raise ValueError(
                 f"{out} is not empty and has no {manifest.NAME} (but {(foreign or names)[0]}); "
@@ -317,22 +324,30 @@ def _manifest_before(out: str, tasks: list[str]) -> Manifest:
 
 
 @contextlib.contextmanager
-def _lock(out: str) -> Iterator[None]:
-    """Refuses a second packing into the same local folder at the same time."""
+def locked(out: str) -> Iterator[bool]:
+    """Refuses to pack or index twice into the same local folder at the same time.
+
+    Yields whether an earlier packing into it was killed.
+    """
     if storage.is_remote(out):
-        yield
+        yield False
         return
     if os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"{out} is a file; give a folder for the shards")
-    os.makedirs(f"{out}/{WORK}", exist_ok=True)
+    was_killed = os.path.isdir(f"{out}/{WORK}")
+    another = False
     try:
+        os.makedirs(f"{out}/{WORK}", exist_ok=True)
         with FileLock(f"{out}/{WORK}/running.lock", timeout=0):
-            yield
+            yield was_killed
     except Timeout as error:
-        raise ValueError(f"another packing into {out} is running; wait until it ends") from error
+        another = True
+        raise ValueError(
+            f"another packing or indexing into {out} is running; wait until it ends"
+        ) from error
     finally:
         # Where nothing was written, nothing is left behind.
-        if storage.list_names(f"{out}/{WORK}") in ([], ["running.lock"]):
+        if not another and storage.list_names(f"{out}/{WORK}") in ([], ["running.lock"]):
             shutil.rmtree(f"{out}/{WORK}", ignore_errors=True)
             with contextlib.suppress(OSError):
                 os.rmdir(out)

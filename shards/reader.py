@@ -8,13 +8,14 @@ import json
 import os
 import tarfile
 from collections import OrderedDict
+from io import BytesIO
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from isal import isal_zlib
 
 from shards import manifest, storage
-from shards.cache import Cache
+from shards.cache import Cache, ContentError
 from shards.decode import Box, DecodeError, decode
 from shards.manifest import Index, Manifest, Shard
 
@@ -89,7 +90,7 @@ class Reader:
             task: np.cumsum([shard.samples for shard in shards])
             for task, shards in self.shards.items()
         }
-        self._open: OrderedDict[str, _OpenShard] = OrderedDict()
+        self._open: OrderedDict[Shard, _OpenShard] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
         """The state without open files."""
@@ -98,10 +99,10 @@ class Reader:
     def check_present(self) -> None:
         """`DamagedError` where a local shard is missing or has another size than in the
         manifest."""
-        if storage.is_remote(self.manifest.uri):
-            return
         for shard in self.manifest.shards:
-            path = storage.join(self.manifest.uri, shard.name)
+            path = self.manifest.location(shard)
+            if storage.is_remote(path):
+                continue
             if not os.path.exists(path):
                 raise self._missing(shard)
             if os.path.getsize(path) != shard.bytes:
@@ -123,7 +124,7 @@ class Reader:
         """The sample's name in its tar.
 
         `denoise_00000012`, or `dehaze_00000012.input03` where several inputs share a target. In
-        tars that somebody else made it is their own key.
+        tars that another program wrote it is their own key.
         """
         row = location.row
         if int(row["meta"]) == manifest.NONE:
@@ -174,15 +175,20 @@ class Reader:
 
     def index(self, shard: Shard) -> Index:
         """The index of a shard, checked against the manifest."""
-        opened = self._open.get(shard.name)
+        opened = self._open.get(shard)
         return opened.table if opened else self._index(shard)
 
     def local_path(self, shard: Shard) -> str:
         """A local file with the shard's bytes; fetched where the shard is remote."""
-        uri = storage.join(self.manifest.uri, shard.name)
+        uri = self.manifest.location(shard)
         if not storage.is_remote(uri):
             return uri
-        return self.cache.fetch(uri, shard.sha256, shard.bytes)
+        try:
+            return self.cache.fetch(uri, shard.sha256, shard.bytes)
+        except OSError as error:
+            if isinstance(error.__cause__, ContentError):
+                raise self._damaged(shard, str(error), Damage.SHARD_SIZE) from error
+            raise
 
     def close(self) -> None:
         """Closes all files."""
@@ -232,17 +238,25 @@ class Reader:
             raise self._damaged_sample(location, "the shard ends inside it", Damage.TRUNCATED)
         if isal_zlib.crc32(data) != entry["crc32"]:
             raise self._damaged_sample(
-                location, "its bytes have changed since packing (checksum)", Damage.CHECKSUM
+                location, "its bytes have changed (checksum)", Damage.CHECKSUM
             )
         return data
 
     def _member_name(self, location: Location, number: int) -> str:
-        """Read from the header, which stands in the block before the data."""
-        at = int(location.table.members[number]["offset"]) - tarfile.BLOCKSIZE
-        header = os.pread(self._opened(location.shard).descriptor, tarfile.BLOCKSIZE, at)
+        """Read from the headers before the data: one, or several where the name is long."""
+        members = location.table.members
+        end = int(members[number]["offset"])
+        before = members[number - 1] if number else np.zeros((), manifest.MEMBER)
+        padding = -int(before["size"]) % tarfile.BLOCKSIZE
+        start = int(before["offset"]) + int(before["size"]) + padding
+        headers = os.pread(self._opened(location.shard).descriptor, end - start, start)
         try:
-            return tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
-        except tarfile.HeaderError as error:
+            if end - start == tarfile.BLOCKSIZE:  # the usual case, read in half the time
+                return tarfile.TarInfo.frombuf(headers, "utf-8", "replace").name
+            file = BytesIO(headers)
+            with tarfile.TarFile(fileobj=file, encoding="utf-8", errors="replace") as tar:
+                return next(info.name for info in tar if start + info.offset_data == end)
+        except (tarfile.TarError, StopIteration) as error:
             raise self._damaged_sample(
                 location, f"its header is damaged ({error})", Damage.HEADER
             ) from error
@@ -250,9 +264,9 @@ class Reader:
     def _opened(self, shard: Shard) -> _OpenShard:
         """A shard's file and index; closes the least recently used shard where too many are
         open."""
-        opened = self._open.get(shard.name)
+        opened = self._open.get(shard)
         if opened is not None:
-            self._open.move_to_end(shard.name)
+            self._open.move_to_end(shard)
             return opened
         index = self._index(shard)
         descriptor = self._descriptor(shard)
@@ -263,8 +277,8 @@ class Reader:
         while len(self._open) >= OPEN_FILES:
             _, oldest = self._open.popitem(last=False)
             os.close(oldest.descriptor)
-        self._open[shard.name] = _OpenShard(descriptor, index)
-        return self._open[shard.name]
+        self._open[shard] = _OpenShard(descriptor, index)
+        return self._open[shard]
 
     def _descriptor(self, shard: Shard) -> int:
         while True:
@@ -272,7 +286,7 @@ class Reader:
             try:
                 return os.open(path, os.O_RDONLY)
             except FileNotFoundError as error:
-                if not storage.is_remote(self.manifest.uri):
+                if not storage.is_remote(self.manifest.location(shard)):
                     raise self._missing(shard) from error
                 # Another process evicted the copy since it was fetched: fetch it again.
 
@@ -299,17 +313,17 @@ class Reader:
         return data
 
     def _missing(self, shard: Shard) -> DamagedError:
-        path = storage.join(self.manifest.uri, shard.name)
+        path = self.manifest.location(shard)
         problem = f"{path} is named in {manifest.NAME}, but does not exist"
         return self._damaged(shard, problem, Damage.MISSING_SHARD)
 
     def _wrong_size(self, shard: Shard, size: int) -> DamagedError:
-        path = storage.join(self.manifest.uri, shard.name)
+        path = self.manifest.location(shard)
         problem = f"{path} has {size} bytes, but {manifest.NAME} says {shard.bytes}"
         return self._damaged(shard, problem, Damage.SHARD_SIZE)
 
     def _damaged_sample(self, location: Location, problem: str, kind: Damage) -> DamagedError:
-        path = storage.join(self.manifest.uri, location.shard.name)
+        path = self.manifest.location(location.shard)
         where = f"sample {location.number} of {location.shard.task} in {path}"
         return self._damaged(location.shard, f"{where}: {problem}", kind)
 

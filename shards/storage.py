@@ -121,6 +121,18 @@ def list_names(uri: str) -> list[str]:
     return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, False))
 
 
+def find(pattern: str) -> dict[str, int]:
+    """Places of the files that match a glob pattern, and their sizes in bytes (0: unknown)."""
+    fs, path = open_folder(pattern)
+    name_of = fs.unstrip_protocol if is_remote(pattern) else str
+    found = fs.glob(path, detail=True).items()
+    return {
+        name_of(match): int(about["size"] or 0)
+        for match, about in found
+        if about["type"] != "directory"
+    }
+
+
 def read(uri: str) -> bytes:
     """All bytes of a file; FileNotFoundError where there is none."""
     if not is_remote(uri):

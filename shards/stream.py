@@ -23,6 +23,7 @@ from shards import order as ordering
 from shards.cache import Cache
 from shards.config import DataConfig, parse_levels
 from shards.decode import NO_FLIP, Box, Flip, as_bytes, as_floats
+from shards.manifest import Shard
 from shards.order import Plan
 from shards.reader import Damage, DamagedError, Location, Reader
 from shards.tasks import DEGRADATIONS, TASKS
@@ -191,7 +192,9 @@ class TrainStream:
 
         Yields a function to call after each batch.
         """
-        if not self.data.prefetch or not storage.is_remote(self.reader.manifest.uri):
+        source = self.reader.manifest
+        remote = any(storage.is_remote(source.location(shard)) for shard in source.shards)
+        if not self.data.prefetch or not remote:
             yield lambda: None
             return
         ahead = threading.Semaphore(self.data.prefetch)
@@ -208,7 +211,7 @@ class TrainStream:
     def _prefetch(
         self, sampler: "_PositionSampler", ahead: threading.Semaphore, ended: threading.Event
     ) -> None:
-        recent: OrderedDict[str, int] = OrderedDict()
+        recent: OrderedDict[Shard, int] = OrderedDict()
         for positions in sampler:
             ahead.acquire()
             if ended.is_set():
@@ -217,12 +220,12 @@ class TrainStream:
             for degradation, sample in zip(draws.degradation, draws.sample, strict=True):
                 task = DEGRADATIONS[_NAMES[degradation]].task
                 shard = self.reader.shard_of(task, int(sample))
-                if shard.name not in recent and not ended.is_set():
+                if shard not in recent and not ended.is_set():
                     # Whoever needs the sample fetches again and reports what is wrong.
-                    with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError, DamagedError):
                         self.reader.local_path(shard)
-                recent[shard.name] = shard.bytes
-                recent.move_to_end(shard.name)
+                recent[shard] = shard.bytes
+                recent.move_to_end(shard)
             # Fetching more would evict shards that have not been read yet.
             while sum(recent.values()) > self.reader.cache.limit // 2 and len(recent) > 1:
                 recent.popitem(last=False)

@@ -84,12 +84,12 @@ class _Tar:
         self.size += len(data)
 
 
-def write_shard(job: Job, picture_done: Callable[[], None] | None = None) -> Shard:
+def write_shard(job: Job, picture_done: Callable[[int], None] | None = None) -> Shard:
     """Writes one shard, its index and its record in `WORK`; returns its row of the manifest.
 
     Args:
         job: what to write.
-        picture_done: called after each group of pictures; what it raises stops the work.
+        picture_done: called with 1 after each group of pictures; what it raises stops the work.
 
     Raises:
         OSError, ValueError: in one clear line. No incomplete file keeps the shard's name.
@@ -126,7 +126,9 @@ def finished(job: Job) -> Shard | None:
     return row if same and all(storage.exists(f"{job.out}/{name}") for name in files) else None
 
 
-def _write_tar(job: Job, path: str, picture_done: Callable[[], None] | None) -> tuple[Shard, bytes]:
+def _write_tar(
+    job: Job, path: str, picture_done: Callable[[int], None] | None
+) -> tuple[Shard, bytes]:
     """Writes the tar to a local path; its row, and the bytes of its index."""
     samples: list[tuple[Any, ...]] = []
     with open(path, "wb") as file:
@@ -134,7 +136,7 @@ def _write_tar(job: Job, path: str, picture_done: Callable[[], None] | None) -> 
         for number, group in enumerate(job.groups, start=job.first):
             samples += _add_group(tar, job, group, number)
             if picture_done is not None:
-                picture_done()
+                picture_done(1)
         tar.close()
     index = Index(
         np.array(tar.members, manifest.MEMBER), np.array(samples, manifest.SAMPLE), job.tiles

@@ -192,6 +192,9 @@ def test_a_stray_shard_is_named(packed: Path) -> None:
     [
         ('"schema": 1', '"schema": 99', "has version 99"),
         ("derain-000001.tar", "../derain-000001.tar", "is not a shard in its folder"),
+        ("derain-000001.tar", "a/../../derain-000001.tar", "is not a shard in its folder"),
+        ("derain-000001.tar", "/derain-000001.tar", "is not a shard in its folder"),
+        ('"source": ""', '"source": "pipe:cat x"', "is not a folder or a store"),
         ('"samples": 12', '"samples": 13', "do not add up"),
         ('"task": "derain"', '"task": "dream"', "unknown task"),
         ('"sha256": "', '"sha256": "0', "its fingerprint does not match"),

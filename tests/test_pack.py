@@ -204,6 +204,18 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(photos: Path, tmp_pat
     assert not (killed / ".packing").exists()
 
 
+def test_killed_before_the_first_record_it_goes_on(photos: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    pack("clean", str(photos), str(whole), workers=1, shard_mib=0.05)
+    (killed / ".packing").mkdir(parents=True)
+    (killed / ".packing/running.lock").touch()
+    for name in ("denoise-000000.tar", "denoise-000000.idx"):
+        (killed / name).write_bytes((whole / name).read_bytes())
+    pack("clean", str(photos), str(killed), workers=1, shard_mib=0.05)
+    assert tree(killed) == tree(whole)
+    assert not (killed / ".packing").exists()
+
+
 def test_finished_shards_are_not_written_again(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     last = sorted(photos.iterdir())[-1]
@@ -322,8 +334,10 @@ def test_two_packings_at_a_time_are_refused(photos: Path, tmp_path: Path) -> Non
 
     out = tmp_path / "out"
     (out / ".packing").mkdir(parents=True)
-    with FileLock(out / ".packing/running.lock"), pytest.raises(ValueError, match="is running"):
-        pack("clean", str(photos), str(out), workers=1)
+    with FileLock(out / ".packing/running.lock"):
+        for _ in range(2):  # the one that was refused leaves the lock of the other alone
+            with pytest.raises(ValueError, match="is running"):
+                pack("clean", str(photos), str(out), workers=1)
     pack("clean", str(photos), str(out), workers=1)
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 from shards import inspect, manifest, storage
 from shards.cache import Cache
 from shards.config import DataConfig
+from shards.indexing import index
 from shards.packing import pack
 from shards.stream import TrainStream, pictures
 
@@ -226,6 +227,34 @@ def test_packed_to_s3_and_streamed_from_it(
     assert [problem.shard for problem in report.problems] == [made.shards[1].name]
     pack("clean", str(photos), out, repair=True, workers=1)
     assert inspect.inspect(out, workers=1, data=DataConfig(cache_dir=str(tmp_path / "new"))).ok
+
+
+def test_tars_of_another_program_are_indexed_and_streamed_on_s3(
+    bucket: str, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    tars = f"{bucket}/theirs"
+    options = {"task": "lowlight", "clean": "target.png", "degraded": "input.png", "workers": 1}
+    for shard in manifest.read(str(packed)).shards_of("lowlight"):
+        storage.upload(f"{packed}/{shard.name}", f"{tars}/{shard.name[9:]}")  # without the task
+    made = index(tars, **options)
+    assert made.counts == {"lowlight": 10} and len(made.shards) > 1
+    assert storage.list_names(tars)[-1] == manifest.NAME
+    data = config(tars, tmp_path / "cache", repeats={"lowlight": 1})
+    ours = config(str(packed), tmp_path / "no", repeats={"lowlight": 1})
+    theirs, mine = contents(data), contents(ours)
+    assert [picture for _, picture in theirs] == [picture for _, picture in mine]
+    assert inspect.inspect(tars, deep=True, workers=1, data=data).ok
+    # A tar that has changed since is named with the command that indexes it again.
+    name = made.shards[0].name
+    good = storage.read(f"{tars}/{name}")
+    storage.write(f"{tars}/{name}", good.replace(b'"height":48', b'"height":49'))
+    changed = dataclasses.replace(data, cache_dir=str(tmp_path / "fresh"), prefetch=0)
+    with pytest.raises(ValueError, match=rf"{name} failed .*`python -m shards.index '?{tars}/"):
+        contents(changed)
+    again = index(tars, **options)
+    assert again.fingerprint != made.fingerprint
+    assert contents(changed) == theirs
 
 
 def test_what_another_process_writes_to_s3_is_seen_at_once(bucket: str) -> None:
