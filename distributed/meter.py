@@ -16,28 +16,28 @@ class Meter:
     """Sums over the micro-batches of one rank since they were last taken."""
 
     def __init__(self, device: torch.device, *, counts: bool) -> None:
-        """Nothing yet; a rank whose work has no weight counts nothing."""
+        """Start at zero. `counts` is False for an idle rank: its work has no weight."""
         self._device, self._counts = device, counts
         self._usage: dict[str, Tensor] = {}
         self.step_keys: list[str] = []
         self.step_digests: list[int] = []
         self.damage: list[str] = []
-        """Samples of this step for which others stand, and what is wrong with them."""
+        """Corrupt samples of this step that were replaced, and what is wrong with them."""
         self.reset()
 
     def reset(self) -> None:
         """Begin the next point of the curves."""
         self._losses = torch.zeros(4, dtype=torch.float64, device=self._device)
         self.micro_batches = 0
-        self._data_wait = 0.0
+        self.wait_s = 0.0
         self.started = time.perf_counter()
 
     def waited(self, seconds: float) -> None:
         """Count time spent waiting for a batch."""
-        self._data_wait += seconds
+        self.wait_s += seconds
 
     def add(self, losses: Losses, restoration: Restoration, batch: Batch) -> None:
-        """Count one micro-batch; stays on the device, so that nobody waits for it."""
+        """Count one micro-batch on the device, without waiting for it."""
         if not self._counts:
             return
         of_one = torch.stack([*(loss.detach() for loss in losses), losses.total.new_ones(())])
@@ -54,9 +54,8 @@ class Meter:
             )
 
     def sums(self) -> Tensor:
-        """Total, l1 and balance loss, micro-batches, seconds of waiting: (5,) float64."""
-        wait = torch.tensor([self._data_wait], dtype=torch.float64, device=self._device)
-        return torch.cat([self._losses, wait])
+        """Total, l1 and balance loss, and micro-batches: (4,) float64 on the device."""
+        return self._losses.clone()
 
     def end_step(self) -> tuple[list[str], list[int]]:
         """Names and crc32 of the micro-batches of the step that ends."""
@@ -70,10 +69,10 @@ class Meter:
         own = {library: chosen.tolist() for library, chosen in self._usage.items()}
         gathered: list[dict[str, list[float]]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(gathered, own)
-        told = [part for part in gathered if part]
+        counted = [part for part in gathered if part]
         usage = {
-            library: [sum(experts) for experts in zip(*(p[library] for p in told), strict=True)]
-            for library in (told[0] if told else {})
+            library: [sum(experts) for experts in zip(*(p[library] for p in counted), strict=True)]
+            for library in (counted[0] if counted else {})
         }
         self._usage = {}
         return usage

@@ -28,6 +28,7 @@ from distributed.engine import (
 )
 from distributed.environment import keep_environment, record_environment
 from distributed.evaluate import write
+from distributed.exchange import Exchange, Step, StepSums, curve_point
 from distributed.guard import (
     GoBackError,
     RateWatch,
@@ -92,7 +93,9 @@ class Session:
         self._stream = TrainStream(self.config.data, self.config.seed)
 
         card = card_of(self.device)
-        predicted = None if card is None else predict_fit(self.config, self.world, card)
+        # Counting what a step takes lasts seconds: only where something depends on it.
+        depends = card is not None and self.config.engine.activation_checkpointing == "auto"
+        predicted = predict_fit(self.config, self.world, card) if card and depends else None
         decisions = decide(self.config, self.world, card, predicted)
         if decisions.deterministic.choice == "on":
             use_deterministic_algorithms()
@@ -126,8 +129,6 @@ class Session:
         self._rates = RateWatch(guarded_optimizer(self.engine))
         self.samples = self._skips.behind(state.samples if state else 0)
         self.updates = state.updates if state else 0
-        self.updated = False
-        """Whether the last step changed the weights."""
         self._consumed = state.consumed if state else ""
         self._best = state.best if state else None
         self._validations = list(state.validations) if state else []
@@ -135,7 +136,9 @@ class Session:
         self._mlflow_run_id = settings["tracking"].id or None
 
         self.meter = Meter(self.device, counts=not self._idle)
-        self._sums_before = [0.0] * 5
+        self._late = self.device.type == "cuda"
+        self._exchange = Exchange(self.device, late=self._late)
+        self._losses_before = [0.0] * Exchange.LOSSES
         self._damaged = 0
         self.stop_reason = ""
         self._tiling: Tiling | None = None
@@ -212,13 +215,19 @@ class Session:
         dist.all_reduce(flat)
 
     def count_step(self) -> None:
-        """Count the samples of the step, and the update unless it was skipped as not finite."""
+        """Count the samples of the step, and let the average follow if it updated the weights."""
         self.samples += self.config.recipe.global_batch
-        self.updated = guarded_optimizer(self.engine).updates > self.updates
-        self.updates += self.updated
+        optimizer = guarded_optimizer(self.engine)
+        if self._late:
+            self.average.update_on_device(optimizer)
+        elif optimizer.applied.item():
+            self.average.update(self.updates + 1)
 
     def report(self, lr: float) -> None:
-        """Exchange the sums of the step, look at them, and show where the run is.
+        """Add up over the ranks, look at the numbers, and show where the run is.
+
+        On a GPU the numbers are those of the step before, except where something else follows
+        that depends on them.
 
         Args:
             lr: learning rate of the step.
@@ -229,20 +238,34 @@ class Session:
         """
         if self._started is not None:
             seconds, self._started = time.perf_counter() - self._started, None
-            self._reporter.say(f"first step after {seconds:.1f} s of the workers' start")
-        sums, stops, digests, keys = self._exchange()
+            self._reporter.say(f"first step {seconds:.1f} s after the worker started")
+        self._start_exchange(lr)
         self._reporter.step_made()
-        if stops:
+        every = self.config.every
+        needed = self.samples >= self._end or any(
+            interval and self._crossed(interval) for interval in (every.validate, every.checkpoint)
+        )
+        for step, sums in self._exchange.finished(everything=needed):
+            self._account(step, sums)
+        if self.stop_reason:
+            for step, sums in self._exchange.finished(everything=True):
+                self._account(step, sums)
+
+    def _account(self, step: Step, sums: StepSums) -> None:
+        """Note what a step did, and what was wrong with it."""
+        self.updates += sums.updated
+        self._count_damage(sums.damaged)
+        if sums.stops:
             self.stop_reason = self._reporter.stop_reason or "asked to stop"
-        self._log_consumed(digests)
-        self._guard(sums, keys)
-        metrics = self._metrics(sums, lr)
-        self._reporter.update({"samples": self.samples, **metrics})
-        if self._crossed(self.config.every.log) or self.over:
+        self._log_consumed(step, sums.digests)
+        self._guard(step, sums)
+        skipped = step.samples // self.config.recipe.global_batch - self.updates
+        metrics = curve_point(step, sums, world=self.world, skipped=skipped)
+        self._reporter.update({"samples": step.samples, **metrics})
+        if step.ends_point or self.stop_reason:
             if self._tracker:
-                self._tracker.metrics(metrics, self.samples)
-            self.meter.reset()
-            self._sums_before = [0.0] * 5
+                self._tracker.metrics(metrics, step.samples)
+            self._losses_before = [0.0] * Exchange.LOSSES
 
     @property
     def validation_is_due(self) -> bool:
@@ -298,32 +321,29 @@ class Session:
         dist.broadcast_object_list(found, src=0)
         return found[0]
 
-    def _exchange(self) -> tuple[list[float], bool, list[int], list[str]]:
-        """The one exchange among the ranks after each step.
-
-        Returns:
-            Sums of the losses since the last point of the curves, over all ranks; whether to stop;
-            crc32 of all micro-batches of the step, in order; names of this rank's samples.
-        """
-        damage = self.meter.damage
-        for what in damage:
-            self._note(
-                f"rank {self.rank}: replaced a corrupt sample: {what}",
-                from_any_rank=True,
-            )
-        keys, own = self.meter.end_step()
-        digests = torch.zeros(self.config.recipe.micro_batches, dtype=torch.float64)
-        digests[self._first_micro_batch : self._first_micro_batch + len(own)] = torch.tensor(
-            own,
-            dtype=torch.float64,  # holds 32 bits exactly
+    def _start_exchange(self, lr: float) -> None:
+        meter, recipe = self.meter, self.config.recipe
+        for what in meter.damage:
+            self._note(f"rank {self.rank}: replaced a corrupt sample: {what}", from_any_rank=True)
+        damaged = len(meter.damage)
+        keys, own = meter.end_step()
+        digests = [0] * recipe.micro_batches
+        digests[self._first_micro_batch : self._first_micro_batch + len(own)] = own
+        ends_point = self.samples >= self._end or self._crossed(self.config.every.log)
+        # Rank 0 is never idle, and only what rank 0 counts is shown.
+        seen = meter.micro_batches * self._sharing * recipe.micro_batch
+        seconds = time.perf_counter() - meter.started
+        self._exchange.start(
+            Step(self.samples, lr, keys, ends_point, seen, seconds),
+            meter.sums(),
+            guarded_optimizer(self.engine).applied,
+            wait_s=meter.wait_s,
+            stops=bool(self._reporter.stop_reason),
+            damaged=damaged,
+            digests=digests,
         )
-        wants_stop = bool(self._reporter.stop_reason)
-        counts = torch.tensor([wants_stop, len(damage)], dtype=torch.float64)
-        told = torch.cat([self.meter.sums(), torch.cat([counts, digests]).to(self.device)])
-        dist.all_reduce(told)
-        sums, (stops, damaged, *crcs) = told[:5].tolist(), told[5:].tolist()
-        self._count_damage(int(damaged))
-        return sums, bool(stops), [int(crc) for crc in crcs], keys
+        if ends_point:
+            meter.reset()
 
     def _count_damage(self, damaged: int) -> None:
         """Of all ranks, so that the budget does not depend on their number."""
@@ -336,14 +356,14 @@ class Session:
                 f"see all damage by `python -m shards.inspect {self.config.data.train}`",
             )
 
-    def _log_consumed(self, digests: list[int]) -> None:
+    def _log_consumed(self, step: Step, digests: list[int]) -> None:
         """Add the step to the chained digest, and to the log of consumed samples."""
         self._consumed = chain(self._consumed, digests)
         if self.rank == 0:
             with (self._local / CONSUMED).open("ab") as file:
-                file.write(log_line(self.samples, self._consumed, digests, time.time()))
+                file.write(log_line(step.samples, self._consumed, digests, time.time()))
 
-    def _guard(self, sums: list[float], keys: list[str]) -> None:
+    def _guard(self, step: Step, sums: StepSums) -> None:
         """Look at the numbers of the step, name what is wrong, and go back if need be."""
         if self._name_unused is not None:
             unused = self._name_unused()
@@ -352,39 +372,39 @@ class Session:
                 self._note(f"warning: no gradient ever reaches {describe_samples(unused)}")
         if self._rates.falls_to_zero():
             self._note(
-                f"warning: the learning rate is 0 at {self.samples:,} samples, though the recipe "
+                f"warning: the learning rate is 0 at {step.samples:,} samples, though the recipe "
                 f"asks for up to {self.config.recipe.lr:g} (recipe.lr) until its end"
             )
-        before, self._sums_before = self._sums_before, sums
-        micro_batches = sums[3] - before[3]
-        loss = (sums[0] - before[0]) / micro_batches if micro_batches else math.nan
+        before, self._losses_before = self._losses_before, sums.losses
+        micro_batches = sums.losses[3] - before[3]
+        loss = (sums.losses[0] - before[0]) / micro_batches if micro_batches else math.nan
         spike = self._spikes.is_spike(loss)
-        if self.updated and not spike:
+        if sums.updated and not spike:
             self._skips.after_step(0, 0, skipped=False)
             return
         gathered: list[list[str]] = [[] for _ in range(self.world)]
-        dist.all_gather_object(gathered, keys)
+        dist.all_gather_object(gathered, step.keys)
         named = describe_samples([key for part in gathered for key in part])
-        first = self.samples - self.config.recipe.global_batch
+        first = step.samples - self.config.recipe.global_batch
         if spike:
-            self._note(f"loss {loss:.4f} stands out at {self.samples:,} samples: {named}")
-        if self.updated:
+            self._note(f"loss {loss:.4f} stands out at {step.samples:,} samples: {named}")
+        if sums.updated:
             return
         self._note(
-            f"update skipped on all ranks at {self.samples:,} samples, a gradient is not finite: "
+            f"update skipped on all ranks at {step.samples:,} samples, a gradient is not finite: "
             f"{named}"
         )
-        if self._skips.after_step(first, self.samples, skipped=True):
-            self._go_back()
+        if self._skips.after_step(first, step.samples, skipped=True):
+            self._go_back(step.samples)
 
-    def _go_back(self) -> None:
-        told = f"{self.config.guard.skips_in_a_row} updates in a row were skipped"
+    def _go_back(self, samples: int) -> None:
+        reason = f"{self.config.guard.skips_in_a_row} updates in a row were skipped"
         if self.rank == 0:
-            first, behind = self._skips.pass_over(self.samples)
-            self._note(f"{told}; going back, leaving out samples {first:,} to {behind:,}")
+            first, behind = self._skips.pass_over(samples)
+            self._note(f"{reason}; going back, leaving out samples {first:,} to {behind:,}")
             time.sleep(1.0)  # until the line is on its way
         dist.barrier()
-        raise GoBackError(f"{told} up to {self.samples:,} samples (guard.skips_in_a_row)")
+        raise GoBackError(f"{reason} up to {samples:,} samples (guard.skips_in_a_row)")
 
     def _note(self, line: str, *, from_any_rank: bool = False) -> None:
         """Show a line, and keep it among the events that MLflow gets."""
@@ -403,22 +423,6 @@ class Session:
             self._reporter.say(f"{name}: {decision.choice} ({decision.reason})")
         if found:
             self._note(f"resumed from checkpoint {found.name}: {self.samples:,} samples")
-
-    def _metrics(self, sums: list[float], lr: float) -> dict[str, float]:
-        total, l1, balance, counted, data_wait = sums
-        counted = counted or math.nan  # all skipped
-        # Rank 0 shares the work always; what another rank would say here is shown to nobody.
-        samples = self.meter.micro_batches * self._sharing * self.config.recipe.micro_batch
-        seconds = time.perf_counter() - self.meter.started
-        return {
-            "train/loss": total / counted,
-            "train/l1": l1 / counted,
-            "train/balance": balance / counted,
-            "train/learning_rate": lr,
-            "train/skipped_updates": self.samples // self.config.recipe.global_batch - self.updates,
-            "speed/samples_per_s": samples / seconds,
-            "speed/data_wait": min(1.0, data_wait / self.world / seconds),
-        }
 
     def _averaged_weights(self) -> dict[str, Tensor]:
         with self.average.in_place():
@@ -440,7 +444,7 @@ class Session:
             return
         report, grids = done
         mean = report.mean.restored_psnr
-        self._best = max(self._best or mean, mean)
+        self._best = mean if self._best is None else max(self._best, mean)
         self._validations.append((self.samples, mean))
         self._validation = {"at": self.samples, "psnr": mean, "report": report.as_dict()}
         self._warn_of_idle_experts()

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from distributed.engine import set_learning_rate
+from distributed.exchange import to_device
 from distributed.schedule import learning_rate
 from distributed.session import Session
 from measnet.frequency import commit_statistics
@@ -33,16 +34,14 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
         for micro_batch in session.micro_batches:
             batch = next(batches)
             noise = gate_noise(config.seed, session.step, micro_batch, device)
-            restoration = engine(batch.degraded.to(device), generator=noise)
-            clean = batch.clean.to(device)
+            restoration = engine(to_device(batch.degraded, device), generator=noise)
+            clean = to_device(batch.clean, device)
             losses = restoration_loss(restoration, clean, config.recipe.balance_weight)
             engine.backward(losses.total * session.loss_weight)
             engine.step()  # DeepSpeed updates the weights at the last micro-batch of the step
             session.meter.add(losses, restoration, batch)
         commit_statistics(engine.module, reduce=session.sum_statistics)
-        session.count_step()
-        if session.updated:
-            session.average.update(session.updates)
+        session.count_step()  # the average of the weights follows
         session.report(lr)
         if session.validation_is_due:
             session.validate()
