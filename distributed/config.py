@@ -104,6 +104,9 @@ class EngineConfig:
     activation_checkpointing: Literal["auto", "on", "off"] = "auto"
     """Compute transformer blocks again in the backward pass: less memory, about a third more time.
     `auto`: on where the micro-batch would not fit on the GPU otherwise."""
+    cuda_graphs: Literal["auto", "off"] = "auto"
+    """Forward and backward pass of a micro-batch as one CUDA graph, so that the GPU does not wait
+    for the host. `auto`: on a GPU, wherever it is possible; the log says why not."""
     deterministic: Literal["on", "off"] = "off"
     """`on`: only algorithms that repeat to the bit, so that a resumed run on a GPU equals an
     undisturbed one exactly; slower. A CPU repeats anyway."""

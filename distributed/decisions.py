@@ -6,7 +6,10 @@ tested over a table of machines.
 
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import torch
+
 from distributed.config import EngineConfig, Recipe, ScalingConfig, TrainConfig
+from measnet.experts import resolve_path
 from measnet.hardware import Card, Decision, Machine
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ class Decisions(NamedTuple):
     accumulation: Decision
     zero: Decision
     deterministic: Decision
+    kernels: Decision
+    graphs: Decision
 
 
 def training_device(scaling: ScalingConfig, gpus: float, machine: Machine | None) -> TrainingDevice:
@@ -149,11 +154,55 @@ def choose_deterministic(engine: EngineConfig) -> Decision:
     return Decision("off", "a GPU may round differently each time; engine.deterministic on")
 
 
+def choose_graphs(
+    config: TrainConfig, *, on_gpu: bool, compiled: bool, checkpointing: bool, kernels: str
+) -> Decision:
+    """Whether a micro-batch is one CUDA graph.
+
+    Args:
+        config: of the run.
+        on_gpu: whether it trains on a GPU.
+        compiled: whether blocks are compiled.
+        checkpointing: whether blocks are computed again in the backward pass.
+        kernels: what computes the operations, `triton` or `torch`.
+    """
+    engine, model = config.engine, config.model
+    if not on_gpu:
+        return Decision("off", "the device is a CPU")
+    if engine.cuda_graphs == "off":
+        return Decision("off", "engine.cuda_graphs asks for it")
+    paths = [
+        resolve_path(model.expert_path, experts, top_k, torch.device("cuda"))
+        for experts, top_k in (
+            (model.pixel_experts, model.pixel_top_k),
+            (model.image_experts, model.image_top_k),
+        )
+    ]
+    hindrances = {
+        f"ZeRO stage {engine.zero_stage} exchanges weights or gradients within the passes": (
+            engine.zero_stage > 0
+        ),
+        "torch.compile is on": compiled,
+        "activation checkpointing is on": checkpointing,
+        "the gates of the variant official draw noise for each micro-batch": (
+            model.variant == "official"
+        ),
+        "the sorted path of the experts waits for the host": (
+            kernels != "triton" and "sorted" in paths
+        ),
+    }
+    for reason, hinders in hindrances.items():
+        if hinders:
+            return Decision("off", reason)
+    return Decision("on", "the host starts a micro-batch at once; engine.cuda_graphs off")
+
+
 def decide(
     config: TrainConfig,
     world: int,
     card: Card | None,
     predicted: "Fit | None" = None,
+    kernels: Decision | None = None,
 ) -> Decisions:
     """Resolve what the configuration leaves open.
 
@@ -162,15 +211,27 @@ def decide(
         world: number of workers.
         card: the GPU that a worker trains on; None trains on the CPU.
         predicted: see `choose_checkpointing`.
+        kernels: what computes the network's operations on this device.
     """
     engine = config.engine
+    kernels = kernels or Decision("torch", "nothing else is known of")
+    compile_ = choose_compile(engine.compile)
+    checkpointing = choose_checkpointing(
+        engine.activation_checkpointing, config.recipe.micro_batch, predicted
+    )
     return Decisions(
         precision=choose_precision(engine.precision, card),
-        compile=choose_compile(engine.compile),
-        checkpointing=choose_checkpointing(
-            engine.activation_checkpointing, config.recipe.micro_batch, predicted
-        ),
+        compile=compile_,
+        checkpointing=checkpointing,
         accumulation=choose_accumulation(config.recipe, world),
         zero=Decision(f"stage {engine.zero_stage}", "engine.zero_stage"),
         deterministic=choose_deterministic(engine),
+        kernels=kernels,
+        graphs=choose_graphs(
+            config,
+            on_gpu=card is not None,
+            compiled=compile_.choice == "on",
+            checkpointing=checkpointing.choice == "on",
+            kernels=kernels.choice,
+        ),
     )

@@ -230,6 +230,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
+RESUMED_S = 60.0
+"""Seconds until a resumed run sends to MLflow. Importing MLflow takes seconds of the worker's time;
+after a lost worker the run trains first."""
+
+
 class Tracker:
     """Metrics of one training run, held by rank 0 of its workers.
 

@@ -29,6 +29,7 @@ from distributed.engine import (
 from distributed.environment import keep_environment, record_environment
 from distributed.evaluate import write
 from distributed.exchange import Exchange, Step, StepSums, curve_point
+from distributed.graphs import graph_micro_batches
 from distributed.guard import (
     GoBackError,
     RateWatch,
@@ -41,7 +42,7 @@ from distributed.guard import (
 )
 from distributed.internals.deepspeed import version_warning
 from distributed.meter import Meter
-from distributed.mlflow_tracker import Tracker
+from distributed.mlflow_tracker import RESUMED_S, Tracker
 from distributed.progress import Reporter
 from distributed.sharded_state import (
     WeightAverage,
@@ -53,6 +54,7 @@ from distributed.validation import agree_on_tiling, validate
 from measnet.config import from_dict, to_dict
 from measnet.hardware import card_of
 from measnet.network import MEASNet
+from measnet.ops import cpu_library, gpu_library
 from measnet.tiling import Tiling
 from shards.reader import DamagedError
 from shards.stream import Batch, TrainStream
@@ -61,9 +63,6 @@ CONSUMED = "consumed.jsonl"
 """File of a run: a line per step, what was trained on."""
 EVENTS = "events.log"
 """File of a run: a line per thing that went wrong, and what was done about it."""
-RESUMED_S = 60.0
-"""Seconds until a resumed run sends to MLflow. Importing MLflow takes seconds of the worker's time;
-after a lost worker the run trains first."""
 
 
 class Session:
@@ -93,10 +92,11 @@ class Session:
         self._stream = TrainStream(self.config.data, self.config.seed)
 
         card = card_of(self.device)
-        # Counting what a step takes lasts seconds: only where something depends on it.
-        depends = card is not None and self.config.engine.activation_checkpointing == "auto"
-        predicted = predict_fit(self.config, self.world, card) if card and depends else None
-        decisions = decide(self.config, self.world, card, predicted)
+        # It counts for seconds what a step takes: only where something depends on it.
+        asked = self.config.engine.activation_checkpointing == "auto"
+        predicted = predict_fit(self.config, self.world, card) if card and asked else None
+        kernels = gpu_library.choice(self.device) if card else cpu_library.choice()
+        decisions = decide(self.config, self.world, card, predicted, kernels)
         if decisions.deterministic.choice == "on":
             use_deterministic_algorithms()
         self._accumulation = int(decisions.accumulation.choice)
@@ -120,6 +120,10 @@ class Session:
             model.load_state_dict(found.tensors("weights"))
         self._name_unused: Callable[[], list[str]] | None = watch_unused(model)
         self.engine = initialize(self.config, decisions, model)
+        made = graph_micro_batches(self.engine, self.config, decisions, self.loss_weight)
+        self.graph, decisions = made[0], decisions._replace(graphs=made[1])
+        if self.graph is not None:
+            self._name_unused = lambda unused=self.graph.unused: unused
         self.average = WeightAverage(self.engine, self.config.recipe.ema_decay)
         if found and state:
             load_optimizer_state(self.engine, found.tensors("optimizer"), state.updates)
@@ -348,8 +352,7 @@ class Session:
     def _count_damage(self, damaged: int) -> None:
         """Of all ranks, so that the budget does not depend on their number."""
         self._damaged += damaged
-        budget = self.config.data.corrupt_budget
-        if self._damaged > budget:
+        if self._damaged > (budget := self.config.data.corrupt_budget):
             raise DamagedError(
                 f"{self._damaged} samples were damaged since the start, more than "
                 f"data.corrupt_budget = {budget}",

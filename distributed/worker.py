@@ -33,11 +33,14 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
         set_learning_rate(engine, lr)
         for micro_batch in session.micro_batches:
             batch = next(batches)
-            noise = gate_noise(config.seed, session.step, micro_batch, device)
-            restoration = engine(to_device(batch.degraded, device), generator=noise)
-            clean = to_device(batch.clean, device)
-            losses = restoration_loss(restoration, clean, config.recipe.balance_weight)
-            engine.backward(losses.total * session.loss_weight)
+            degraded, clean = (to_device(one, device) for one in (batch.degraded, batch.clean))
+            if session.graph is not None:  # the same three lines as one CUDA graph
+                losses, restoration = session.graph(degraded, clean)
+            else:
+                noise = gate_noise(config.seed, session.step, micro_batch, device)
+                restoration = engine(degraded, generator=noise)
+                losses = restoration_loss(restoration, clean, config.recipe.balance_weight)
+                engine.backward(losses.total * session.loss_weight)
             engine.step()  # DeepSpeed updates the weights at the last micro-batch of the step
             session.meter.add(losses, restoration, batch)
         commit_statistics(engine.module, reduce=session.sum_statistics)

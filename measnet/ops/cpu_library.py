@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from measnet.hardware import Decision
 from measnet.ops.choice import acceleration_allowed
 
 
@@ -48,6 +49,13 @@ ADDRESSES = (
 _INDEX = {name: at for at, name in enumerate(ADDRESSES)}
 _STACKED = ("matrix", "plane", "kernel", "offset")
 """There are one to three of each, at addresses that follow each other."""
+
+
+def choice() -> Decision:
+    """`compiled` or `torch`: what computes the network's operations on this CPU."""
+    if not KERNELS:
+        return Decision("torch", "no C compiler at installation, or a CPU without AVX2; slower")
+    return Decision("compiled", f"measnet.ops, vectors of {max(KERNELS)} floats")
 
 
 def fits(x: Tensor, *weights: Tensor | None, heads: int = 1, out: int | None = None) -> bool:

@@ -1,0 +1,188 @@
+"""Forward and backward pass of a micro-batch as one CUDA graph.
+
+A step of the network starts some three thousand kernels, and the host needs longer to start them
+than the GPU to run them. A graph is started once. It adds the gradients of a micro-batch to those
+of the step, as eager passes do; DeepSpeed reduces them and updates the weights as usual.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distributed.config import TrainConfig
+from distributed.decisions import Decisions
+from measnet.hardware import Decision
+from measnet.losses import Losses, restoration_loss
+from measnet.network import MEASNet, Restoration
+
+WARM_UP = 3
+"""Passes before the capture: libraries choose their algorithms, and kernels are built."""
+AGREES = 0.02
+"""Largest relative difference of the gradients' norm between the graph and the eager pass."""
+
+
+class GraphError(RuntimeError):
+    """The graph could not be captured, or computes something else than the eager pass."""
+
+
+class MicroBatchGraph:
+    """Replays one micro-batch's forward and backward pass."""
+
+    def __init__(
+        self,
+        engine: Any,
+        *,
+        micro_batch: int,
+        crop: int,
+        bf16: bool,
+        balance_weight: float,
+        loss_weight: float,
+    ) -> None:
+        """Capture, and compare with an eager pass; weights and statistics stay as they are.
+
+        Args:
+            engine: DeepSpeed's, ZeRO stage 0, its network in training mode on the GPU.
+            micro_batch: pictures.
+            crop: their side in pixels.
+            bf16: whether autocast is on.
+            balance_weight: λ.
+            loss_weight: the gradients are those of the loss times this.
+
+        Raises:
+            GraphError: see there. Nothing is left behind; go on without a graph.
+        """
+        self._engine = engine
+        self._network: MEASNet = engine.module
+        self._bf16, self._balance_weight, self._loss_weight = bf16, balance_weight, loss_weight
+        device = next(self._network.parameters()).device
+        shape = (micro_batch, 3, crop, crop)
+        self._degraded, self._clean = (torch.rand(shape, device=device) for _ in range(2))
+        named = [(n, p) for n, p in self._network.named_parameters() if p.requires_grad]
+        self._parameters = [p for _, p in named]
+        self._gradients = [torch.zeros_like(p) for p in self._parameters]
+        statistics = _Kept(self._network)
+        try:
+            used = self._warm_up(device)
+            expected = self._norm()
+            self._replay, self._results = capture(self._pass)
+            self._start_at_zero()
+            self._replay()
+            found = self._norm()
+        except RuntimeError as error:  # also torch's errors of a device
+            raise GraphError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+        finally:
+            statistics.restore()
+            for parameter in self._parameters:
+                parameter.grad = None
+        if not abs(found - expected) <= AGREES * expected:
+            raise GraphError(f"its gradients have the norm {found:.4g}, not {expected:.4g}")
+        self.unused = [name for i, (name, _) in enumerate(named) if i not in used]
+        """Parameters that get no gradient."""
+
+    def __call__(self, degraded: Tensor, clean: Tensor) -> tuple[Losses, Restoration]:
+        """Add the gradients of a micro-batch; the results hold until the next call.
+
+        Args:
+            degraded: (m, 3, c, c) on the device, as many and as large as in the capture.
+            clean: the same.
+        """
+        if self._parameters[0].grad is None:  # DeepSpeed drops the gradients after an update
+            self._start_at_zero()
+        self._degraded.copy_(degraded)
+        self._clean.copy_(clean)
+        self._replay()
+        if dist.get_world_size() > 1:
+            self._engine.allreduce_gradients()  # at the last micro-batch of a step
+        return self._results
+
+    def _pass(self) -> tuple[Losses, Restoration]:
+        device = self._degraded.device.type
+        # Weights must be cast in each replay, so none is taken from autocast's cache.
+        with torch.autocast(device, torch.bfloat16, enabled=self._bf16, cache_enabled=False):
+            restoration = self._network(self._degraded)
+        losses = restoration_loss(restoration, self._clean, self._balance_weight)
+        loss = losses.total * self._loss_weight
+        gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        self._used = [i for i, one in enumerate(gradients) if one is not None]
+        torch._foreach_add_(
+            [self._gradients[i] for i in self._used], [one for one in gradients if one is not None]
+        )
+        detached = Losses(*(one.detach() for one in losses))
+        return detached, restoration._replace(image=restoration.image.detach())
+
+    def _warm_up(self, device: torch.device) -> Sequence[int]:
+        """Eager passes, of which the last one's gradients are left."""
+        with side_stream(device):
+            for _ in range(WARM_UP):
+                torch._foreach_zero_(self._gradients)
+                self._pass()
+        return self._used
+
+    def _start_at_zero(self) -> None:
+        torch._foreach_zero_(self._gradients)
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+
+    def _norm(self) -> float:
+        return torch.nn.utils.get_total_norm(self._gradients).item()
+
+
+class _Kept:
+    """Buffers of a network as they were: passes that train nothing must not move statistics."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._buffers = [(one, one.clone()) for one in network.buffers()]
+
+    def restore(self) -> None:
+        for buffer, kept in self._buffers:
+            buffer.copy_(kept)
+
+
+@contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """Within it work runs beside the default stream, as torch asks for before a capture."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def capture(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """Run nothing now; what starts `function`'s kernels once more, and its results, which each
+    start writes anew."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = function()
+    return graph.replay, results
+
+
+def graph_micro_batches(
+    engine: Any, config: TrainConfig, decisions: Decisions, loss_weight: float
+) -> tuple[MicroBatchGraph | None, Decision]:
+    """A graph where `decisions` want one; or none, and why.
+
+    Args:
+        engine: see `MicroBatchGraph`.
+        config: of the run.
+        decisions: of the run.
+        loss_weight: of this rank's micro-batches in their sum over the step.
+    """
+    if decisions.graphs.choice == "off":
+        return None, decisions.graphs
+    try:
+        graph = MicroBatchGraph(
+            engine,
+            micro_batch=config.recipe.micro_batch,
+            crop=config.data.crop,
+            bf16=decisions.precision.choice == "bf16",
+            balance_weight=config.recipe.balance_weight,
+            loss_weight=loss_weight / int(decisions.accumulation.choice),
+        )
+    except GraphError as error:
+        return None, Decision("off", f"it cannot be captured here ({error}); training goes on")
+    return graph, decisions.graphs
