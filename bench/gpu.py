@@ -18,11 +18,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import gpu_counts, gpu_operations
 from bench.gpu_steps import Training, build
@@ -145,8 +148,10 @@ def infer(device: torch.device, side: int, preset: str, steps: int) -> Iterator[
                 times[label] = _median(run, steps, device)
                 if device.type == "cuda":
                     peaks[label] = torch.cuda.max_memory_allocated() / GIB
-            exact = restored if precision == "fp32" and not accelerated else exact
-            kept = restored if accelerated else kept  # noqa: F821  # set in the first round
+            if accelerated:
+                kept = restored
+            elif precision == "fp32":
+                exact = restored
         assert exact is not None
         found = {f"{label}ms": ms * 1e3 for label, ms in times.items()}
         found |= {f"{label}peak_gib": peak for label, peak in peaks.items()}
@@ -231,11 +236,12 @@ def main() -> int:
         title("operations, forward and backward, bf16")
         for name, found in gpu_operations.measure(device, given.steps, small=given.small):
             add("operations", name, found)
-    if "system" in given.sections and not given.small:
+    if "system" in given.sections:
         from bench.gpu_system import run_system
 
         title("training in distributed.train")
-        for name, found in run_system():
+        steps = 12 if given.small else 60
+        for name, found in run_system(steps=steps, small=given.small, device=device.type):
             add("cases", name, found)
     if "counts" in given.sections:
         title("one step of paper 8x128 bf16, counted and not measured")

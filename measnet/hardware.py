@@ -22,6 +22,38 @@ DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 """Where Linux tells the version of the NVIDIA driver that is loaded."""
 
 
+class Peak(NamedTuple):
+    """What a card can do at most, by its maker's data sheet."""
+
+    tflops: float
+    """Dense products of bf16, accumulated in fp32; 10¹² operations a second."""
+    gb_per_s: float
+    """Of its memory; 10⁹ bytes a second."""
+
+
+PEAKS = {
+    "H100 PCIe": Peak(756, 2000),
+    "H100": Peak(989, 3350),
+    "H200": Peak(989, 4800),
+    "B200": Peak(2250, 8000),
+    "A100-SXM4-80GB": Peak(312, 2039),
+    "A100 80GB PCIe": Peak(312, 1935),
+    "A100": Peak(312, 1555),
+    "L40S": Peak(362, 864),
+    "L4": Peak(121, 300),
+    "A10G": Peak(70, 600),
+    "RTX 5090": Peak(209, 1792),
+    "RTX 4090": Peak(165, 1008),
+    "RTX 3090": Peak(71, 936),
+}
+"""Part of the name that the driver gives -> its peak; the first that fits counts."""
+
+
+def peak(name: str) -> Peak | None:
+    """Of a card, by the driver's name for it; None if it is not known."""
+    return next((found for part, found in PEAKS.items() if part in name), None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Card:
     """One GPU."""

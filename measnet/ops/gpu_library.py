@@ -169,6 +169,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         kernel[grid](*args, **constants)
 
 
+def start(again: Launch) -> None:
+    """Run a kernel once more with what it was started with."""
+    again.kernel[again.grid](*again.arguments, **again.constants)
+
+
 def products(dtype: torch.dtype) -> str:
     """How a product of fp32 tiles is computed: as three of TF32, which keeps fp32's accuracy."""
     return "tf32x3" if dtype == torch.float32 else "tf32"

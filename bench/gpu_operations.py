@@ -1,0 +1,169 @@
+"""Operations of the network on a GPU, each beside torch's own, and the kernels that it starts."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from measnet.experts import PixelExperts
+from measnet.frequency import PictureExperts
+from measnet.hardware import peak
+from measnet.ops import gpu_library
+from measnet.ops.attention import residual_attention
+from measnet.ops.choice import torch_only
+from measnet.ops.feed_forward import residual_feed_forward
+from measnet.ops.gpu_library import Launch
+from measnet.ops.low_pass import low_pass
+from measnet.transformer import TransformerBlock
+
+SIZES = {48: (128, 1), 96: (128, 2), 192: (32, 4), 384: (16, 8)}
+"""Channels -> side and heads, at crops of 128."""
+BATCH = 8
+Step = Callable[[], None]
+
+
+def operations(device: torch.device, *, small: bool) -> Iterator[tuple[str, Step]]:
+    """Name -> a forward and backward pass in bf16."""
+    batch = 1 if small else BATCH
+    for channels, (full, heads) in SIZES.items():
+        if small and channels > 48:
+            return
+        side = 16 if small else full
+        torch.manual_seed(0)
+        block = TransformerBlock(channels, heads, 2.66).to(device)
+
+        def attention(x: Tensor, block: TransformerBlock = block) -> Tensor:
+            return residual_attention(x, block.norm1, block.attention)
+
+        def feed_forward(x: Tensor, block: TransformerBlock = block) -> Tensor:
+            return residual_feed_forward(x, block.norm2, block.feed_forward)
+
+        size = (batch, side, side, channels)
+        where = f"{channels}@{side}"
+        yield f"attention {where}", _step(attention, block, size, device)
+        yield f"feed-forward {where}", _step(feed_forward, block, size, device)
+        if channels <= 192:
+            sizes: dict[str, Any] = {"experts": 6, "top_k": 2, "expansion": 2.66}
+            library = PixelExperts(channels, **sizes, prompt_length=256, path="dense").to(device)
+            prompt = torch.randn(batch, 256, device=device)
+
+            def select(x: Tensor, library: Any = library, prompt: Tensor = prompt) -> Tensor:
+                routed = library(x, prompt)
+                return routed.features + routed.balance
+
+            yield f"pixel experts {where}", _step(select, library, size, device)
+        if 48 < channels <= 192:
+            ensemble = PictureExperts(channels, experts=5, top_k=2, path="dense").to(device)
+            taps = nn.Parameter(torch.rand(batch, channels, 9, device=device))
+
+            def split(x: Tensor, taps: Tensor = taps) -> Tensor:
+                low, high = low_pass(x, taps.to(x.dtype))
+                return low + 2 * high
+
+            def mix(x: Tensor, ensemble: Any = ensemble) -> Tensor:
+                return ensemble(x)[0]
+
+            yield f"low pass {where}", _step(split, nn.ParameterList([taps]), size, device)
+            yield f"picture experts {where}", _step(mix, ensemble, size, device)
+
+
+def _step(
+    function: Callable[[Tensor], Tensor],
+    weights: nn.Module,
+    size: tuple[int, ...],
+    device: torch.device,
+) -> Step:
+    x = torch.randn(size, device=device, dtype=torch.bfloat16, requires_grad=True)
+    wanted = torch.randn_like(x)
+    inputs = (x, *weights.parameters())
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            out = function(x)
+        torch.autograd.grad(out, inputs, wanted.to(out.dtype), allow_unused=True)
+
+    return step
+
+
+def measure(
+    device: torch.device, repeats: int, *, small: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each operation, and below it the kernels that it starts."""
+    for name, step in operations(device, small=small):
+        ms = milliseconds(step, repeats, device)
+        with torch_only():
+            plain = milliseconds(step, repeats, device)
+        with gpu_library.counting() as launches:
+            step()
+        moved = sum(one.bytes for one in launches)
+        yield name, {"ms": ms, "plain_ms": plain, **_traffic(moved, ms)}
+        if device.type == "cuda":
+            yield from _kernels(name, launches, repeats, device)
+
+
+def _kernels(
+    operation: str, launches: list[Launch], repeats: int, device: torch.device
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The time of each kernel by itself, started again with what it was started with."""
+    for number, one in enumerate(launches):
+        ms = milliseconds(lambda one=one: gpu_library.start(one), repeats, device)
+        yield f"{operation} / {number} {one.name.strip('_')}", {"ms": ms, **_traffic(one.bytes, ms)}
+
+
+def _traffic(moved: int, ms: float) -> dict[str, float]:
+    """What must be moved at least, per second, and as a share of what the card can."""
+    if not moved:
+        return {}
+    found = {"gb_per_s": moved / ms / 1e6}
+    card = peak(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return found | ({"share": found["gb_per_s"] / card.gb_per_s} if card else {})
+
+
+def milliseconds(step: Step, repeats: int, device: torch.device) -> float:
+    """Median; on a GPU between two events on the device, with the cache for L2 as it is."""
+    for _ in range(3):
+        step()
+    times = []
+    for _ in range(repeats):
+        if device.type != "cuda":
+            start = time.perf_counter()
+            step()
+            times.append((time.perf_counter() - start) * 1e3)
+            continue
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        step()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+CHOICES = {
+    "ROWS": (8, 16, 32),
+    "COLUMNS": (16, 32),
+    "CHANNELS": (32, 64),
+    "WARPS": (4, 8),
+}
+"""Tile sizes of the kernels that slide down rows, which `tune` tries one after the other."""
+
+
+def tune(device: torch.device, repeats: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Milliseconds of a block of 96 channels with each of `CHOICES`, the others as they are."""
+    from measnet.ops.gpu import correlation, depthwise
+
+    block = TransformerBlock(96, 2, 2.66).to(device)
+    step = _step(block, block, (BATCH, 128, 128, 96), device)
+    for name, values in CHOICES.items():
+        usual = getattr(depthwise, name)
+        for value in values:
+            modules = [one for one in (depthwise, correlation) if hasattr(one, name)]
+            for module in modules:
+                setattr(module, name, value)
+            with contextlib.ExitStack() as stack:
+                stack.callback(lambda: [setattr(m, name, usual) for m in modules])  # noqa: B023
+                yield f"{name} {value}", {"ms": milliseconds(step, repeats, device)}
