@@ -150,8 +150,11 @@ class GuardedAdam(torch.optim.Adam):
         self._update()
 
 
-def predict_fit(config: TrainConfig, world: int, card: Card) -> Fit:
-    """What a micro-batch needs of `card`, without and if need be with activation checkpointing."""
+def predict_fit(config: TrainConfig, world: int, card: Card, *, kernels: bool = False) -> Fit:
+    """What a micro-batch needs of `card`, without and if need be with activation checkpointing.
+
+    `kernels`: Triton's compute there, which keep less than torch's operations.
+    """
     state = state_bytes(
         parameter_count(config.model),
         zero_stage=config.engine.zero_stage,
@@ -167,6 +170,7 @@ def predict_fit(config: TrainConfig, world: int, card: Card) -> Fit:
         if choose_precision(config.engine.precision, card).choice == "bf16"
         else "fp32",
         state=state,
+        kernels=kernels,
     )
 
 

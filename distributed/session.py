@@ -92,10 +92,11 @@ class Session:
         self._stream = TrainStream(self.config.data, self.config.seed)
 
         card = card_of(self.device)
-        # It counts for seconds what a step takes: only where something depends on it.
-        asked = self.config.engine.activation_checkpointing == "auto"
-        predicted = predict_fit(self.config, self.world, card) if card and asked else None
         kernels = gpu_library.choice(self.device) if card else cpu_library.choice()
+        # It counts for seconds what a step takes: only where something depends on it.
+        asked = card if self.config.engine.activation_checkpointing == "auto" else None
+        fused = kernels.choice == "triton"
+        predicted = predict_fit(self.config, self.world, asked, kernels=fused) if asked else None
         decisions = decide(self.config, self.world, card, predicted, kernels)
         if decisions.deterministic.choice == "on":
             use_deterministic_algorithms()

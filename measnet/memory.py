@@ -22,6 +22,7 @@ from measnet.experts import resolve_path
 from measnet.hardware import Card
 from measnet.losses import restoration_loss
 from measnet.network import MEASNet
+from measnet.ops import gpu_library
 from measnet.ops.choice import torch_only
 
 RESERVE = 0.9
@@ -143,6 +144,7 @@ def predict(
     checkpointing: bool = False,
     device: Where = "cuda",
     state: int | None = None,
+    kernels: bool = False,
 ) -> Memory:
     """Memory of training, from the tensors that live in two small steps.
 
@@ -155,9 +157,13 @@ def predict(
         checkpointing: recompute the transformer blocks.
         device: a GPU keeps other tensors than a CPU: other kernels, other types under autocast.
         state: bytes that live all the time; `state_bytes` of one worker where None.
+        kernels: Triton's kernels compute on the GPU, not torch; they keep less. Counted by torch
+            where Triton is not installed.
     """
     sizes = META_PROBES if device == "cuda" else PROBES
-    small, large = (_step(config, precision, checkpointing, device, *size) for size in sizes)
+    small, large = (
+        _step(config, precision, checkpointing, device, *size, kernels) for size in sizes
+    )
     pixels = [batch * crop * crop for batch, crop in sizes]
     per_pixel = (large - small) / (pixels[1] - pixels[0])
     constant = max(0.0, small - per_pixel * pixels[0])
@@ -212,6 +218,7 @@ def _step(
     device: Where,
     batch: int,
     crop: int,
+    kernels: bool = False,
 ) -> int:
     """The most bytes that live in a forward and backward pass, besides weights and gradients."""
     if device == "cuda":
@@ -223,7 +230,8 @@ def _step(
         parameter.grad = torch.zeros_like(parameter)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     as_on_gpu, count = (CudaAutocast(), _LiveOnMeta) if device == "cuda" else (nullcontext(), _Live)
-    with count([*model.parameters(), *model.buffers(), *gradients]) as live:
+    computed_by = gpu_library.stand_in("meta") if kernels else nullcontext()
+    with computed_by, count([*model.parameters(), *model.buffers(), *gradients]) as live:
         with as_on_gpu, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             restoration = model(image)
         total = restoration_loss(restoration, image, 1e-4).total
@@ -297,6 +305,7 @@ def fit(
     crop: int,
     precision: Precision,
     state: int | None = None,
+    kernels: bool = False,
 ) -> Fit:
     """Try the micro-batch without activation checkpointing, then with it.
 
@@ -310,13 +319,14 @@ def fit(
         crop: height and width of the samples.
         precision: see `predict`.
         state: see `predict`.
+        kernels: see `predict`.
     """
     held = state_bytes(parameter_count(config)) if state is None else state
     usable, checkpointing = RESERVE * card.memory, False
-    step = _step(config, precision, checkpointing, "cuda", micro_batch, crop)
+    step = _step(config, precision, checkpointing, "cuda", micro_batch, crop, kernels)
     if held + step > usable:
         checkpointing = True
-        step = _step(config, precision, checkpointing, "cuda", micro_batch, crop)
+        step = _step(config, precision, checkpointing, "cuda", micro_batch, crop, kernels)
     fits = held + step <= usable
     largest = max(0, int((usable - held) * micro_batch / step))
     return Fit(checkpointing if fits else None, held + step, usable, largest)
@@ -342,13 +352,16 @@ def parse_bytes(text: str) -> float:
 
 
 def memory_table(config: ModelConfig, budget: float, crop: int, precision: Precision) -> str:
-    """The largest micro-batch with and without activation checkpointing, on a GPU."""
+    """The largest micro-batch with and without activation checkpointing, on a GPU.
+
+    Counted for Triton's kernels, which cards from compute capability 8.0 on have.
+    """
     lines = [
         f"training with {precision} on crops of {crop}×{crop}; {RESERVE:.0%} of the memory is used",
         f"{'checkpointing':<16}{'state GiB':>12}{'GiB a sample':>14}{'largest micro-batch':>21}",
     ]
     for checkpointing in (False, True):
-        memory = predict(config, precision=precision, checkpointing=checkpointing)
+        memory = predict(config, precision=precision, checkpointing=checkpointing, kernels=True)
         sample = memory.per_pixel * crop * crop / 2**30
         batch = largest_micro_batch(memory, budget, crop)
         name = "on" if checkpointing else "off"
@@ -378,7 +391,14 @@ def cards_table(config: ModelConfig, crop: int, cards: Sequence[Card] = CARDS) -
         precision: Precision = "bf16" if card.has_bf16 else "fp32"
         batches = [
             largest_micro_batch(
-                predict(config, precision=precision, checkpointing=checkpointing), card.memory, crop
+                predict(
+                    config,
+                    precision=precision,
+                    checkpointing=checkpointing,
+                    kernels=card.capability >= gpu_library.LEAST_CAPABILITY,
+                ),
+                card.memory,
+                crop,
             )
             for checkpointing in (False, True)
         ]

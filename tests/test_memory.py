@@ -52,6 +52,16 @@ MEASURED_TOO = [
 ]
 
 
+def test_kernels_keep_less_than_half_of_what_torch_keeps() -> None:
+    """Counted; tests/gpu measures it."""
+    pytest.importorskip("triton")
+    by_torch, by_kernels = (
+        predict(configs.paper(), precision="bf16", kernels=kernels).step(8, 128)
+        for kernels in (False, True)
+    )
+    assert by_kernels < 0.45 * by_torch
+
+
 @pytest.mark.parametrize(
     ("preset", "precision", "checkpointing", "batch", "gib"),
     [*MEASURED, *(pytest.param(*row, marks=pytest.mark.slow) for row in MEASURED_TOO)],

@@ -165,7 +165,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     """Run a Triton kernel on the current stream, or count it where its tensors are on `meta`."""
     if _launches is not None:
         _launches.append(Launch(kernel, grid, args, constants))
-    if not any(isinstance(one, Tensor) and one.is_meta for one in args):
+    where = next(one.device for one in args if isinstance(one, Tensor))
+    if where.type == "cuda" and where.index != torch.cuda.current_device():
+        with torch.cuda.device(where):  # Triton starts on the current device
+            kernel[grid](*args, **constants)
+    elif where.type != "meta":
         kernel[grid](*args, **constants)
 
 

@@ -35,19 +35,32 @@ def measure(gpu: torch.device, **options: Any) -> dict[str, float]:
     return measured
 
 
-@pytest.mark.parametrize(("checkpointing", "batch"), [(False, 8), (True, 16)])
+@pytest.mark.parametrize(
+    ("checkpointing", "batch", "kernels"), [(False, 8, False), (True, 16, False), (False, 8, True)]
+)
 def test_memory_is_what_was_predicted(
-    gpu: torch.device, figure: Callable[[str, float], None], checkpointing: bool, batch: int
+    gpu: torch.device,
+    figure: Callable[[str, float], None],
+    checkpointing: bool,
+    batch: int,
+    kernels: bool,
 ) -> None:
     preset, crop, tolerance = "paper", 128, 0.1
     precision: Precision = "bf16"
+    kernels = kernels and gpu.type == "cuda"
     if gpu.type == "cpu":  # measures what the process holds, not what tensors take
         preset, batch, crop, precision, tolerance = "tiny", batch // 4, 64, "fp32", 0.2
-    options = {"preset": preset, "precision": precision, "checkpointing": checkpointing}
+    options = {
+        **{"preset": preset, "precision": precision},
+        **{"checkpointing": checkpointing, "kernels": kernels},
+    }
     measured = measure(gpu, **options, batch=batch, crop=crop, steps=3)["peak"]
-    memory = predict(loop.network(preset), precision=precision, checkpointing=checkpointing)
+    memory = predict(
+        loop.network(preset), precision=precision, checkpointing=checkpointing, kernels=kernels
+    )
     predicted = memory.total(batch, crop)
     name = f"{preset}_{batch}x{crop}_{precision}{'_checkpointing' if checkpointing else ''}"
+    name += "_kernels" if kernels else ""
     figure(f"{name}_gib", measured / 2**30)
     figure(f"{name}_gib_predicted", predicted / 2**30)
     assert measured == pytest.approx(predicted, rel=tolerance)
