@@ -1,6 +1,7 @@
-"""Pictures that show a run: before/after grids, expert usage per task, training curves.
+"""Figures of a run: before/after grids, expert usage per task, training curves.
 
-Grids are drawn pixel by pixel with Pillow, charts with matplotlib's Agg; none needs a display.
+Grids are drawn with Pillow at the scale of the pictures, charts with matplotlib; no display is
+needed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -77,7 +78,7 @@ def grid(panels: Sequence[Image.Image], path: Path, *, footer: str = "") -> None
 
 
 def expert_usage(usage: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
-    """Write heat maps of how much each task uses each expert, a panel per expert library.
+    """Write heat maps of the use of each expert by each task, a panel per expert library.
 
     Args:
         usage: task (or degradation) -> library -> share per expert, in [0, 1]; a row sums to K.
@@ -110,10 +111,10 @@ def expert_usage(usage: Mapping[str, Mapping[str, Sequence[float]]], path: Path)
 
 
 def curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write the course of each metric over the samples seen, a panel per group.
+    """Write the curve of each metric over the samples, a panel per group.
 
     Args:
-        records: `{"step": samples, "metrics": {"group/name": value}}`, as `Tracker` keeps them.
+        records: `{"step": samples, "metrics": {"group/name": value}}`, from `read_metrics`.
         path: of the PNG.
 
     Raises:
@@ -125,7 +126,7 @@ def curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
             group, _, leaf = name.rpartition("/")
             if group == "system":
                 continue
-            panel = group if group.startswith("val_") else name  # tasks share an axis
+            panel = group if group.startswith("val_") else name  # tasks share a panel
             series.setdefault(panel, {}).setdefault(leaf, []).append((record["step"], value))
     if not series:
         raise ValueError("no metrics to draw")
@@ -162,7 +163,7 @@ def _shorten(text: str, font: Any, width: int) -> str:
 
 
 def _figure(rows: int, columns: int, inches: tuple[float, float]) -> tuple[Any, list[Any]]:
-    """A figure outside of pyplot, which would look for a display, and its axes in reading order."""
+    """A figure without pyplot, which needs a display, and its axes in reading order."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

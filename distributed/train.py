@@ -1,6 +1,6 @@
 """Train: `python -m distributed.train [PRESET | --config FILE.yaml] [--section.field value ...]`.
 
-The same command goes on where a run was stopped or lost. On a cluster:
+The same command resumes a run that was stopped or lost. On a cluster:
 `ray job submit --working-dir . -- python -m distributed.train ...`.
 """
 
@@ -34,13 +34,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show(outcome: "Outcome", console: "Console") -> None:
-    """Say how the run ended, where its results are and what to do next."""
+    """Print how the run ended, where its results are and what to do next."""
     from rich.markup import escape
 
     from distributed.mlflow_tracker import run_page
 
-    reason = escape(outcome.reason)  # a library's message may hold [brackets]
-    again = "the same command goes on from there"
+    reason = escape(outcome.reason)  # messages of libraries may contain [brackets]
+    again = "the same command resumes it"
     match outcome.status:
         case "finished":
             console.print(f"finished {outcome.samples:,} samples in {outcome.seconds:.0f} s")

@@ -325,7 +325,7 @@ def disturb(trial: Trial, data: Path, draw: random.Random) -> None:
 
 def final_state(folder: Path) -> dict[str, Any]:
     """Everything that must be identical."""
-    newest = checkpoints.newest_whole(str(folder / "runs" / "demo"))
+    newest = checkpoints.newest_complete(str(folder / "runs" / "demo"))
     if newest is None:
         return {}
     state = newest.state()

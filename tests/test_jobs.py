@@ -117,11 +117,11 @@ def test_a_job_runs_fails_stops_and_goes_on(head: Head, packed: Path, tmp_path: 
     assert job is not None
     run = str(tmp_path / "runs" / "demo")
     deadline = time.monotonic() + 200
-    while checkpoints.newest_whole(run) is None:
+    while checkpoints.newest_complete(run) is None:
         assert time.monotonic() < deadline, head.ray("job", "logs", job.group()).stdout
         time.sleep(0.5)
     assert head.ray("job", "stop", job.group()).returncode == 0
-    newest = checkpoints.newest_whole(run)
+    newest = checkpoints.newest_complete(run)
     assert newest is not None and newest.samples >= 40
 
     logs = head.ray("job", "logs", job.group()).stdout

@@ -268,11 +268,11 @@ def test_taking_over_hands_weights_on_and_keeps_the_own_recipe(tmp_path: Path) -
 
 def test_taking_over_falls_back_to_the_donors_newest(tmp_path: Path) -> None:
     own = dataclasses.replace(demo(), name="own", storage=str(tmp_path))
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="no complete checkpoint"):
         take_over(str(tmp_path / "donor"), "pruned", own)
     saved(tmp_path / "donor", demo(), samples=1_000, value=7.0)
     take_over(str(tmp_path / "donor"), "pruned", own)
-    assert checkpoints.newest_whole(str(tmp_path / "own")).samples == 1_000  # type: ignore[union-attr]
+    assert checkpoints.newest_complete(str(tmp_path / "own")).samples == 1_000  # type: ignore[union-attr]
 
 
 def test_pbt_varies_the_recipe_inside_its_range_and_keeps_the_network() -> None:
@@ -614,6 +614,6 @@ def test_ctrl_c_keeps_everything_and_ends_soon(packed: Path, tmp_path: Path) -> 
     assert time.monotonic() - asked < 60
     (trial,) = (t for t in read(tmp_path)["trials"] if t["curve"])
     assert trial["state"] == "waiting"
-    newest = checkpoints.newest_whole(trial["folder"])
+    newest = checkpoints.newest_complete(trial["folder"])
     assert newest is not None and newest.samples >= trial["samples"]
     assert "resume    python -m tune.search" in (tmp_path / "log.txt").read_text()

@@ -213,7 +213,7 @@ def test_where_runs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (
         mlflow_tracker.tracking_uri(TrackingConfig(uri="sqlite:////x/y.db")) == "sqlite:////x/y.db"
     )
-    with pytest.raises(ValueError, match="no longer keeps runs in plain folders"):
+    with pytest.raises(ValueError, match="no longer supports plain folders"):
         mlflow_tracker.tracking_uri(TrackingConfig(uri="./mlruns"))
 
 

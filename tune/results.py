@@ -140,7 +140,7 @@ def _write_best(config: SearchConfig, record: SearchRecord) -> None:
     write_whole(fs, f"{root}/{BEST_CONFIG}", to_yaml(best_config(config, record.best)).encode())
     path = shlex.quote(f"{record.folder}/{BEST_CONFIG}")
     record.best_command = f"python -m distributed.train --config {path}"
-    newest = checkpoints.newest_whole(record.best.folder)
+    newest = checkpoints.newest_complete(record.best.folder)
     if newest is not None:
         newest.export(fs, f"{root}/{CHAMPION}")
 
