@@ -211,7 +211,7 @@ def test_wrong_inputs_are_one_line(
         (picture, "out", ["--tile", "32"], "overlap is 32"),
         (picture, "out", ["--force", "--skip-existing"], "exclude each other"),
         (picture, "out", ["--weights", "nowhere.ckpt"], "no file"),
-        (picture, "out", ["--weights", str(tmp_path / "bad.safetensors")], "whole safetensors"),
+        (picture, "out", ["--weights", str(tmp_path / "bad.safetensors")], "complete safetensors"),
     ):
         assert run(tmp_path / source, tmp_path / out, weights, *options) == 2
         message = capsys.readouterr().err

@@ -20,7 +20,7 @@ Register = Literal["if-better", "always", "never"]
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """One search. The fields of a training run beside these hold for all trials."""
+    """Settings of a search. The fields of a training run hold for all trials."""
 
     trials: int = field(default=20, metadata=MAY_CHANGE)
     """Trials in all; the same command with a larger number adds trials. Fixed lists (ablation,
@@ -40,9 +40,9 @@ class SearchConfig:
     scheduler: Literal["asha", "pbt", "none"] = "asha"
     """`asha` stops trials that are behind, except trial 0. With `pbt` such trials take over the
     weights of better ones, and the searched recipe.* fields are varied. `none` trains all trials to
-    the end; fixed lists always are."""
+    the end, as is always done with fixed lists."""
     cost: Cost = "none"
-    """A second objective beside PSNR, which should be low: `multiply_adds` (of 256x256 pixels),
+    """A second objective, to be low while PSNR is high: `multiply_adds` (of 256x256 pixels),
     `parameters` or measured `latency`. K alone changes the multiply-adds by about 2 %: search the
     width too (`--space experts width`) if the cost matters."""
     reduction: int = 3
@@ -110,7 +110,7 @@ class SearchConfig:
         return self.train.folder
 
     def base(self) -> TrainConfig:
-        """What all trials have in common: a shorter recipe, validated and saved at intervals."""
+        """What all trials have in common: a recipe of `budget` samples, validated at `interval`."""
         train, batch = self.train, self.train.recipe.global_batch
         share = self.budget / train.recipe.samples
         recipe = dataclasses.replace(
