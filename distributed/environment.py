@@ -25,8 +25,8 @@ PACKAGES = ("torch", "ray", "deepspeed", "webdataset", "mlflow", "numpy", "pillo
 """Distributions whose version can change a result."""
 
 COMPILED = {
-    "kernels_avx512": "measnet._kernels16",
-    "kernels_avx2": "measnet._kernels8",
+    "kernels_avx512": "measnet.ops._kernels16",
+    "kernels_avx2": "measnet.ops._kernels8",
     "png_qoi_decoder": "shards._pixels",
     "jpeg_decoder": "shards._jpeg",
 }
