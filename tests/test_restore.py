@@ -251,7 +251,7 @@ def test_weights_of_another_network_are_named(tmp_path: Path) -> None:
         path = tmp_path / name
         entries = {"conv.weight": torch.zeros(1)}
         save_file(entries, path) if name.endswith("s") else torch.save(entries, path)
-        with pytest.raises(ValueError, match=f"{name} holds neither"):
+        with pytest.raises(ValueError, match=f"{name} has no weights of this or of the authors"):
             load_weights(path)
 
 
