@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from distributed.config import TrainConfig
+from distributed.options import option_names, unknown_options
 from distributed.presets import PRESETS, starting_point
 from shards.config import MAY_CHANGE
 
@@ -156,13 +157,19 @@ def parse(argv: Sequence[str] | None = None) -> SearchConfig:
         if not own_file:
             scaling = dataclasses.replace(scaling, workers="1", device="auto")
         named = dataclasses.replace(train, name=f"{train.name}-search", scaling=scaling)
-        return tyro.cli(
+        prog = "python -m tune.search"
+        config, unknown = tyro.cli(
             SearchConfig,
             default=SearchConfig(train=named),
             args=arguments,
-            prog="python -m tune.search",
+            prog=prog,
             description=_DESCRIPTION,
+            return_unknown_args=True,
         )
+        if unknown:
+            names = [name.removeprefix("train.") for name in option_names(config)]
+            raise ValueError(unknown_options(unknown, names, prog))
+        return config
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
