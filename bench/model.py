@@ -4,8 +4,8 @@
 
 Both compute the same function with the same weights; their outputs are compared before timing. Runs
 alternate, so that other load on the machine affects both. A ratio is the median of "plain / ours"
-over the pairs, by wall clock and by processor seconds. Peak memory is the growth of the resident set
-over one step in a new process. fp32, 2 threads.
+over the pairs, by wall clock and by processor seconds. Peak memory is the growth of the resident
+set over one step in a new process. fp32, 2 threads.
 """
 
 import json
