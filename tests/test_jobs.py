@@ -1,4 +1,4 @@
-"""`ray job submit` against a real head, as the README says, with and without a token."""
+"""`ray job submit` as in the README, on a real head, with and without a token."""
 
 import os
 import re
@@ -94,7 +94,7 @@ def head(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Head]:
 
 
 def training(packed: Path, folder: Path, *more: str) -> list[str]:
-    """A short training command with absolute places, as on a cluster."""
+    """A short training command with absolute paths, as on a cluster."""
     return [
         *("python", "-m", "distributed.train", "demo", "--storage", str(folder / "runs")),
         *("--tracking.uri", f"sqlite:///{folder}/mlflow.db"),

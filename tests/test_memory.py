@@ -1,4 +1,4 @@
-"""The memory prediction against what an H100 took, a process that trains, and DeepSpeed."""
+"""The memory prediction against measurements on an H100, a training process, and DeepSpeed."""
 
 import gc
 import os

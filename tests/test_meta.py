@@ -1,4 +1,4 @@
-"""Without a GPU: no part of a training step mixes devices, and few parts wait for the device."""
+"""Without a GPU: a training step never mixes devices and rarely waits for the device."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -182,7 +182,7 @@ def test_inference_in_every_type_never_waits(
 
 
 def test_noise_is_drawn_where_its_generator_lives() -> None:
-    """meta has no generators; one of the CPU costs a copy for each library, and mixes nothing."""
+    """meta has no generators; a generator of the CPU costs a copy per library."""
     model, image = network(CONFIGS["official"]), picture((1, 64, 64))
     with OneDevice() as device:
         model(image, generator=torch.Generator().manual_seed(0))
@@ -206,7 +206,7 @@ def test_a_gpu_can_repeat_a_step_exactly(name: str, deterministic: bool) -> None
 
 @pytest.mark.parametrize("variant", ["paper", pytest.param("official", marks=pytest.mark.slow)])
 def test_a_gpus_autocast_stays_near_fp32(variant: str) -> None:
-    """CUDA's lists of operations, with numbers: computed by the CPU."""
+    """CUDA's autocast computed on the CPU, so with numbers."""
     changes = SHALLOW | {"variant": variant, "dim": 8}
     model = MEASNet(replace_dotted(configs.tiny(), changes))
     image = torch.rand(2, 3, 32, 40)
@@ -225,7 +225,7 @@ def test_a_gpus_autocast_stays_near_fp32(variant: str) -> None:
 
 
 def test_the_update_waits_once_however_many_weights() -> None:
-    """For the one number that says whether all gradients of all ranks are finite."""
+    """It waits for the number that says whether all gradients of all ranks are finite."""
     for blocks in (1, 2):
         changes = SHALLOW | {"dim": 8, "num_blocks": (blocks,) * 4}
         model = network(replace_dotted(configs.tiny(), changes))

@@ -1,4 +1,4 @@
-"""Two nodes with addresses of their own, training across both; one is cut off, and the run goes on.
+"""Training on two nodes with different addresses; one loses its network, and the run continues.
 
 The nodes are network namespaces joined by a virtual cable, which takes root; where they cannot be
 made the test says so and skips.

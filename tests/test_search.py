@@ -216,7 +216,7 @@ def test_what_cannot_run_is_refused_before_a_trial_starts(
 
 
 def test_ray_is_not_imported_before_its_token_is_set() -> None:
-    """Ray reads at its import whether it must ask for a token."""
+    """Ray reads at its import whether it needs a token."""
     code = (
         "import sys; import tune.search, tune.results, tune.registry; "
         "from distributed.internals import ray_tune; print(ray_tune.configure()); "
@@ -326,7 +326,7 @@ def test_asha_remembers_the_trials_of_an_earlier_launch() -> None:
 
 
 def test_asha_gives_a_trial_that_goes_on_its_place_in_the_rungs_it_has_passed() -> None:
-    """Its next figure, lower and at more samples, is not held against its rivals' early ones."""
+    """Its next figure, at more samples, is not compared with others' figures at fewer samples."""
     rows = [TrialRecord(number=0, name="s-000", changes={})]
     rows += [
         TrialRecord(
@@ -512,7 +512,7 @@ def test_a_toy_search_does_not_take_the_place_of_a_better_champion(tmp_path: Pat
     assert client.get_model_version_by_alias("measnet", "champion").tags[PSNR] == "26.0"
 
 
-# ---- whole searches, slow ------------------------------------------------------------------------
+# ---- complete searches, slow ---------------------------------------------------------------------
 
 
 def start(packed: Path, folder: Path, *more: str) -> subprocess.Popen[bytes]:

@@ -272,7 +272,7 @@ print(" ".join(sorted(names - sys.stdlib_module_names - {"measnet"})))
 
 
 def test_the_exported_model_stands_alone(tmp_path: Path) -> None:
-    """It loads without the repository, and names all that it needs by versions that PyPI has."""
+    """It loads without the repository, and requires only versions that PyPI has."""
     from measnet.config import tiny
     from measnet.network import MEASNet
 

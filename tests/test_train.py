@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def command(packed: Path, *more: str) -> list[str]:
-    """A run of 12 steps of 4 samples on the smallest network, on one worker if not told more."""
+    """A run of 12 steps of 4 samples on the smallest network, by default on one worker."""
     return [
         "demo",
         *(() if "--scaling.workers" in more else ("--scaling.workers", "1")),
@@ -160,7 +160,7 @@ def test_a_number_of_workers_that_does_not_divide_learns_the_same(
     packed: Path, ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    three = ("--recipe.global-batch", "6")  # three micro-batches: of two workers, one stands by
+    three = ("--recipe.global-batch", "6")  # three micro-batches: one of two workers is idle
     assert main(command(packed, *three, "--name", "one")) == 0
     assert main(command(packed, *three, "--name", "two", "--scaling.workers", "1..2")) == 0
     one, two = (losses(tmp_path / "runs" / name) for name in ("one", "two"))
