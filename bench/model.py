@@ -1,23 +1,23 @@
-"""Time and memory of the network beside its plain formulation (bench/plain.py), as ratios in one
-run.
+"""Time and memory of the network compared with its plain version (bench/plain.py), as ratios.
 
     python bench/model.py [--json] [--cases NAME ...] [--repeats 5]
 
-Both compute the same function of the same weights; before timing, their outputs are compared. Runs
-alternate, so that a neighbour's load meets both; a ratio is the median over the pairs, "plain over
-ours", by wall clock and by processor seconds. Peak memory is the growth of the resident set over
-one step in a process of its own. fp32, 2 threads.
+Both compute the same function with the same weights; their outputs are compared before timing. Runs
+alternate, so that other load on the machine affects both. A ratio is the median of "plain / ours"
+over the pairs, by wall clock and by processor seconds. Peak memory is the growth of the resident
+set over one step in a new process. fp32, 2 threads.
 """
 
-import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 # Threads that wait burn no time, so that processor seconds mean work; read when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -25,6 +25,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import tyro
 from torch import Tensor, nn
 
 from bench import plain
@@ -176,15 +177,23 @@ def _resident(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    parser.add_argument("--cases", nargs="*", help="names or beginnings of names; all by default")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--peak", choices=("ours", "plain"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Time and memory of the network compared with its plain version, as ratios."""
+
+    json: bool = False
+    """Print one JSON object instead of a table."""
+    cases: tuple[str, ...] = ()
+    """Names or beginnings of names; default: all."""
+    repeats: int = 5
+    """Timed pairs of each case."""
+    peak: Literal["ours", "plain"] | None = None
+    """Print only the peak memory of one step of the first case, in MiB; for the new processes."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    arguments = tyro.cli(Arguments, args=argv, prog="python bench/model.py")
     torch.set_num_threads(2)
     for function in (torch.exp, torch.log, torch.erf, torch.tanh, torch.sigmoid):
         function(torch.ones(4))  # a first, multi-threaded call can be inexact (torch 2.13, CPU)

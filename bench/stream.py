@@ -1,14 +1,12 @@
-"""Speed of the loader: samples per CPU-second of training crops, against the ways the field reads
-them.
+"""Speed of the loader: samples per CPU-second of training crops, compared with other ways.
 
-Run `python bench/stream.py [--json]`. Everything is measured in one process, in rounds that take
-turns, so that a busy machine slows all contenders alike; the figures are medians over the rounds of
-ratios within a round. CPU-seconds are user plus system time of the process. One sample is a pair,
-cropped to 128x128, flipped and made a batch of float tensors. The pictures stand in for the
-benchmarks' (same sizes and formats): photographs that scikit-image ships, tiled to size;
-`--pictures DIR` takes others.
+Run `python bench/stream.py [--json]`. Everything is measured in one process, in rounds of all ways
+in turn, so that a busy machine slows all of them; the figures are medians over the rounds of ratios
+within a round. CPU-seconds are user plus system time of the process. One sample is a pair, cropped
+to 128x128, flipped and put into a batch of float tensors. The pictures have the sizes and formats
+of the benchmarks; they are made from photographs of scikit-image, or of `--pictures DIR`.
 
-Contenders:
+The ways:
     ours       shards.stream.TrainStream over packed shards, in this process
     decode     only the decoding of the same crops by the same decoder: the limit
     folder     files read and decoded whole by Pillow, as in the field's Dataset classes
@@ -16,19 +14,20 @@ Contenders:
     tiles      ours over shards packed with --tiles 128
 """
 
-import argparse
 import json
 import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 import webdataset
 from PIL import Image
 
@@ -305,15 +304,21 @@ def shuffle_quality() -> dict[str, dict[str, float]]:
     return told
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON only")
-    parser.add_argument("--pictures", type=Path, help="folder of photographs to cut from")
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Samples per CPU-second from shards, compared with other ways of reading them."""
+
+    json: bool = False
+    """Print JSON only."""
+    pictures: Path | None = None
+    """Folder of photographs to cut from; default: photographs of scikit-image."""
+    rounds: int = 5
+    """Timed rounds of each case."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
+    options = tyro.cli(Arguments, args=argv, prog="python bench/stream.py")
     torch.set_num_threads(1)
     random.seed(0)
     sources = photographs(options.pictures)

@@ -1,4 +1,4 @@
-"""Checkpoints: written off the critical path, whole or unseen, free of ranks and ZeRO stages.
+"""Checkpoints: written in the background, for any number of ranks and any ZeRO stage.
 
 A checkpoint is a folder `RUN/checkpoints/SAMPLES-ATTEMPT` of
 
@@ -8,11 +8,11 @@ A checkpoint is a folder `RUN/checkpoints/SAMPLES-ATTEMPT` of
     state.json              samples, updates, configuration, data, best score, MLflow's run
     checkpoint.json         the marker, written last: size and sha256 of each file above
 
-A folder without its marker, or one whose files do not agree with it, is not a checkpoint. No name
-is used twice, so whatever a dead process left behind cannot mix with what its successor writes.
+A checkpoint is complete if its marker exists and all files match it; others are not used. Each
+folder has a new name, so files of a killed process never mix with those of the next one.
 
-Nothing else is needed to go on exactly: the order of samples, their crops and noise, and the noise
-of the gates are functions of the seed and the count of samples, not the state of some generator.
+An exact resume needs nothing else: the order of samples, their crops and noise, and the noise of
+the gates are functions of the seed and the number of samples, not the state of a random generator.
 
     python -m distributed.checkpoint {list,show,verify,export,prune} RUN
 """
@@ -42,12 +42,12 @@ STATE = "state.json"
 VERSION = 1
 WEIGHTS, EMA, OPTIMIZER = (f"{kind}.safetensors" for kind in ("weights", "ema", "optimizer"))
 FILES = {WEIGHTS, EMA, OPTIMIZER, STATE}
-UNFINISHED = "it has no marker: being written, or never finished"
+UNFINISHED = "it has no marker: it is being written, or was never finished"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """Where a run stands; with the tensors beside it, all that is needed to go on."""
+    """State of a run; with the tensors beside it, all that a resume needs."""
 
     samples: int
     """Samples consumed by completed steps: the position in the order of samples."""
@@ -59,9 +59,9 @@ class RunState:
     data: str
     """Fingerprint of the shards that it trains on."""
     plan: dict[str, Any]
-    """What the order of samples follows from."""
+    """What determines the order of samples."""
     consumed: str = ""
-    """Chained sha256 over the pixels of all samples trained on so far, in their order."""
+    """Chained sha256 over the pixels of all samples trained on so far, in order."""
     best: float | None = None
     """Best validation score so far: PSNR in dB, averaged over the tasks."""
     score: float | None = None
@@ -71,21 +71,21 @@ class RunState:
     validation: dict[str, Any] = field(default_factory=dict)
     """The last validation: `at` how many samples, `psnr`, `gain_error` and its `report`."""
     mlflow_run_id: str | None = None
-    """The MLflow run that a resumed run goes on in."""
+    """The MLflow run that a resumed run continues."""
     finished: bool = False
     """Whether the run had reached its end."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of a run's checkpoints; `problem` says whether it is whole."""
+    """One checkpoint of a run; `problem` says whether it is complete."""
 
     fs: fsspec.AbstractFileSystem
     path: str
     marker: dict[str, Any]
-    """What the marker says; empty where `flaw` says why it says nothing."""
+    """Content of the marker; empty if `flaw` is set."""
     flaw: str | None = None
-    """Why there is no marker to be had."""
+    """Why the marker cannot be used."""
 
     @property
     def name(self) -> str:
@@ -104,7 +104,7 @@ class Checkpoint:
         return None if score is None else float(score)
 
     def problem(self, *, hashes: bool = True) -> str | None:
-        """What is wrong with it, or None where every file is there and as it was written."""
+        """What is wrong with it; None if every file is there and unchanged."""
         if self.flaw:
             return self.flaw
         for name, expected in self.marker["files"].items():
@@ -119,7 +119,7 @@ class Checkpoint:
         return None
 
     def state(self) -> RunState:
-        """Read where the run stood."""
+        """Read the state of the run."""
         return RunState(**read_json(self.fs, f"{self.path}/{STATE}"))
 
     def tensors(self, kind: str) -> "dict[str, Tensor]":
@@ -130,12 +130,12 @@ class Checkpoint:
             return load(file.read())
 
     def export(self, fs: fsspec.AbstractFileSystem, path: str) -> None:
-        """Write the averaged weights, with the configuration inside, to one .safetensors file,
-        whole or not at all."""
+        """Write the averaged weights, with the configuration inside, to one .safetensors file; it
+        appears under its name when it is complete."""
         write_whole(fs, path, self.fs.cat_file(f"{self.path}/{EMA}"))
 
     def remove(self) -> None:
-        """Delete it, the marker first, so that no half-deleted checkpoint looks whole."""
+        """Delete it, the marker first, so that a half-deleted checkpoint does not look complete."""
         self.fs.rm(f"{self.path}/{MARKER}")
         self.fs.rm(self.path, recursive=True)
 
@@ -189,28 +189,28 @@ def listed(run: str) -> list[Checkpoint]:
 
 
 def newest_state(run: str) -> RunState | None:
-    """Where the newest checkpoint stands; its files are not verified. None where there is none."""
+    """State of the newest checkpoint, whose files are not verified; None if there is none."""
     there = listed(run)
     return there[-1].state() if there else None
 
 
 def _all(run: str) -> list[Checkpoint]:
-    """With those that have none, the last among those of as many samples."""
+    """Also those without a marker, which come last among those of equal samples."""
     fs, root = open_folder(run)
     found = [_read(fs, folder) for folder in _folders(fs, root)]
     return sorted(found, key=lambda c: (c.samples, c.marker.get("written", float("inf"))))
 
 
-def newest_whole(run: str, say: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
-    """The newest checkpoint that is whole; others are passed over, and `say` is told of each."""
+def newest_complete(run: str, say: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
+    """The newest complete checkpoint; `say` gets a line for each newer one that is skipped."""
     there = _all(run)
     for checkpoint in reversed(there):
         problem = checkpoint.problem()
         if problem is None:
             return checkpoint
-        say(f"checkpoint {checkpoint.name} is not whole ({problem}); going back to the one before")
+        say(f"checkpoint {checkpoint.name} is incomplete ({problem}); going back to the one before")
     if there:
-        say("no checkpoint is whole; starting from the beginning")
+        say("no checkpoint is complete; starting from the beginning")
     return None
 
 
@@ -221,16 +221,16 @@ def best(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
 
 
 def prune(run: str, keep: int) -> list[str]:
-    """Keep the newest `keep` whole checkpoints and the best one; returns the names of what was
+    """Keep the newest `keep` complete checkpoints and the best one; returns the names of those
     removed.
 
-    What has no marker, or is damaged, is removed too: nobody can write into it any more, for names
-    are not used twice. Call it where no other writer is at work.
+    Also removes checkpoints that are damaged or have no marker. Do not call it while another
+    process writes checkpoints of this run.
     """
     fs, root = open_folder(run)
-    whole = [c for c in listed(run) if c.problem(hashes=False) is None]
-    kept = {c.path for c in whole[-keep:]}
-    top = best(whole)
+    complete = [c for c in listed(run) if c.problem(hashes=False) is None]
+    kept = {c.path for c in complete[-keep:]}
+    top = best(complete)
     if top is not None:
         kept.add(top.path)
     removed = []
@@ -238,7 +238,7 @@ def prune(run: str, keep: int) -> list[str]:
         if folder not in kept:
             marker = f"{folder}/{MARKER}"
             if fs.exists(marker):
-                fs.rm(marker)  # first, so that no half-deleted checkpoint looks whole
+                fs.rm(marker)  # first, so that a half-deleted checkpoint does not look complete
             fs.rm(folder, recursive=True)
             removed.append(PurePosixPath(folder).name)
     return removed
@@ -264,11 +264,11 @@ def _read(fs: fsspec.AbstractFileSystem, folder: str) -> Checkpoint:
 
 
 def _flaw(marker: Any) -> str | None:
-    """Why a marker is none that was written here."""
+    """Why this is not a marker that this program wrote; None if it is."""
     if not isinstance(marker, dict) or not isinstance(marker.get("files"), dict):
         return f"{MARKER} lists no files"
     if marker.get("version") != VERSION:
-        return f"{MARKER} has version {marker.get('version')}, but {VERSION} is read here"
+        return f"{MARKER} has version {marker.get('version')}, but this program reads {VERSION}"
     if missing := sorted(FILES - set(marker["files"])):
         return f"{MARKER} does not list {', '.join(missing)}"
     for name, of_file in marker["files"].items():
@@ -296,18 +296,18 @@ class _Command:
 
 @dataclass(frozen=True)
 class List(_Command):
-    """A line per checkpoint: samples, score, size, whether it is whole."""
+    """A line per checkpoint: samples, score, size, and whether it is complete."""
 
 
 @dataclass(frozen=True)
 class Show(_Command):
-    """Where the newest whole checkpoint stands, and its configuration."""
+    """State and configuration of the newest complete checkpoint."""
 
 
 @dataclass(frozen=True)
 class Verify(_Command):
-    """Read every byte of every checkpoint; exit code 1 where one is damaged. One that is still
-    being written, or never was finished, is shown, but is not damage."""
+    """Read every byte of every checkpoint; exit code 1 if one is damaged. A checkpoint that is
+    still being written, or was never finished, is shown but does not count as damaged."""
 
 
 @dataclass(frozen=True)
@@ -322,7 +322,7 @@ class Export(_Command):
 
 @dataclass(frozen=True)
 class Prune(_Command):
-    """Remove all but the newest checkpoints and the best; not while the run is going on."""
+    """Remove all but the newest checkpoints and the best one; not while the run trains."""
 
     keep: int = 2
     """Newest checkpoints to keep."""
@@ -353,7 +353,9 @@ def _run(command: List | Show | Verify | Export | Prune) -> int:
             return _print_table(checkpoints, hashes=isinstance(command, Verify))
         case Show():
             state = dataclasses.asdict(_choose(checkpoints, "newest").state())
-            state["validation"].pop("report", None)  # long; the run's folder `validation` has it
+            state["validation"].pop(
+                "report", None
+            )  # long; the folder `validation` of the run has it
             print(json.dumps(state, indent=2))
         case Export():
             chosen = _choose(checkpoints, command.which)
@@ -368,13 +370,13 @@ def _run(command: List | Show | Verify | Export | Prune) -> int:
 
 
 def _choose(checkpoints: Sequence[Checkpoint], which: str) -> Checkpoint:
-    whole = [c for c in checkpoints if c.problem() is None]
-    chosen = {"newest": whole[-1] if whole else None, "best": best(whole)}
-    chosen.update({c.name: c for c in whole})
+    complete = [c for c in checkpoints if c.problem() is None]
+    chosen = {"newest": complete[-1] if complete else None, "best": best(complete)}
+    chosen.update({c.name: c for c in complete})
     found = chosen.get(which)
     if found is None:
         raise ValueError(
-            f"no whole checkpoint {which!r}; there are: {', '.join(c.name for c in whole)}"
+            f"no complete checkpoint {which!r}; complete are: {', '.join(c.name for c in complete)}"
         )
     return found
 
@@ -390,8 +392,8 @@ def _print_table(checkpoints: Sequence[Checkpoint], *, hashes: bool) -> int:
         damaged += problem is not None and problem != UNFINISHED
         size = sum(f["bytes"] for f in c.marker.get("files", {}).values()) / 2**20
         score = "" if c.score is None else f"{c.score:.2f}"
-        state = problem or ("whole" if hashes else "whole (sizes only; `verify` reads every byte)")
-        table.add_row(c.name, f"{c.samples:,}", score, f"{size:.1f}", state)
+        found = "complete" if hashes else "complete (sizes only; `verify` reads every byte)"
+        table.add_row(c.name, f"{c.samples:,}", score, f"{size:.1f}", problem or found)
     Console().print(table)
     return 1 if damaged else 0
 

@@ -1,4 +1,4 @@
-"""Writes checkpoints in a thread of its own, so that training goes on meanwhile."""
+"""Writes checkpoints in a background thread while training continues."""
 
 import threading
 
@@ -6,19 +6,19 @@ from distributed.checkpoint import Snapshot, prune
 
 
 class CheckpointWriter:
-    """Writes one snapshot after the other into a run's storage; held by rank 0."""
+    """Writes snapshots one by one into a run's storage; rank 0 has one."""
 
     def __init__(self, folder: str, keep: int) -> None:
-        """Write below the run `folder`, and keep `keep` checkpoints besides the best one."""
+        """Write into the run `folder`; keep the newest `keep` checkpoints and the best one."""
         self._folder, self._keep = folder, keep
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def submit(self, snapshot: Snapshot) -> None:
-        """Write `snapshot`, after the one before is complete: memory holds one at a time.
+        """Start to write `snapshot`; first waits for the last one, so memory holds one at a time.
 
         Raises:
-            OSError: of the snapshot before, which could not be written.
+            OSError: the last snapshot could not be written.
         """
         self.wait()
         self._thread = threading.Thread(

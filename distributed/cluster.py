@@ -1,4 +1,4 @@
-"""The Ray that a run uses: a cluster that RAY_ADDRESS names, or one of this machine alone."""
+"""The Ray cluster of a run: the one that RAY_ADDRESS names, or a local one on this machine."""
 
 import os
 import secrets
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     import torch
 
 PLACEMENT_S = 2.0
-"""Seconds to wait for the workers of a range. Their resources are reserved, so they start at once;
-if not, a node was lost, and Ray has to ask for as many workers as are left."""
+"""Seconds to wait for workers if their number is a range. Their resources are reserved, so they
+start at once. If they do not, a node was lost, and Ray must count the resources again."""
 
 LEAVE_S = "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"
-"""Environment variable: seconds in which the workers' process group must shut down. A hung worker
-never does, and Ray would wait 30 s before it replaces it."""
+"""Environment variable: seconds that the workers' process group may take to shut down. A hung
+worker never does; by default Ray waits 30 s before it replaces it."""
 
 LOCAL_ENVIRONMENT = {
     "GOMP_SPINCOUNT": "20000",
@@ -31,47 +31,45 @@ LOCAL_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
-"""What a Ray of this machine alone runs with, unless the caller's environment says otherwise.
+"""Environment of a local Ray; variables that the caller has set are kept.
 
-GOMP_SPINCOUNT: threads that wait for work stay awake for a fraction of a millisecond. That bridges
-two operations, and leaves the core to the loader after it. MALLOC_*: the memory of a step is kept
-for the next one; otherwise its pages would be zeroed again in each step. All three are set, because
-one alone switches off the automatic adjustment of the others. The pre-emption watcher is a process
-of its own, and nobody pre-empts one's own machine."""
+GOMP_SPINCOUNT: threads that wait for work stay awake for a fraction of a millisecond. That is
+longer than the time between two operations, and short enough to leave the core to the loader.
+MALLOC_*: memory of a step is kept for the next one, so its pages are not zeroed again. All three
+are set, because one alone switches off the automatic adjustment of the others. Pre-emption watcher:
+a process that a local machine does not need."""
 
 GPU_ENVIRONMENT = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-"""What workers on GPUs run with. Segments that grow waste less memory when sizes change, as between
-training and the whole pictures of a validation."""
+"""Environment of workers on GPUs. Expandable segments waste less memory when sizes change, as
+between training crops and the whole pictures of a validation."""
 
 _QUIET: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
-"""What people need to see comes through the monitor; Ray keeps the workers' own logs."""
+"""The monitor shows what users need to see; Ray keeps the workers' own logs."""
 
 
 def starts_its_own_ray() -> bool:
-    """Whether a run uses this machine alone: no cluster is named, and none is connected to."""
+    """Whether a run starts a local Ray: no cluster is named, and this process has no Ray yet."""
     ray = sys.modules.get("ray")
-    return not os.environ.get("RAY_ADDRESS") and not (ray and ray.is_initialized())
+    return is_local() and not (ray and ray.is_initialized())
 
 
 @contextmanager
 def ray_cluster(config: TrainConfig, console: Console) -> Iterator[None]:
-    """Connect to the cluster of RAY_ADDRESS, or start one of this machine alone for the time
-    inside.
+    """Connect to the cluster of RAY_ADDRESS, or start a local one; at exit, disconnect or stop it.
 
-    The local one listens on 127.0.0.1 only and answers nobody without its token, which lives in
-    this process's environment.
+    The local one listens on 127.0.0.1 only and refuses requests without its token, which is in the
+    environment of this process.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing phones home
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage reports
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it prints each line twice
-    # How often Ray Train looks at its workers: the lower, the sooner a lost one is replaced.
+    # How often Ray Train checks its workers: the lower, the sooner a lost one is replaced.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault(LEAVE_S, "5")
     patience = config.scaling.start_timeout_s
     if config.scaling.elastic:
         patience = min(patience, PLACEMENT_S)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(patience)
-    elsewhere = os.environ.get("RAY_ADDRESS")
-    if not elsewhere and "ray" not in sys.modules:
+    if is_local() and "ray" not in sys.modules:
         _require_token()
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.scaling.health_timeout_s)
     import ray
@@ -79,11 +77,11 @@ def ray_cluster(config: TrainConfig, console: Console) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if elsewhere:
-        console.print(f"connecting to the Ray cluster at {elsewhere}")
+    if not is_local():
+        console.print(f"connecting to the Ray cluster at {os.environ['RAY_ADDRESS']}")
         ray.init(runtime_env={"env_vars": {LEAVE_S: os.environ[LEAVE_S]}}, **_QUIET)
     else:
-        # More workers than cores is slow, not wrong: how else to try a cluster's run at home?
+        # Allow more workers than cores: slow, but it lets you try a cluster's run on one machine.
         wanted = config.scaling.bounds[1] * cpus_per_worker(config, local=True, use_gpu=False)
         start_local_ray(num_cpus=max(os.cpu_count() or 1, wanted))
     try:
@@ -93,12 +91,12 @@ def ray_cluster(config: TrainConfig, console: Console) -> Iterator[None]:
 
 
 def is_local() -> bool:
-    """Whether the run stays on this machine: no cluster is named by RAY_ADDRESS."""
+    """Whether the run uses this machine only: RAY_ADDRESS names no cluster."""
     return not os.environ.get("RAY_ADDRESS")
 
 
 def cpus_per_worker(config: TrainConfig, *, local: bool, use_gpu: bool) -> int:
-    """As configured; else this machine's cores in equal parts, or what a cluster's node spares."""
+    """As configured; else an equal part of this machine's cores; on a cluster 1, beside a GPU 4."""
     if config.scaling.cpus_per_worker:
         return config.scaling.cpus_per_worker
     if local:
@@ -107,22 +105,22 @@ def cpus_per_worker(config: TrainConfig, *, local: bool, use_gpu: bool) -> int:
 
 
 def _require_token() -> None:
-    """Have the local Ray answer this process's children only; Ray reads this once, at its
-    import."""
+    """Make the local Ray refuse requests without a token that only this process and its children
+    have. Ray reads this once, when it is imported."""
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 
 def start_local_ray(**options: Any) -> None:
-    """Start Ray on this machine alone, bound to 127.0.0.1, its cores for the training steps."""
+    """Start a local Ray that listens on 127.0.0.1 only."""
     for name, value in LOCAL_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
 
     from distributed.internals.ray import bound_to_loopback
 
-    # Ray Train's helper processes ask the cluster that RAY_ADDRESS names, else any that they find
-    # on this machine. Another cluster does not know this run, and they would end its workers.
+    # Ray Train's helper processes connect to RAY_ADDRESS, else to any cluster on this machine.
+    # Another cluster does not know this run, so they would end its workers.
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -153,9 +151,9 @@ def ray_storage(storage: str) -> dict[str, Any]:
 
 
 def own_device(kind: str) -> "torch.device":
-    """In a worker, the device that the run decided on: this worker's GPU, or the CPU.
+    """In a worker: its GPU if the run uses GPUs, else the CPU.
 
-    Ray does not hide a GPU from a worker that asked for none, so torch is never asked here.
+    torch is not asked: Ray does not hide GPUs from a worker that has requested none.
     """
     import torch
 

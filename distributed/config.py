@@ -1,8 +1,7 @@
-"""`TrainConfig`: all that a training run is made of, YAML in and out.
+"""`TrainConfig`: all settings of a training run, from and to YAML.
 
-Imports neither torch nor Ray: a wrong field is answered in a fraction of a second. Lengths and
-intervals are in samples, never in steps of one machine, so that a recipe means the same on any
-number of workers.
+Imports neither torch nor Ray, so a wrong field is reported in a fraction of a second. Lengths and
+intervals are in samples, not in steps, so a recipe means the same on any number of workers.
 """
 
 import dataclasses
@@ -60,7 +59,7 @@ class Recipe:
         return self.global_batch // self.micro_batch
 
     def __post_init__(self) -> None:
-        """Refuse values out of range, and batches that do not fit into one another."""
+        """Refuse values out of range, and batches that do not divide evenly."""
         for name in ("samples", "global_batch", "micro_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"recipe.{name} is {getattr(self, name)}, but must be at least 1")
@@ -90,10 +89,10 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """How DeepSpeed runs the recipe; none of it changes what is learnt beyond rounding."""
+    """How DeepSpeed runs the recipe; changes the result by rounding only."""
 
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """What ZeRO shards over the workers: 0 nothing, 1 optimizer state, 2 and gradients, 3 and
+    """What ZeRO shards over the workers: 0 nothing, 1 optimizer state, 2 also gradients, 3 also
     weights. The state of 30 million parameters takes 0.6 GB, so sharding it saves little."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the forward pass; weights and their gradients stay fp32. `auto`: bf16 on a GPU
@@ -102,46 +101,45 @@ class EngineConfig:
     """torch.compile of each transformer block. `auto`: off. `on` costs about a minute before the
     first step, and needs a C compiler and Python's headers on each node."""
     activation_checkpointing: Literal["auto", "on", "off"] = "auto"
-    """Compute transformer blocks again in the backward pass: less memory, about a third more time.
-    `auto`: on where the micro-batch would not fit on the GPU otherwise."""
+    """Recompute transformer blocks in the backward pass: less memory, about a third more time.
+    `auto`: on if the micro-batch would not fit on the GPU otherwise."""
     cuda_graphs: Literal["auto", "off"] = "auto"
-    """Forward and backward pass of a micro-batch as one CUDA graph, so that the GPU does not wait
-    for the host. `auto`: on a GPU, wherever it is possible; the log says why not."""
+    """Run the forward and backward pass of a micro-batch as one CUDA graph, so that the GPU does
+    not wait for the host. `auto`: on a GPU, if it is possible; the log says why not."""
     deterministic: Literal["on", "off"] = "off"
-    """`on`: only algorithms that repeat to the bit, so that a resumed run on a GPU equals an
-    undisturbed one exactly; slower. A CPU repeats anyway."""
+    """`on`: only deterministic algorithms, so that a resumed run on a GPU has the same bits as an
+    uninterrupted one; slower. A CPU is deterministic anyway."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingConfig:
-    """How many workers, on what, and how long to wait for them."""
+    """Number and device of the workers, and how long to wait for them."""
 
     workers: str = "1"
     """Training processes: a number, or a range such as 1..8 within which Ray may add and remove
-    some."""
+    workers."""
     device: Literal["auto", "gpu", "cpu"] = "auto"
-    """`auto`: one GPU per worker where the cluster shows any now, else the CPU; say `gpu` where GPU
-    nodes are still to be started."""
+    """`auto`: one GPU per worker if the cluster has any now, else the CPU; set `gpu` if GPU nodes
+    start later."""
     cpus_per_worker: int = 0
-    """CPU cores per worker; 0 takes an equal part of this machine's, on a cluster 1, beside a GPU
-    4."""
+    """CPU cores per worker; 0: an equal part of this machine's; on a cluster 1, or 4 with a GPU."""
     max_failures: int = 3
-    """Restarts after a lost worker or node before the run gives up; -1 never gives up."""
+    """Restarts after a lost worker or node before the run fails; -1: no limit."""
     start_timeout_s: float = 60.0
-    """Seconds to wait for the workers' resources before saying what is missing and trying again."""
+    """Seconds to wait for the workers' resources; then a message says what is missing, and the wait
+    starts again."""
     resize_interval_s: float = 60.0
-    """With a range of workers: seconds between two looks for more resources. Each change costs a
+    """With a range of workers: seconds between two checks for more resources. Each change costs a
     restart from the last checkpoint."""
     health_timeout_s: float = 30.0
-    """Seconds without an answer after which a worker counts as lost: longer than any pause of its
-    interpreter, shorter than people wait. Also: seconds that a step may take, besides three usual
-    steps, before the run counts as hung and its workers are restarted."""
+    """Seconds without an answer after which a worker counts as lost. Also: a step that takes longer
+    than this plus three usual steps counts as hung, and the workers are restarted."""
     give_up_s: float = 1800.0
-    """Seconds without any worker after which the run ends, to be continued by the same command."""
+    """Seconds without any worker after which the run ends; the same command resumes it."""
     collective_timeout_s: float = 600.0
-    """Seconds after which a collective operation that does not finish counts as a failure. As long
-    may a worker wait for data, compile its first steps, validate a picture or write a checkpoint
-    before the run counts as hung."""
+    """Seconds after which a collective operation that does not finish counts as a failure. Also the
+    limit for waiting for data, the first steps (which may compile), validating a picture and
+    writing a checkpoint."""
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -151,7 +149,7 @@ class ScalingConfig:
 
     @property
     def elastic(self) -> bool:
-        """Whether the number of workers may change while the run goes on."""
+        """Whether the number of workers may change during the run."""
         low, high = self.bounds
         return low < high
 
@@ -185,8 +183,7 @@ class ScalingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class IntervalConfig:
-    """How often things happen besides training; all intervals in samples, rounded up to whole
-    steps."""
+    """Checkpoints, validations and logs; intervals in samples, rounded up to whole steps."""
 
     checkpoint: int = field(default=50_000, metadata=MAY_CHANGE)
     """Samples between checkpoints; one is always written at the end."""
@@ -195,7 +192,7 @@ class IntervalConfig:
     validate: int = field(default=160_000, metadata=MAY_CHANGE)
     """Samples between validations; 0 validates only at the end."""
     validation_pictures: int = field(default=20, metadata=MAY_CHANGE)
-    """Pictures restored per degradation in a validation while training; 0 takes all."""
+    """Pictures restored per degradation in a validation during training; 0 takes all."""
     log: int = field(default=320, metadata=MAY_CHANGE)
     """Samples between two points of the curves in MLflow."""
 
@@ -216,11 +213,11 @@ class IntervalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """What happens when the numbers go wrong."""
+    """What happens when the loss or a gradient is not finite, or the loss jumps."""
 
     skips_in_a_row: int = 10
-    """Updates skipped one after the other, because of a gradient that is not finite, after which
-    the run goes back to its last checkpoint and passes over the samples of those steps."""
+    """After so many updates in a row are skipped because of a gradient that is not finite, the run
+    goes back to its last checkpoint and leaves out the samples of those steps."""
     spike: float = 8.0
     """A loss this many standard deviations above its running mean is logged with its samples."""
 
@@ -234,11 +231,11 @@ class GuardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """Where MLflow keeps what happened."""
+    """Where MLflow records the run."""
 
     uri: str = ""
-    """Tracking server or database; empty takes MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in
-    this folder."""
+    """Tracking server or database; empty: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db in this
+    folder."""
     experiment: str = "measnet"
     """MLflow experiment that the run belongs to."""
 
@@ -248,9 +245,9 @@ class TrainConfig:
     """One training run."""
 
     name: str = field(default="paper-5task", metadata=MAY_CHANGE)
-    """Name of the run; the same name in the same storage goes on from its last checkpoint."""
+    """Name of the run; the same name in the same storage resumes from its last checkpoint."""
     storage: str = field(default="runs", metadata=MAY_CHANGE)
-    """Folder or URI of runs, reachable from all nodes; the run lives in STORAGE/NAME."""
+    """Folder or URI of runs, reachable from all nodes; the run is in STORAGE/NAME."""
     seed: int = 0
     """Seed of weights, order, crops, flips, noise and gates."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -263,7 +260,7 @@ class TrainConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig, metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
-        """Check what concerns several sections at once."""
+        """Check what depends on several sections."""
         if not re.fullmatch(r"[\w.-]+", self.name) or self.name in (".", ".."):
             raise ValueError(
                 f"name is {self.name!r}; use letters, digits, dot, dash and underscore"
@@ -309,7 +306,7 @@ def from_yaml(text: str) -> TrainConfig:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a string; people who write learning rates mean a number."""
+    """Also reads 1e-4 as a number; in YAML 1.1 it is a string."""
 
 
 _YamlLoader.add_implicit_resolver(
@@ -318,7 +315,7 @@ _YamlLoader.add_implicit_resolver(
 
 
 def as_metrics(config: Any) -> dict[str, Any]:
-    """The configuration as flat `section.field -> value`, as MLflow keeps parameters."""
+    """The configuration as flat `section.field -> value`, the form of MLflow's parameters."""
 
     def walk(prefix: str, value: Any) -> dict[str, Any]:
         if isinstance(value, dict):
@@ -338,10 +335,10 @@ def changed_fields(
     """Fields that a resume must not change and that differ, as `recipe.lr 0.001 (now 0.002)`.
 
     Args:
-        old: the configuration at the start, as `to_dict` gives it. Fields that it lacks are new in
-            this version and are not compared.
+        old: the configuration at the start, from `to_dict`. Fields that it lacks are new in this
+            version and are not compared.
         new: the configuration now, a dataclass. Its fields marked `MAY_CHANGE` may differ.
-        fixed: dotted names that must stay in spite of their mark.
+        fixed: dotted names that must not change although they are marked.
         prefix: dotted path of `new`, for the messages.
     """
     found: list[str] = []

@@ -1,10 +1,10 @@
-"""The whole system at work on photographs: pack, train, evaluate, track. What `make demo` runs.
+"""The demo, run by `make demo`: pack photographs, train, evaluate, and log to MLflow.
 
     python -m distributed.demo [--pictures DIR]
 
-Starts from nothing each time, in folders of its own (data/demo, runs/demo), so that its figures
-repeat. Without --pictures it takes the photographs that scikit-image and scikit-learn ship. Some
-are held out: never trained on, and all figures are measured on them.
+Removes its own folders (data/demo, runs/demo) first, so that its figures repeat. Without --pictures
+it uses photographs from the packages scikit-image and scikit-learn. Some are held out: they are
+never trained on, and all figures are measured on them.
 """
 
 import dataclasses
@@ -34,15 +34,15 @@ DATA, RUN = Path("data/demo"), Path("runs/demo")
 """The demo's own folders; removed when it starts."""
 SYNTHESISED = ("derain", "dehaze", "deblur", "lowlight")
 HELD_OUT = ("astronaut", "motorcycle")
-"""The packaged photographs that are never trained on."""
+"""Packaged photographs that are never trained on."""
 SCALES = (1.0, 0.84, 0.7, 0.59, 0.5)
-"""Each training photograph is packed at these scales, each time with a degradation of its own."""
+"""Each training photograph is packed at these scales, each with its own degradations."""
 MOST_PICTURES, MOST_HELD_OUT, LONGEST, SHORTEST = 24, 2, 768, 96
-"""With --pictures: how many are used, how many of them held out, and their sides in pixels."""
+"""Limits with --pictures: number of pictures, of held-out ones, longest and shortest side."""
 
 
 class Split(NamedTuple):
-    """Names of the pictures on each side; no picture is on both."""
+    """Names of the pictures to train on and of the held-out ones; no picture is in both."""
 
     train: list[str]
     held_out: list[str]
@@ -50,14 +50,14 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Pack, train, evaluate and track on photographs, in minutes on a CPU."""
+    """Pack photographs, train and evaluate on them; takes minutes on a CPU."""
 
     pictures: Path | None = None
     """Folder of your own pictures; default: those that scikit-image and scikit-learn ship."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the demo; 2 after a message where pictures cannot be used, 130 where it was stopped."""
+    """Run the demo; returns 2 if pictures cannot be used, 130 if it was stopped."""
     given = tyro.cli(Arguments, args=argv, prog="python -m distributed.demo")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(source: Path | None, console: Console) -> int:
-    """All steps one after the other; the exit code.
+    """Run all steps; returns the exit code.
 
     Raises:
         ValueError, OSError: pictures that cannot be used, or a full disk.
@@ -115,7 +115,7 @@ def scaling_for(machine: Machine) -> ScalingConfig:
 
 
 def describe_device(machine: Machine) -> str:
-    """What the demo trains on, in words."""
+    """One line: the device that the demo trains on."""
     scaling = scaling_for(machine)
     if machine.cards:
         several = "s" if scaling.bounds[1] > 1 else ""
@@ -125,12 +125,12 @@ def describe_device(machine: Machine) -> str:
 
 
 def packaged_pictures() -> dict[str, dict[str, np.ndarray]]:
-    """Name -> `picture` (H, W, 3) uint8, and `disparity` (H, W) where it was measured.
+    """Name -> `picture` (H, W, 3) uint8, and `disparity` (H, W) if it was measured.
 
-    All of them lie in the installed packages: nothing is downloaded.
+    All are in the installed packages; nothing is downloaded.
 
     Raises:
-        ValueError: a package that does not ship them.
+        ValueError: an installed package lacks them.
     """
     try:
         from skimage import data
@@ -145,8 +145,8 @@ def packaged_pictures() -> dict[str, dict[str, np.ndarray]]:
         found["flower"] = {"picture": load_sample_image("flower.jpg")}
     except (ImportError, OSError) as error:
         raise ValueError(
-            f"the photographs of scikit-image and scikit-learn are not there ({error}); "
-            'install them with pip install -e ".[dev]", or give pictures of your own: '
+            f"cannot read the photographs of scikit-image and scikit-learn ({error}); "
+            'install them with pip install -e ".[dev]", or use your own pictures: '
             "python -m distributed.demo --pictures DIR"
         ) from error
     found["motorcycle"] = {"picture": left, "disparity": disparity}
@@ -154,16 +154,18 @@ def packaged_pictures() -> dict[str, dict[str, np.ndarray]]:
 
 
 def own_pictures(folder: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Pictures of a folder, at most `MOST_PICTURES`, none longer than `LONGEST` pixels.
+    """Pictures of a folder, at most `MOST_PICTURES`, scaled to at most `LONGEST` pixels.
 
     Raises:
-        ValueError: too few, too small, unreadable, or a folder that the demo would remove.
+        ValueError: too few, too small or unreadable pictures, or a folder that the demo removes.
     """
     if not folder.is_dir():
         raise ValueError(f"--pictures {folder} is not a folder")
     for own in (DATA, RUN):
         if own.resolve() in (folder.resolve(), *folder.resolve().parents):
-            raise ValueError(f"--pictures {folder} lies in {own}, which the demo removes; copy it")
+            raise ValueError(
+                f"--pictures {folder} is inside {own}, which the demo removes; copy it elsewhere"
+            )
     names = layouts.pictures(str(folder))
     if len(names) < 2:
         raise ValueError(
@@ -178,15 +180,15 @@ def own_pictures(folder: Path) -> dict[str, dict[str, np.ndarray]]:
         same = seen.setdefault(picture.tobytes(), name)
         if same != name:
             raise ValueError(
-                f"{folder / name} and {same} are the same picture; remove one, so that no picture "
-                "is trained on and held out"
+                f"{folder / name} and {same} are the same picture; remove one: no picture "
+                "may be both trained on and held out"
             )
         found[f"{len(found):03d}_{layouts.stem(name)}"] = {"picture": picture}
     return found
 
 
 def split(names: Sequence[str], held_out: Sequence[str] = ()) -> Split:
-    """Which pictures are trained on; by default every fourth is not, at most `MOST_HELD_OUT`."""
+    """Split pictures; by default a quarter is held out, at most `MOST_HELD_OUT`."""
     count = min(MOST_HELD_OUT, max(1, len(names) // 4))
     every = len(names) / count
     chosen = list(held_out) or [names[int((at + 0.5) * every)] for at in range(count)]
@@ -194,7 +196,7 @@ def split(names: Sequence[str], held_out: Sequence[str] = ()) -> Split:
 
 
 def _read(path: Path) -> np.ndarray:
-    """One picture as RGB, upright, scaled down to `LONGEST` pixels where it is larger."""
+    """One picture as RGB, upright, scaled down to at most `LONGEST` pixels."""
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file).convert("RGB")
@@ -217,7 +219,7 @@ def _start_from_nothing() -> None:
 
 
 def _write_pictures(pictures: Mapping[str, Mapping[str, np.ndarray]], names: Split) -> None:
-    """PNGs for both sides: held-out pictures as they are, training pictures at several scales."""
+    """Write PNGs: held-out pictures as they are, training pictures at several scales."""
     for side in ("train", "test"):
         (DATA / "pictures" / side).mkdir(parents=True, exist_ok=True)
     for name in names.held_out:
@@ -320,7 +322,7 @@ def _where_to_look(console: Console, outcome: Any, seconds: Mapping[str, float |
 
 
 def ui_command(tracking_uri: str) -> str:
-    """What shows the run in a browser: a server on 127.0.0.1, or the one that is there."""
+    """Command that shows the run in a browser, or the address of the tracking server."""
     if not tracking_uri.startswith("sqlite:"):
         return tracking_uri
     return (
@@ -330,7 +332,7 @@ def ui_command(tracking_uri: str) -> str:
 
 
 def _install_seconds() -> float | None:
-    """What the Makefile wrote down when it made the virtual environment; None without it."""
+    """Seconds of the installation, written by the Makefile; None if unknown."""
     try:
         return float((Path(sys.prefix) / ".installed").read_text())
     except (OSError, ValueError):

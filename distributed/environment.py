@@ -1,4 +1,4 @@
-"""What a run was made on: the workers' hardware and versions, the commit, the machine's load."""
+"""Records where a run trained: hardware, versions and commit; and the load of the machine."""
 
 import contextlib
 import importlib.metadata
@@ -19,25 +19,25 @@ if TYPE_CHECKING:
     import torch
 
 ENVIRONMENT = "environment.json"
-"""File of a run: the workers' hardware and the versions, of the latest start."""
+"""File of a run: hardware of the workers and versions at the latest start."""
 
 PACKAGES = ("torch", "ray", "deepspeed", "webdataset", "mlflow", "numpy", "pillow")
-"""Distributions whose version matters for a result."""
+"""Distributions whose version can change a result."""
 
 COMPILED = {
-    "kernels_avx512": "measnet._kernels16",
-    "kernels_avx2": "measnet._kernels8",
+    "kernels_avx512": "measnet.ops._kernels16",
+    "kernels_avx2": "measnet.ops._kernels8",
     "png_qoi_decoder": "shards._pixels",
     "jpeg_decoder": "shards._jpeg",
 }
-"""Compiled parts of this project that are optional: name -> module."""
+"""Optional compiled parts of this project: name -> module."""
 
 CPU_INFO = Path("/proc/cpuinfo")
-"""Where Linux names the processor."""
+"""Linux writes the processor's name here."""
 
 
 def driver_process() -> dict[str, Any]:
-    """Where the command runs that starts the workers. It computes nothing, so no GPU is asked."""
+    """Host and versions of the process that starts the workers; asks no GPU."""
     return {
         "host": socket.gethostname(),
         "python": platform.python_version(),
@@ -47,12 +47,12 @@ def driver_process() -> dict[str, Any]:
 
 
 def hardware(device: "torch.device") -> dict[str, Any]:
-    """What a worker computes on, for JSON.
+    """Hardware of a worker, for JSON.
 
-    Only the worker's own card is asked: to ask for another one would open a CUDA context there.
+    Asks only the worker's own card: asking another one would open a CUDA context there.
 
     Args:
-        device: the worker's.
+        device: of the worker.
     """
     import torch
 
@@ -82,10 +82,10 @@ def hardware(device: "torch.device") -> dict[str, Any]:
 
 
 def by_hardware(of_ranks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One entry per distinct hardware, with the `ranks` and `hosts` that have it.
+    """One entry per different hardware, with the `ranks` and `hosts` that have it.
 
     Args:
-        of_ranks: `hardware` of each rank, in their order.
+        of_ranks: `hardware` of each rank, in order.
     """
     entries: list[dict[str, Any]] = []
     for rank, own in enumerate(of_ranks):
@@ -103,9 +103,9 @@ def by_hardware(of_ranks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def hardware_changes(
     before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    """`card NVIDIA A100 -> NVIDIA H100` for each thing in which the workers differ now.
+    """Each difference as `card NVIDIA A100 -> NVIDIA H100`.
 
-    The hosts' names and the number of workers do not count.
+    Names of hosts and the number of workers are not compared.
 
     Args:
         before: from `by_hardware`, at an earlier start.
@@ -120,7 +120,7 @@ def hardware_changes(
 
 
 def code_version() -> dict[str, str]:
-    """The commit of the code that runs, where git knows it, and the version of the package."""
+    """The commit of the running code, if it is in a git repository, and the package's version."""
     tags = {"measnet.version": installed_version("measnet-ray")}
     here = Path(__file__).resolve().parent
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -130,7 +130,7 @@ def code_version() -> dict[str, str]:
             done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
             return done.stdout.strip()
 
-        if git("ls-files", "environment.py"):  # not merely installed below somebody's repository
+        if git("ls-files", "environment.py"):  # not if it is installed inside another repository
             tags["mlflow.source.git.commit"] = git("rev-parse", "HEAD")
             changed = git("status", "--porcelain", "--untracked-files=no")
             tags["measnet.code_changed"] = str(bool(changed)).lower()
@@ -138,16 +138,16 @@ def code_version() -> dict[str, str]:
 
 
 def installed_packages() -> str:
-    """Every installed distribution as `name==version`, sorted, a line each; see `requirement`."""
+    """All installed distributions as `name==version`, one per line, sorted; see `requirement`."""
     found = {d.metadata["Name"] for d in importlib.metadata.distributions()}
     lines = (requirement(name) for name in found if name)
     return "\n".join(sorted(lines, key=str.lower)) + "\n"
 
 
 def requirement(distribution: str) -> str:
-    """`name==version` of an installed distribution, with the version that a package index knows.
+    """`name==version` of an installed distribution, as on PyPI.
 
-    A build's own part of the version, as in `2.13.0+cpu`, is not on PyPI, so it is left out.
+    The local part of a version, as in `2.13.0+cpu`, is not on PyPI, so it is left out.
     """
     return f"{distribution}=={installed_version(distribution).split('+')[0]}"
 
@@ -161,21 +161,21 @@ def installed_version(distribution: str) -> str:
 
 
 class SystemMetrics:
-    """Load of this machine, under the names that MLflow's page `System metrics` shows."""
+    """Load of this machine, under the names that MLflow's page `System metrics` expects."""
 
     def __init__(self, card: "torch.device | None" = None) -> None:
         """Start counting the network's bytes.
 
         Args:
-            card: the GPU that this process computes on; None asks no GPU. Others of the machine
-                are never asked: that would open a CUDA context on each of them.
+            card: the GPU of this process; None: no GPU. Other GPUs are never asked, because that
+                would open a CUDA context on each of them.
         """
         self._card = card
         self._network = psutil.net_io_counters()
         psutil.cpu_percent()
 
     def read(self) -> dict[str, float]:
-        """CPU and GPU in per cent, memory, disk and network in MB."""
+        """Use of CPU and GPU in per cent; memory, disk and network in MB."""
         memory, disk = psutil.virtual_memory(), psutil.disk_usage(os.getcwd())
         network = psutil.net_io_counters()
         values = {
@@ -193,7 +193,7 @@ class SystemMetrics:
 
 
 def _load_of(card: "torch.device") -> dict[str, float]:
-    """Memory of a card that this process uses already; its load where nvidia-ml-py is installed."""
+    """Memory of this process's card; also its load if nvidia-ml-py is installed."""
     import torch
 
     free, total = torch.cuda.mem_get_info(card)
@@ -204,13 +204,15 @@ def _load_of(card: "torch.device") -> dict[str, float]:
     }
     if importlib.util.find_spec("pynvml"):
         nvml = importlib.import_module("pynvml")
-        with contextlib.suppress(nvml.NVMLError, RuntimeError):  # a part of a card does not tell it
+        with contextlib.suppress(
+            nvml.NVMLError, RuntimeError
+        ):  # a part of a card (MIG) has no such value
             values[f"{prefix}_utilization_percentage"] = torch.cuda.utilization(card)
     return values
 
 
 def replace_environment(folder: str, environment: Mapping[str, Any]) -> list[str]:
-    """Write a run's environment.json, and tell in what the workers differ from the one before.
+    """Write a run's environment.json; returns how the workers differ from the last start's.
 
     Args:
         folder: folder or URI of the run.
@@ -229,7 +231,7 @@ def replace_environment(folder: str, environment: Mapping[str, Any]) -> list[str
 def record_environment(
     device: "torch.device", driver_process: Mapping[str, Any], folder: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """Gather the hardware of all ranks, and keep it with the run; a collective call.
+    """Gather the hardware of all ranks and write it to the run's folder; a collective call.
 
     Args:
         device: of this rank.
@@ -237,7 +239,7 @@ def record_environment(
         folder: folder or URI of the run.
 
     Returns:
-        The environment, and on rank 0 in what the workers differ from those of the last start.
+        The environment; and, on rank 0, how the workers differ from those of the last start.
     """
     import torch.distributed as dist
 
@@ -249,7 +251,7 @@ def record_environment(
 
 
 def keep_environment(environment: Mapping[str, Any], folder: Path, samples: int) -> Path:
-    """Write the environment of a start after `samples` samples; returns the starts' folder."""
+    """Write the environment of a start at `samples` samples; returns the folder of all starts."""
     kept = folder / "environment" / f"{samples:012d}.json"
     kept.parent.mkdir(exist_ok=True)
     write_json(*open_folder(str(kept)), environment)
@@ -257,7 +259,7 @@ def keep_environment(environment: Mapping[str, Any], folder: Path, samples: int)
 
 
 def _values(entries: Sequence[Mapping[str, Any]], name: str) -> str:
-    """The different values of one field, in words."""
+    """The different values of one field, as text."""
     found = (entry.get(name) for entry in entries)
     words = {
         " and ".join(value) if isinstance(value, list) else str(value)
@@ -268,7 +270,7 @@ def _values(entries: Sequence[Mapping[str, Any]], name: str) -> str:
 
 
 def _processor() -> str:
-    """The processor's model as Linux names it, else its architecture."""
+    """The processor's name on Linux, else its architecture."""
     with contextlib.suppress(OSError):
         for line in CPU_INFO.read_text().splitlines():
             if line.startswith("model name"):
@@ -277,8 +279,8 @@ def _processor() -> str:
 
 
 def _driver() -> str:
-    """Version of the NVIDIA driver that is loaded; empty where Linux does not tell it."""
-    from measnet.hardware import DRIVER_VERSION  # brings torch
+    """Version of the loaded NVIDIA driver; empty if unknown."""
+    from measnet.hardware import DRIVER_VERSION  # imports torch
 
     with contextlib.suppress(OSError):
         words = DRIVER_VERSION.read_text().split()
@@ -290,5 +292,5 @@ def _importable(module: str) -> bool:
     try:
         importlib.import_module(module)
     except ImportError:
-        return False  # not built here, or for another processor
+        return False  # not built, or built for another processor
     return True

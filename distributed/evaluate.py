@@ -1,8 +1,8 @@
 """The benchmark protocol on whole pictures: PSNR and SSIM per task, before and after restoring.
 
-Command: `python -m distributed.evaluate CHECKPOINT DATA [--out DIR]`. Noise belongs to the picture,
-not to the run, so figures repeat. Every output states the protocol by which it was measured, and
-how much of the benchmark it covers.
+Command: `python -m distributed.evaluate CHECKPOINT DATA [--out DIR]`. Each picture always gets the
+same noise, so figures repeat. Every output states the protocol and how much of the benchmark it
+covers.
 """
 
 import csv
@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from distributed import figures
-from distributed.checkpoint import newest_whole
+from distributed.checkpoint import newest_complete
 from measnet.config import ModelConfig, from_dict
 from measnet.hardware import Decision, DeviceChoice, choose_device, this_machine
 from measnet.metrics import FIELD, Protocol, psnr, ssim
@@ -40,7 +40,7 @@ from shards.tasks import DEGRADATIONS, TASKS
 OVERLAP = 64
 """Pixels that neighbouring tiles share."""
 WEIGHT_FILES = (".safetensors", ".ckpt", ".pth", ".pt")
-"""Weights in a file: our own, or a checkpoint of the authors' program."""
+"""Suffixes of weights: files of this program, or checkpoints of the authors' program."""
 _OVERVIEW = 240
 """Pixels of the longer side in the grid that shows one picture per task."""
 
@@ -50,28 +50,28 @@ Grids = dict[str, list[Image.Image]]
 
 
 class Held(NamedTuple):
-    """How many pictures of a degradation there are."""
+    """Number of pictures of a degradation."""
 
     packed: int
     """In the packed set."""
     benchmark: int = 0
-    """In the whole benchmark; 0 where that is not known."""
+    """In the whole benchmark; 0 if that is not known."""
 
 
 class Score(NamedTuple):
-    """One restored picture; plain values, so that ranks can send them to each other."""
+    """Result for one picture; plain values, so that ranks can send them to each other."""
 
     position: int
-    """Place in the fixed order of the pictures."""
+    """Position in the fixed order of the pictures."""
     degradation: str
     task: str
     name: str
     height: int
     width: int
     tile: int
-    """Side of the tiles it was restored in; 0: whole."""
+    """Side of the tiles in pixels; 0: restored whole."""
     overlap: int
-    """Pixels that the tiles share; 0: whole."""
+    """Pixels that the tiles share; 0: restored whole."""
     input_psnr: float
     restored_psnr: float
     input_ssim: float
@@ -94,18 +94,18 @@ class Summary(NamedTuple):
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """What was measured, on what, and how."""
+    """Scores, their means, the data and the protocol."""
 
     data: str
     protocol: Protocol
     scores: list[Score]
     """Per picture, in the fixed order."""
     held: Mapping[str, Held] = field(default_factory=dict)
-    """Degradation -> pictures there are, from `held_by`; empty: not known."""
+    """Degradation -> number of pictures, from `held_by`; empty: not known."""
     degradations: dict[str, Summary] = field(init=False)
     """Means over the pictures of a degradation."""
     tasks: dict[str, Summary] = field(init=False)
-    """Means over the degradations of a task; its pictures are those of all its degradations."""
+    """Means over the degradations of a task; `pictures` counts those of all its degradations."""
     routing: dict[str, dict[str, list[float]]] = field(init=False)
     """Task -> expert library -> mean share per expert."""
 
@@ -160,14 +160,14 @@ class EvaluationReport:
         }
 
     def count(self, name: str) -> str:
-        """Pictures of a degradation that were restored; `3 of 15` where the packed set has more."""
+        """Number of restored pictures of a degradation; `3 of 15` if the packed set has more."""
         pictures = self.degradations[name].pictures
         packed = self.held[name].packed if name in self.held else pictures
         return str(pictures) if pictures == packed else f"{pictures} of {packed}"
 
     @property
     def tiles(self) -> dict[str, int]:
-        """`whole` or `in tiles of 512, overlap 64` -> pictures restored so."""
+        """`whole` or `in tiles of 512, overlap 64` -> number of pictures."""
         return dict(
             Counter(
                 f"in tiles of {one.tile}, overlap {one.overlap}" if one.tile else "whole"
@@ -176,7 +176,7 @@ class EvaluationReport:
         )
 
     def describe(self) -> str:
-        """Protocol, arithmetic and tiles, and where the packed set is a part of a benchmark."""
+        """Protocol, arithmetic and tiles; also which packed sets are a part of a benchmark."""
         tiles = "; ".join(f"{number} {how}" for how, number in self.tiles.items())
         parts = {
             f"{DEGRADATIONS[name].task}: the packed set holds {held.packed:,} of the benchmark's "
@@ -188,7 +188,7 @@ class EvaluationReport:
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the single pictures, for JSON; infinite and NaN become None."""
+        """Everything but the scores, for JSON; infinite and NaN become None."""
         report = {
             "data": self.data,
             "protocol": self.protocol.as_dict(),
@@ -217,17 +217,17 @@ def evaluate(
     """Restore whole pictures, compare them, and write the results.
 
     Args:
-        model: on the device that restores; its mode is left as it was.
+        model: on any device; its mode does not change.
         data_uri: packed shards.
         out: folder for pictures.csv, summary.json, experts.png, grids/DEGRADATION.png and
             grids/overview.png (a picture per task); None writes nothing.
         limit: pictures per degradation; 0 takes all.
         protocol: how pictures are compared.
-        tiling: how large pictures are cut up; None: chosen from the free memory.
+        tiling: tiles of large pictures; None: chosen by the free memory.
         grid_rows: pictures drawn per degradation.
 
     Raises:
-        ValueError, OSError: no readable shards, or no picture in them.
+        ValueError, OSError: no readable shards, or no pictures in them.
     """
     panels = Panels(grid_rows if out is not None else 0)
     tiling = tiling or choose_tiling(model, overlap=OVERLAP)
@@ -259,12 +259,12 @@ class Panels:
         self._overview: dict[str, Image.Image] = {}
 
     def keep(self, score: Score, picture: Picture, restored: Tensor) -> None:
-        """Take a picture that was scored, if its degradation has room."""
+        """Add a scored picture, unless its degradation has enough rows."""
         own = self.grids.setdefault(score.degradation, [])
         if len(own) >= self._rows:
             return
         row = _row(score, picture, restored)
-        if not own:  # of a task's degradations the last, which is the strongest, stays
+        if not own:  # the last, strongest degradation of a task stays in the overview
             self._overview[score.task] = figures.panel(row, widest=_OVERVIEW)
             self.grids["overview"] = list(self._overview.values())
         own.append(figures.panel(row))
@@ -343,7 +343,7 @@ def table(report: EvaluationReport) -> Table:
 
 
 def load(checkpoint: str, device: torch.device | str) -> MEASNet:
-    """The network of a file of weights, or of a run's newest whole checkpoint (averaged weights).
+    """Load a weights file, or the averaged weights of a run's newest complete checkpoint.
 
     Raises:
         ValueError, OSError: no such file, or not a checkpoint of this or the authors' program.
@@ -352,10 +352,10 @@ def load(checkpoint: str, device: torch.device | str) -> MEASNet:
         if not Path(checkpoint).is_file():
             raise ValueError(f"there is no file {checkpoint}")
         return load_weights(Path(checkpoint)).to(device)
-    newest = newest_whole(checkpoint, say=lambda text: print(text, file=sys.stderr))
+    newest = newest_complete(checkpoint, say=lambda text: print(text, file=sys.stderr))
     if newest is None:
         raise ValueError(
-            f"{checkpoint} holds no whole checkpoint; give a run folder such as runs/demo, "
+            f"{checkpoint} holds no complete checkpoint; give a run folder such as runs/demo, "
             f"or a file ({', '.join(WEIGHT_FILES)})"
         )
     model = MEASNet(from_dict(ModelConfig, newest.state().config["model"], "model"))
@@ -368,7 +368,7 @@ class Arguments:
     """Restore whole pictures of packed shards and compare them with the clean ones."""
 
     checkpoint: tyro.conf.Positional[str]
-    """A run folder (its newest whole checkpoint, averaged weights), a .safetensors file, or a
+    """A run folder (its newest complete checkpoint, averaged weights), a .safetensors file, or a
     checkpoint of the authors' program (.ckpt, .pth)."""
     data: tyro.conf.Positional[str]
     """Folder or URI of packed shards."""
@@ -380,8 +380,8 @@ class Arguments:
     grid_rows: int = 2
     """Pictures drawn per degradation in the before/after grids."""
     tile: int = 0
-    """Side of tiles in pixels; 0: pictures are restored whole where the free memory allows it, else
-    in the largest tiles that fit."""
+    """Side of tiles in pixels; 0: pictures are restored whole if the free memory allows it, else in
+    the largest tiles that fit."""
     overlap: int = OVERLAP
     """Pixels that neighbouring tiles share."""
     colour: Literal["rgb", "y"] = "rgb"
@@ -391,7 +391,7 @@ class Arguments:
     crop16: bool = False
     """Compare the centre crop to multiples of 16, as some programs of the field do."""
     device: DeviceChoice = "auto"
-    """Where to restore; `auto`: the GPU where there is one."""
+    """Device for restoring; `auto`: the GPU if there is one."""
 
     def check(self) -> None:
         """Refuse values out of range."""
@@ -402,7 +402,7 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; 2 after a message where something is wrong with what was asked for."""
+    """Run the command; returns 0, or 2 after a message."""
     given = tyro.cli(Arguments, args=argv, prog="python -m distributed.evaluate")
     try:
         _run(given)
@@ -438,15 +438,17 @@ def _run(given: Arguments) -> None:
 
 
 def _beside(checkpoint: str) -> Path:
-    """Where results go by default: into the run's folder, or the folder of the file."""
+    """Default folder of results: in the run's folder, or beside the file."""
     if "://" in checkpoint:
-        raise ValueError(f"{checkpoint} is not a local folder: say with --out where results go")
+        raise ValueError(
+            f"{checkpoint} is not a local folder; set a folder for the results with --out"
+        )
     path = Path(checkpoint)
     return (path.parent if path.is_file() else path) / "evaluation"
 
 
 def _restore(model: MEASNet, degraded: Tensor, tiling: Tiling) -> Restored:
-    """One picture (3, H, W) on the CPU, there and back; the network's mode is left as it was."""
+    """Restore one picture (3, H, W) on the CPU; the network's mode does not change."""
     training = model.training
     tile = tiling.side(*degraded.shape[-2:])
     try:

@@ -1,6 +1,7 @@
-"""Pictures that show a run: before/after grids, expert usage per task, training curves.
+"""Figures of a run: before/after grids, expert usage per task, training curves.
 
-Grids are drawn pixel by pixel with Pillow, charts with matplotlib's Agg; none needs a display.
+Grids are drawn with Pillow at the scale of the pictures, charts with matplotlib; no display is
+needed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-_GAP, _CAPTION, _TITLE, _FOOTER, _NARROWEST = 8, 26, 30, 22, 190
+_GAP, _CAPTION, _TITLE, _LINE, _NARROWEST = 8, 26, 30, 16, 190
 _INK, _FAINT, _PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 
 
@@ -56,7 +57,7 @@ def panel(row: GridRow, *, widest: int = 640) -> Image.Image:
 
 
 def grid(panels: Sequence[Image.Image], path: Path, *, footer: str = "") -> None:
-    """Write panels one below the other as a PNG, `footer` in small print underneath.
+    """Write panels one below the other as a PNG; below them `footer`, in as many lines as needed.
 
     Raises:
         ValueError: no panels.
@@ -64,20 +65,22 @@ def grid(panels: Sequence[Image.Image], path: Path, *, footer: str = "") -> None
     if not panels:
         raise ValueError("a grid needs at least one picture")
     width, height = max(p.width for p in panels), sum(p.height for p in panels)
-    sheet = Image.new("RGB", (width, height + _FOOTER), _PAPER)
+    font = ImageFont.load_default(11)
+    lines = wrap(footer, font, width - 2 * _GAP)
+    sheet = Image.new("RGB", (width, height + _LINE * len(lines) + _GAP), _PAPER)
     y = 0
     for picture in panels:
         sheet.paste(picture, (0, y))
         y += picture.height
-    font = ImageFont.load_default(11)
-    text = _shorten(footer, font, width - 2 * _GAP)
-    ImageDraw.Draw(sheet).text((_GAP, y + 2), text, _FAINT, font)
+    for line in lines:
+        ImageDraw.Draw(sheet).text((_GAP, y + 2), line, _FAINT, font)
+        y += _LINE
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
 
 
 def expert_usage(usage: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
-    """Write heat maps of how much each task uses each expert, a panel per expert library.
+    """Write heat maps of the use of each expert by each task, a panel per expert library.
 
     Args:
         usage: task (or degradation) -> library -> share per expert, in [0, 1]; a row sums to K.
@@ -110,10 +113,10 @@ def expert_usage(usage: Mapping[str, Mapping[str, Sequence[float]]], path: Path)
 
 
 def curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write the course of each metric over the samples seen, a panel per group.
+    """Write the curve of each metric over the samples, a panel per group.
 
     Args:
-        records: `{"step": samples, "metrics": {"group/name": value}}`, as `Tracker` keeps them.
+        records: `{"step": samples, "metrics": {"group/name": value}}`, from `read_metrics`.
         path: of the PNG.
 
     Raises:
@@ -125,7 +128,7 @@ def curves(records: Sequence[Mapping[str, Any]], path: Path) -> None:
             group, _, leaf = name.rpartition("/")
             if group == "system":
                 continue
-            panel = group if group.startswith("val_") else name  # tasks share an axis
+            panel = group if group.startswith("val_") else name  # tasks share a panel
             series.setdefault(panel, {}).setdefault(leaf, []).append((record["step"], value))
     if not series:
         raise ValueError("no metrics to draw")
@@ -152,17 +155,20 @@ def as_uint8(picture: NDArray[np.floating]) -> NDArray[np.uint8]:
     return (picture.clip(0, 1) * 255.0).round().astype(np.uint8)
 
 
-def _shorten(text: str, font: Any, width: int) -> str:
-    """The text, cut to so many pixels."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
+def wrap(text: str, font: Any, width: int) -> list[str]:
+    """The text in lines of at most `width` pixels, broken between words."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def _figure(rows: int, columns: int, inches: tuple[float, float]) -> tuple[Any, list[Any]]:
-    """A figure outside of pyplot, which would look for a display, and its axes in reading order."""
+    """A figure without pyplot, which needs a display, and its axes in reading order."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,6 +1,6 @@
-"""Numbers that go wrong: what was trained on, which steps were skipped, and when to go back.
+"""Losses and gradients that are not finite: count skipped steps, decide when to go back.
 
-Everything here follows from values that all ranks share, so all ranks come to the same decision.
+Also the log of consumed samples. All ranks have the same values here, so all decide the same.
 """
 
 import hashlib
@@ -16,13 +16,13 @@ from shards.reader import DamagedError
 from shards.storage import open_folder, read_json, write_json
 
 PASSED_OVER = "passed_over.json"
-"""File of a run: spans of samples that are not trained on, because they led to nothing but NaN."""
+"""File of a run: spans of samples that are left out because all their steps were skipped."""
 
 
 Cause = Literal[
     "", "diverged", "out of memory", "corrupt data", "worker lost", "no workers", "other"
 ]
-"""Why a run failed, for programs to decide by; empty where it did not fail."""
+"""Why a run failed, for use by programs; empty if it did not fail."""
 
 
 class GoBackError(RuntimeError):
@@ -30,10 +30,10 @@ class GoBackError(RuntimeError):
 
 
 def cause_of(error: BaseException) -> Cause:
-    """Sort the failure of a run by the type of the exception, or of those of Ray Train's workers.
+    """Classify the failure of a run by the type of its exception, or of its workers' exceptions.
 
-    Where several workers failed, the first cause of the list counts: those who wait for a worker
-    that diverged or ran out of memory fail too, by a lost connection.
+    If several workers failed, the first matching cause of the list counts: when one worker diverges
+    or runs out of memory, the others lose their connection to it and fail too.
     """
     from ray.exceptions import OutOfMemoryError, RayActorError, WorkerCrashedError
 
@@ -52,64 +52,63 @@ def cause_of(error: BaseException) -> Cause:
 
 
 def chain(before: str, micro_batches: Sequence[int]) -> str:
-    """The chained digest after one more step, from the crc32 of its micro-batches in their
-    order."""
-    told = ",".join(f"{crc:08x}" for crc in micro_batches)
-    return hashlib.sha256(f"{before}:{told}".encode()).hexdigest()
+    """The chained digest after one more step, from the crc32 of its micro-batches in order."""
+    checksums = ",".join(f"{crc:08x}" for crc in micro_batches)
+    return hashlib.sha256(f"{before}:{checksums}".encode()).hexdigest()
 
 
 class SpikeDetector:
-    """Running mean and spread of the loss; tells which losses stand out."""
+    """Finds losses far above the running mean."""
 
     WARM_UP = 50
-    """Steps before anything stands out."""
+    """Steps before any loss counts as a spike."""
     DECAY = 0.98
 
     def __init__(self, deviations: float) -> None:
-        """A spike lies this many standard deviations above the mean."""
+        """A spike is more than `deviations` standard deviations above the mean."""
         self._deviations = deviations
         self._mean = self._square = 0.0
         self._steps = 0
 
     def is_spike(self, loss: float) -> bool:
-        """Whether this loss stands out from those before; then it counts among them."""
+        """Whether this loss is a spike; also adds it to the running mean."""
         if not math.isfinite(loss):
             return False  # skipped and counted elsewhere
         correction = 1 - self.DECAY**self._steps if self._steps else 1.0
         mean, square = self._mean / correction, self._square / correction
         spread = math.sqrt(max(0.0, square - mean**2))
-        stands_out = self._steps >= self.WARM_UP and loss > mean + self._deviations * spread
+        spike = self._steps >= self.WARM_UP and loss > mean + self._deviations * spread
         self._mean += (1 - self.DECAY) * (loss - self._mean)
         self._square += (1 - self.DECAY) * (loss**2 - self._square)
         self._steps += 1
-        return stands_out
+        return spike
 
 
 class SkipCounter:
-    """Counts updates that were skipped, and says when it is time to go back."""
+    """Counts skipped updates and decides when to go back to the last checkpoint."""
 
     def __init__(self, folder: str, limit: int) -> None:
-        """Read which samples of the run in `folder` are passed over already."""
+        """Read which samples of the run in `folder` are left out already."""
         self._fs, root = open_folder(folder)
         self._path = f"{root}/{PASSED_OVER}"
         self._limit = limit
         self._since: int | None = None
         self.in_a_row = 0
-        """Updates skipped one after the other, up to now."""
+        """Updates skipped in a row, up to now."""
         self.spans: list[list[int]] = (
             read_json(self._fs, self._path) if self._fs.exists(self._path) else []
         )
-        """[first, behind the last] samples that are not trained on."""
+        """Spans [first, end) of samples that are left out; `end` is not part of the span."""
 
     def behind(self, samples: int) -> int:
-        """Where training goes on after `samples` samples: there, or behind what is left out."""
+        """Where training continues after `samples` samples: there, or after a span left out."""
         for first, last in self.spans:
             if first <= samples < last:
                 samples = last
         return samples
 
     def after_step(self, first: int, last: int, *, skipped: bool) -> bool:
-        """Count the step over samples [first, last); True where the run has to go back."""
+        """Count the step over samples [first, last); True if the run has to go back."""
         if not skipped:
             self.in_a_row, self._since = 0, None
             return False
@@ -118,14 +117,14 @@ class SkipCounter:
         return self.in_a_row >= self._limit
 
     def pass_over(self, last: int) -> list[int]:
-        """Write down that the present streak, up to `last` samples, is to be left out."""
+        """Save that the samples of the steps skipped in a row, up to `last`, are left out."""
         span = [self._since if self._since is not None else last, last]
         write_json(self._fs, self._path, [*self.spans, span])
         return span
 
 
 def watch_unused(model: nn.Module) -> Callable[[], list[str]]:
-    """Note which parameters get a gradient; the function returned names those that never did."""
+    """Watch which parameters get a gradient; the returned function names those without one."""
     unused = {name for name, p in model.named_parameters() if p.requires_grad}
     handles = [
         p.register_post_accumulate_grad_hook(lambda _p, name=name: unused.discard(name))
@@ -142,16 +141,15 @@ def watch_unused(model: nn.Module) -> Callable[[], list[str]]:
 
 
 class RateWatch:
-    """Notices a learning rate of zero in the optimizer: steps that cost their time and learn
-    nothing."""
+    """Finds a learning rate of zero in the optimizer: such steps take time and learn nothing."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        """Look at all its parameter groups."""
+        """Watch all parameter groups of `optimizer`."""
         self._optimizer = optimizer
         self._at_zero = False
 
     def falls_to_zero(self) -> bool:
-        """Whether a group's rate is zero now and none was at the last look."""
+        """Whether a group's rate is zero now, and none was at the last call."""
         before, self._at_zero = (
             self._at_zero,
             not all(g["lr"] for g in self._optimizer.param_groups),
@@ -167,10 +165,10 @@ def describe_samples(keys: Sequence[str], most: int = 8) -> str:
 
 def log_line(samples: int, consumed: str, micro_batches: Sequence[int], at: float) -> bytes:
     """A line of the log of consumed samples."""
-    told = {
+    line = {
         "samples": samples,
         "consumed": consumed,
         "micro_batches": [f"{crc:08x}" for crc in micro_batches],
         "time": round(at, 3),
     }
-    return json.dumps(told).encode() + b"\n"
+    return json.dumps(line).encode() + b"\n"

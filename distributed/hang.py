@@ -1,8 +1,8 @@
-"""Decides whether training hangs: whether all ranks wait for each other and none makes progress.
+"""Decides whether training hangs: whether no rank makes progress.
 
-In a hung collective every process lives and answers Ray's health check. What shows the hang is
-that no rank makes progress. A rank that waits for a slow rank must not count as hung, so the
-decision looks at all ranks at once.
+In a hung collective every process is alive and answers Ray's health check; the only sign is that
+no rank makes progress. A rank that waits for a slow rank is not hung, so the decision needs the
+state of all ranks.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,8 +12,8 @@ from typing import Literal
 from distributed.config import ScalingConfig
 
 Phase = Literal["start", "data", "step", "validation", "checkpoint", "end"]
-"""What a rank does: it sets up the run, waits for a batch, computes a step (with all of its
-collectives), validates, writes a checkpoint, or ends the run."""
+"""What a rank does: set up the run, wait for a batch, compute a step (with all its collectives),
+validate, write a checkpoint, or end the run."""
 
 STEPS_OF_PATIENCE = 3
 """A step may last this many usual steps longer than `scaling.health_timeout_s`."""
@@ -24,7 +24,7 @@ SHOWN = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Activity:
-    """What one rank does at present."""
+    """What one rank does now."""
 
     phase: Phase = "start"
     step: int = 0
@@ -32,32 +32,31 @@ class Activity:
     idle_s: float = 0.0
     """Seconds since it made progress: a new phase, a micro-batch, a validated picture."""
     silent_s: float = 0.0
-    """Seconds since its process was heard."""
+    """Seconds since the last message from its process."""
     step_s: float | None = None
-    """Median seconds of its recent steps; None until it has made enough of them since its start."""
+    """Median seconds of its recent steps; None until there are enough since its start."""
     where: str = ""
-    """Line of code that its training thread is at; empty while that is of no interest."""
+    """Line of code that its training thread executes; empty if not looked up."""
 
 
 def find_hang(activities: Mapping[int, Activity], world: int, patience: ScalingConfig) -> str:
-    """Why the run counts as hung, in words; empty where it does not.
+    """Why the run counts as hung, as a message; empty if it is not hung.
 
-    It hangs if every rank is over its limit:
+    The run is hung if every rank is over its limit:
 
-    * inside a step, `step_limit`;
-    * in any other phase `collective_timeout_s`: data may be slow, a network may have to be
-      compiled, a picture may be large;
-    * a rank whose process is not heard at all, `health_timeout_s`: something in it stops all of
-      its threads.
+    * in a step: `step_limit`;
+    * in any other phase: `collective_timeout_s`, because data may be slow, the network may have to
+      be compiled, a picture may be large;
+    * no message from its process: `health_timeout_s`, because all of its threads are blocked.
 
     Args:
-        activities: rank -> what it does, of the ranks heard so far.
+        activities: rank -> what it does, for the ranks that have sent a message.
         world: number of ranks.
         patience: the limits.
     """
     ranks = [activities[rank] for rank in range(world) if rank in activities]
     if len(ranks) < world:
-        return ""  # one that was never heard is still being started
+        return ""  # a rank without a message is still starting
     step_s = step_limit(ranks, patience)
     limits = set()
     for rank in ranks:
@@ -71,15 +70,15 @@ def find_hang(activities: Mapping[int, Activity], world: int, patience: ScalingC
     return (
         f"hung: no rank makes progress; {describe(activities, world, patience)}. Limits: "
         f"{', '.join(sorted(limits))} (scaling.health_timeout_s, scaling.collective_timeout_s). "
-        "Ending the workers; others start from the last checkpoint"
+        "Ending the workers; new ones start from the last checkpoint"
     )
 
 
 def step_limit(ranks: Iterable[Activity], patience: ScalingConfig) -> float:
     """Seconds without progress that a step may take.
 
-    The first steps after a start may compile and tune: they may take `collective_timeout_s`, as
-    long as nothing was measured on some rank.
+    The first steps after a start may compile and tune, so the limit is `collective_timeout_s` until
+    every rank has measured its steps.
     """
     measured = [rank.step_s for rank in ranks]
     known = [seconds for seconds in measured if seconds is not None]
@@ -90,9 +89,9 @@ def step_limit(ranks: Iterable[Activity], patience: ScalingConfig) -> float:
 
 def describe(activities: Mapping[int, Activity], world: int, patience: ScalingConfig) -> str:
     """`rank 1: in step 120 for 43 s (distributed/session.py:316)`, the first `SHOWN` ranks."""
-    told = [f"rank {rank}: {_words(activities[rank], patience)}" for rank in range(world)]
+    lines = [f"rank {rank}: {_words(activities[rank], patience)}" for rank in range(world)]
     more = [f"and {world - SHOWN} more"] if world > SHOWN else []
-    return ", ".join(told[:SHOWN] + more)
+    return ", ".join(lines[:SHOWN] + more)
 
 
 def _words(rank: Activity, patience: ScalingConfig) -> str:

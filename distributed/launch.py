@@ -1,8 +1,7 @@
-"""From a configuration to a run on Ray: checks first, then a cluster, then workers, watched to the
-end.
+"""Runs a configuration on Ray: checks it, starts a cluster and the workers, and watches them.
 
-Everything a user can get wrong is found before Ray starts. Ray Train restarts lost workers; the
-command itself, given again, goes on from the last whole checkpoint.
+Mistakes of the user are reported before Ray starts. Ray Train restarts lost workers; the same
+command resumes from the last complete checkpoint.
 """
 
 import dataclasses
@@ -36,7 +35,7 @@ from shards.order import Plan
 from shards.storage import absolute, open_folder, write_json, write_whole
 
 GRACE_S = 12.0
-"""Seconds that a run asked to stop may take to end by itself before it is ended."""
+"""Seconds that a run may take to stop after a stop request; then its workers are ended."""
 
 MODEL = "model.safetensors"
 """File of a finished run: the averaged weights, with the configuration inside."""
@@ -55,9 +54,9 @@ class Outcome:
     cause: str = ""
     """Why it failed, as a `distributed.guard.Cause`."""
     samples: int = 0
-    """Samples consumed by the run so far."""
+    """Samples that the run has consumed so far."""
     mlflow_run_id: str = ""
-    """Where MLflow keeps it."""
+    """MLflow's id of the run."""
     tracking_uri: str = ""
     """The MLflow server or database."""
     seconds: float = 0.0
@@ -67,12 +66,12 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """0 where the run is finished; 130 where the user stopped it; 1 where it failed."""
+        """0 if the run is finished, 130 if the user stopped it, 1 if it failed."""
         return {"finished": 0, "already finished": 0, "stopped": 130}.get(self.status, 1)
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """The same configuration with absolute places: workers run in folders of their own."""
+    """The same configuration with absolute paths, because workers run in other folders."""
     data = dataclasses.replace(
         config.data,
         train=absolute(config.data.train),
@@ -83,29 +82,29 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 
 def check(config: TrainConfig) -> tuple[Manifest, Plan, Checkpoint | None]:
-    """Read the manifests and the run's last checkpoint, and see that they fit the configuration.
+    """Read the manifests and the run's last checkpoint, and check that they fit the configuration.
 
     Raises:
-        ValueError: shards that are missing, damaged or without a task that is asked for; a run of
-            the same name that was started with another recipe or on other data.
+        ValueError: shards are missing, damaged or lack a task of the configuration; or a run of the
+            same name was started with another recipe or on other data.
     """
     manifest = read_manifest(config.data.train)
     plan = Plan.from_manifest(manifest, config.data.repeats, config.seed, config.data.order)
     read_manifest(config.data.validation)
 
-    from shards.stream import TrainStream  # brings torch: not before the manifests are there
+    from shards.stream import TrainStream  # imports torch, so only after the manifests
 
-    TrainStream(config.data, config.seed)  # sees that every shard of the manifest is there
-    found = checkpoints.newest_whole(config.folder)
-    if found is not None:
-        state = found.state()
+    TrainStream(config.data, config.seed)  # checks that every shard of the manifest is there
+    newest = checkpoints.newest_complete(config.folder)
+    if newest is not None:
+        state = newest.state()
         if changed := changed_fields(state.config, config):
             raise ValueError(
                 f"{config.folder} was started with {'; '.join(changed)}. "
-                "Take those values to go on with it, or another --name to start a new run"
+                "Use those values to resume it, or another --name to start a new run"
             )
         plan.refuse_changed(state.plan)
-    return manifest, plan, found
+    return manifest, plan, newest
 
 
 def launch(
@@ -117,16 +116,16 @@ def launch(
     stop_requests: list[str] | None = None,
     export: bool = True,
 ) -> Outcome:
-    """Run a configuration to its end, and say how it ended.
+    """Train, and return how the run ended.
 
     Args:
-        config: what to run.
-        console: where to show what happens.
+        config: of the run.
+        console: for messages and progress.
         callbacks: Ray Train callbacks, called in its controller.
         tags: of the run in MLflow.
-        stop_requests: who appends a reason stops the run as Ctrl-C does: after a last checkpoint;
-            a second one ends it at once.
-        export: whether a finished run leaves model.safetensors and a model in MLflow.
+        stop_requests: append a reason to stop the run after a last checkpoint, as Ctrl-C does;
+            append a second one to end it at once.
+        export: whether a finished run writes model.safetensors and a model to MLflow.
 
     Raises:
         ValueError: see `check` and `distributed.decisions.training_device`.
@@ -134,14 +133,14 @@ def launch(
     console = console or Console(soft_wrap=True)
     config = resolve(config)
     started = time.monotonic()
-    manifest, plan, found = check(config)
-    if found is not None and found.state().finished:
-        return _already_finished(config, found, console, export=export)
+    manifest, plan, newest = check(config)
+    if newest is not None and newest.state().finished:
+        return _already_finished(config, newest, console, export=export)
     machine = this_machine() if starts_its_own_ray() else None
     if machine is not None:
         training_device(config.scaling, len(machine.cards), machine)
         if machine.problem and config.scaling.device != "cpu":
-            console.print(f"no GPU is used: {machine.problem}", highlight=False, markup=False)
+            console.print(f"using no GPU: {machine.problem}", highlight=False, markup=False)
     _show_plan(console, config, plan)
 
     from distributed import mlflow_tracker
@@ -175,9 +174,9 @@ def launch(
 
 
 def _already_finished(
-    config: TrainConfig, found: Checkpoint, console: Console, *, export: bool
+    config: TrainConfig, newest: Checkpoint, console: Console, *, export: bool
 ) -> Outcome:
-    """Say so; and do what comes after training, where the command was ended just before it."""
+    """Report it; also export the model if the last command was ended before that."""
     from distributed import mlflow_tracker
 
     key = mlflow_tracker.run_key(config.folder)
@@ -189,10 +188,10 @@ def _already_finished(
             run, "FINISHED", Path(root) if "file" in fs.protocol else _scratch(key)
         )
     console.print(
-        f"{config.folder} is finished: {found.samples:,} samples. "
+        f"{config.folder} is finished: {newest.samples:,} samples. "
         f"Next: python -m distributed.evaluate {config.folder} {config.data.validation}"
     )
-    return Outcome("already finished", config.folder, samples=found.samples)
+    return Outcome("already finished", config.folder, samples=newest.samples)
 
 
 def _fit(
@@ -204,7 +203,7 @@ def _fit(
     callbacks: Sequence[Any],
     signals: list[str],
 ) -> Outcome:
-    """Start the workers and watch them; a signal asks them to stop, a second one ends them."""
+    """Start the workers and watch them; one signal asks them to stop, a second one ends them."""
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
@@ -252,7 +251,7 @@ def _fit(
             name=config.name,
             **ray_storage(config.storage),
             worker_runtime_env={"env_vars": GPU_ENVIRONMENT} if use_gpu else None,
-            # Waiting for workers is limited by the display, which can tell what is missing.
+            # The display limits the wait for workers, because it can say what is missing.
             failure_config=FailureConfig(
                 max_failures=scaling.max_failures, controller_failure_limit=-1
             ),
@@ -268,8 +267,7 @@ def _fit(
         except BaseException as error:
             ended["error"] = error
 
-    # In a thread of its own: Ray's handler of Ctrl-C, set in a main thread, would drop the last
-    # steps.
+    # In another thread: in the main thread Ray would handle Ctrl-C and drop the last steps.
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     asked_at = 0.0
     nodes = NodeWatch()
@@ -281,7 +279,7 @@ def _fit(
         if signals and not asked_at:
             asked_at = time.monotonic()
             monitor.request_stop.remote(signals[0])
-            console.print(f"{signals[0]}: writing a last checkpoint; once more ends at once")
+            console.print(f"{signals[0]}: writing a last checkpoint; repeat it to end at once")
         late = asked_at and time.monotonic() - asked_at > GRACE_S
         return not thread.is_alive() or bool(late) or len(signals) > 1
 
@@ -292,15 +290,15 @@ def _fit(
         display.run_until(over)
     if display.given_up:
         ended["error"] = TimeoutError(
-            f"no worker was heard for {scaling.give_up_s:.0f} s (scaling.give_up_s) while "
-            f"{wanted} were asked for"
+            f"no message from a worker for {scaling.give_up_s:.0f} s (scaling.give_up_s); "
+            f"the run needs {wanted}"
         )
     return _outcome(config, ended, signals)
 
 
 def _outcome(config: TrainConfig, ended: dict[str, Any], signals: list[str]) -> Outcome:
-    if "error" in ended or "result" not in ended:  # failed, or ended before any answer
-        newest = checkpoints.newest_whole(config.folder)
+    if "error" in ended or "result" not in ended:  # failed, or ended without a result
+        newest = checkpoints.newest_complete(config.folder)
         samples = newest.samples if newest else 0
         if "error" in ended:
             from distributed.guard import cause_of
@@ -308,26 +306,29 @@ def _outcome(config: TrainConfig, ended: dict[str, Any], signals: list[str]) -> 
             error = ended["error"]
             return Outcome("failed", config.folder, _one_line(error), cause_of(error), samples)
         return Outcome("stopped", config.folder, signals[0] if signals else "", samples=samples)
-    told = ended["result"].return_value
-    status = "finished" if told["finished"] else "stopped"
+    result = ended["result"].return_value
+    status = "finished" if result["finished"] else "stopped"
     return Outcome(
         status,
         config.folder,
-        told["stop_reason"],
-        samples=told["samples"],
-        validation=told["validation"],
+        result["stop_reason"],
+        samples=result["samples"],
+        validation=result["validation"],
     )
 
 
 @contextmanager
-def on_signal(tell: Callable[[str], object]) -> Iterator[None]:
-    """Within it Ctrl-C and termination are told by name instead of raised; in the main thread."""
+def on_signal(handle: Callable[[str], object]) -> Iterator[None]:
+    """Inside the block, call `handle` with the name of SIGINT or SIGTERM instead of raising.
+
+    Does nothing outside the main thread, which alone gets signals.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def note(number: int, _frame: Any) -> None:
-        tell("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
+        handle("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
 
     before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -338,10 +339,10 @@ def on_signal(tell: Callable[[str], object]) -> Iterator[None]:
 
 
 def _forget_listed_checkpoints(config: TrainConfig) -> None:
-    """Remove Ray's own list of an earlier launch's checkpoints.
+    """Remove Ray's own list of checkpoints of an earlier launch.
 
-    Ours are found by looking at the folder and verified; Ray refuses to start where its list names
-    one that has gone.
+    Ray refuses to start if its list names a checkpoint that is gone. This program does not use the
+    list: it reads the folder and verifies what it finds.
     """
     fs, root = open_folder(config.folder)
     snapshot = f"{root}/checkpoint_manager_snapshot.json"
@@ -376,25 +377,25 @@ def _describe(run: Any, config: TrainConfig, manifest: Manifest) -> None:
 
 
 def _export(config: TrainConfig, run: Any) -> None:
-    """The averaged weights of the end, as a file of their own and as a model in MLflow."""
+    """Write the final averaged weights to a file, and as a model to MLflow."""
     from distributed import mlflow_model
 
-    newest = checkpoints.newest_whole(config.folder)
+    newest = checkpoints.newest_complete(config.folder)
     if newest is None:
         return
     fs, root = open_folder(config.folder)
-    newest.export(fs, f"{root}/{MODEL}")  # where it is missing, the same command makes it
+    newest.export(fs, f"{root}/{MODEL}")  # if this is interrupted, the same command writes it
     if "file" in fs.protocol:
         mlflow_model.log_model(run, Path(root) / MODEL)
 
 
 def _scratch(key: str) -> Path:
-    """A folder on this machine for a run whose storage is not a folder."""
+    """A local folder for a run in an object store."""
     return Path.home() / ".cache" / "measnet" / key
 
 
 def _one_line(error: BaseException) -> str:
-    """The cause of a failure: the last line of what the first worker that failed raised."""
+    """The cause of a failure: the last line of the first failed worker's exception."""
     failures = getattr(error, "worker_failures", None) or {}
     cause = next(iter(failures.values()), error)
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]

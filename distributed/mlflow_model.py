@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _MODEL_NEEDS = ("torch", "safetensors", "numpy", "psutil")
-"""What the exported model imports besides the standard library and MLflow."""
+"""Packages that the exported model imports, besides MLflow."""
 
 
 def log_model(run: Run, weights: Path) -> bool:
-    """Store exported weights as an MLflow model that holds code and safetensors, and no pickle.
+    """Store exported weights as an MLflow model of code and safetensors, without pickle.
 
     `mlflow.pyfunc.load_model("runs:/RUN_ID/model").predict(pictures)` restores pictures
     (B, H, W, 3), floats in [0, 1].
@@ -40,7 +40,7 @@ def save_model(weights: Path, folder: Path) -> None:
 
     here = Path(__file__).resolve().parent
     picture = TensorSpec(np.dtype(np.float32), (-1, -1, -1, 3))
-    with warnings.catch_warnings(record=True):  # MLflow wants an example beside the signature
+    with warnings.catch_warnings(record=True):  # MLflow warns if there is no input example
         pyfunc.save_model(
             path=str(folder),
             python_model=str(here / "served.py"),
@@ -52,9 +52,9 @@ def save_model(weights: Path, folder: Path) -> None:
 
 
 def registered(run: Run, name: str, alias: str) -> dict[str, str] | None:
-    """Tags of the version of the registered model `name` that `alias` points at.
+    """Tags of the version of the registered model `name` that has the alias.
 
-    Empty where there is no such version; None where MLflow does not answer.
+    Empty if there is no such version; None if MLflow does not answer.
     """
     tags: dict[str, str] = {}
 
@@ -64,18 +64,18 @@ def registered(run: Run, name: str, alias: str) -> dict[str, str] | None:
                 version = client.get_model_version(name, model.aliases[alias])
                 tags.update(version.tags, **{"measnet.version": str(version.version)})
 
-    return tags if attempt(run, f"the question for {name}@{alias}", ask) else None
+    return tags if attempt(run, f"the request for {name}@{alias}", ask) else None
 
 
 def register(
     run: Run, name: str, alias: str, card: str, tags: Mapping[str, str] | None = None
 ) -> bool:
-    """Make the run's model a new version of the registered model `name`, and point `alias` at it.
+    """Make the run's model a new version of the registered model `name`, with the alias `alias`.
 
-    `models:/NAME@ALIAS` loads it. The card is Markdown; the tags are those of the version.
+    `models:/NAME@ALIAS` loads it. The card is Markdown; the tags belong to the version.
 
     Returns:
-        Whether MLflow took it.
+        Whether MLflow accepted it.
     """
 
     def send(client: "MlflowClient", run: Run) -> None:

@@ -1,12 +1,12 @@
-"""MLflow: the one place that talks to it, and never in the way of training.
+"""Sends runs to MLflow; training never waits for it.
 
-Metrics go to a JSON-lines file first; a background thread sends what stands there to MLflow in
-batches. Where MLflow does not answer, training neither waits nor stops: the file keeps everything,
-and whoever comes next (the thread, a resumed run, `finish` in the driver) sends the rest. Sending a
-point twice is harmless, because it has the same name, step, time and value.
+Metrics go to a JSON-lines file first; a background thread sends the file to MLflow in batches. If
+MLflow does not answer, training continues, and the rest is sent later: by the thread, by a resumed
+run, or by `finish` in the driver. Sending a point twice is harmless, because it has the same name,
+step, time and value.
 
-A training run has a key, kept in its folder; its MLflow run is the one tagged with that key. So a
-run that is resumed, retried or moved goes on in the same MLflow run.
+A training run has a key in its folder, and its MLflow run has this key as a tag. So a run that is
+resumed, retried or moved continues the same MLflow run.
 """
 
 import contextlib
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 KEY_TAG = "measnet.key"
 KEY_FILE = "tracking.key"
 KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
-"""Tag of an experiment that says that its runs train models, and are no traces of an agent."""
+"""Tag of an experiment whose runs train models; others are shown as traces of agents."""
 METRICS_FILE = "metrics.jsonl"
 UI = "http://127.0.0.1:5000"
-"""Where `mlflow ui` answers by default."""
+"""Default address of `mlflow ui`."""
 SYSTEM_EVERY_S = 10.0
 """Seconds between two points of the system's metrics."""
 _BATCH, _PARAMS = 1000, 100
-"""Most metrics and most parameters in one request; MLflow refuses more."""
+"""MLflow's limits for metrics and parameters in one request."""
 
 Status = Literal["FINISHED", "KILLED", "FAILED"]
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """Where a training run is recorded; plain strings, so that it travels to the workers."""
+    """Where a training run is recorded; plain strings, so that it can be sent to the workers."""
 
     uri: str
     """Tracking server or database."""
@@ -58,15 +58,15 @@ class Run:
     name: str
     """Name shown in MLflow."""
     key: str
-    """Identity of the training run, kept in its folder."""
+    """Identity of the training run, from its folder."""
     tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Tags that the MLflow run is created with."""
+    """Tags of the MLflow run when it is created."""
     id: str = ""
     """MLflow's run id; empty until MLflow has answered for the first time."""
 
 
 def run_key(folder: str) -> str:
-    """The identity of the run in this folder or URI: made once, then the same for ever."""
+    """The key of the run in this folder or URI; created at the first call."""
     fs, root = open_folder(folder)
     path = f"{root}/{KEY_FILE}"
     if fs.exists(path):
@@ -82,17 +82,17 @@ def run_key(folder: str) -> str:
 def tracking_uri(tracking: TrackingConfig) -> str:
     """The server or database: as configured, else MLFLOW_TRACKING_URI, else ./mlflow.db.
 
-    A relative SQLite path becomes absolute, for the workers run in folders of their own.
+    A relative SQLite path becomes absolute, because each worker has its own working folder.
 
     Raises:
-        ValueError: a kind of store that MLflow no longer keeps up.
+        ValueError: a kind of store that MLflow no longer supports.
     """
     uri = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "") or "sqlite:///mlflow.db"
     if uri.startswith("sqlite:///"):
         return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).resolve()}"
     if "://" not in uri or uri.startswith("file:"):
         raise ValueError(
-            f"tracking.uri is {uri!r}, but MLflow no longer keeps runs in plain folders; "
+            f"tracking.uri is {uri!r}, but MLflow no longer supports plain folders; "
             "use sqlite:///FILE.db or the http:// address of a server"
         )
     return uri
@@ -103,8 +103,8 @@ def prepare(
 ) -> Run:
     """Open the store and the run; called once, by the driver, before any worker starts.
 
-    SQLite is created here, for several processes that open a fresh one at once damage it. Where
-    MLflow does not answer, the run's id stays empty and the workers' tracker asks again later.
+    A SQLite database is created here, because several processes that create it at once damage it.
+    If MLflow does not answer, the run's id stays empty and the workers' tracker tries again later.
 
     Raises:
         ValueError: a tracking URI that cannot be used.
@@ -120,7 +120,7 @@ def prepare(
         return open_run(run, create_database=True)
     except Exception as error:  # MLflow raises its own, SQLAlchemy's and requests' errors
         log.warning(
-            "MLflow at %s does not answer (%s); %s keeps the metrics until it does",
+            "MLflow at %s does not answer (%s); %s keeps the metrics, they are sent later",
             run.uri,
             _first_line(error),
             METRICS_FILE,
@@ -135,19 +135,19 @@ def describe(
     manifests: Mapping[str, tuple[str, str]],
     cost: Mapping[str, float],
 ) -> bool:
-    """Record what the run is made of: parameters, configuration, data, code, packages, cost.
+    """Record parameters, configuration, data, code, packages and cost of a run.
 
-    Parameters cannot change in MLflow: where a resumed run differs (more workers, say), the new
-    value goes into the tag `resumed.NAME`.
+    Parameters cannot change in MLflow. If a resumed run has another value (such as more workers),
+    it goes into the tag `resumed.NAME`.
 
     Args:
         run: from `prepare`.
         config: of the training run.
         manifests: `training` and `validation` -> (URI, fingerprint) of their shards.
-        cost: FLOPs, parameters and the like by name; kept as metrics `cost/NAME` and cost.json.
+        cost: from `measnet.complexity.network_cost`; becomes metrics `cost/NAME` and cost.json.
 
     Returns:
-        Whether MLflow took it.
+        Whether MLflow accepted it.
     """
 
     def send(client: "MlflowClient", run: Run) -> None:
@@ -166,7 +166,7 @@ def describe(
 
 
 def log_artifacts(run: Run, path: Path, folder: str = "") -> bool:
-    """Store a file, or all files of a folder, under `folder`; whether MLflow took it."""
+    """Store a file, or all files of a folder, under `folder`; whether MLflow accepted it."""
 
     def send(client: "MlflowClient", run: Run) -> None:
         _send_artifact(client, run.id, path, folder)
@@ -175,15 +175,15 @@ def log_artifacts(run: Run, path: Path, folder: str = "") -> bool:
 
 
 def finish(run: Run, status: Status, folder: Path | None = None) -> Run:
-    """Send what the workers could not, and set the run's end; called by the driver.
+    """Send what the workers could not send, and set the run's status; called by the driver.
 
     Args:
         run: from `prepare`.
         status: FINISHED, KILLED (stopped by the user) or FAILED.
-        folder: of the tracker's file; None sends nothing.
+        folder: of the tracker's file; None: no metrics are sent.
 
     Returns:
-        The run, with its id where MLflow answered.
+        The run, with its id if MLflow answered.
     """
     state = {"run": run}
 
@@ -203,7 +203,7 @@ def annotate(
     metrics: Mapping[str, float] | None = None,
     step: int = 0,
 ) -> bool:
-    """Set tags, and figures at `step`, of a run that may have ended; whether MLflow took them."""
+    """Set tags, and metrics at `step`, of a run that may have ended; whether MLflow accepted."""
 
     def send(client: "MlflowClient", run: Run) -> None:
         for name, value in tags.items():
@@ -216,16 +216,16 @@ def annotate(
 
 
 def run_page(uri: str, run_id: str) -> str:
-    """Address of a run's page; of a database, once `mlflow ui` shows it on this machine.
+    """Address of a run's page; for a database, the address while `mlflow ui` runs on this machine.
 
-    MLflow 3 opens an experiment in a view for traces of language models, whatever its tags say, and
-    that is empty here. A run's own page shows its curves and files at once.
+    MLflow 3 opens every experiment in a view for traces of language models, which is empty here.
+    The page of a run shows its curves and files.
     """
     return f"{uri.rstrip('/') if uri.startswith('http') else UI}/#/runs/{run_id}"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a tracker's file; a last line that was cut short is left out."""
+    """The records of a tracker's file, without an incomplete last line."""
     records, _ = _read_from(folder / METRICS_FILE, 0)
     return records
 
@@ -236,10 +236,10 @@ after a lost worker the run trains first."""
 
 
 class Tracker:
-    """Metrics of one training run, held by rank 0 of its workers.
+    """Records the metrics of one training run; rank 0 has one.
 
-    `metrics` and `artifact` return at once and never raise because of MLflow. A point that the file
-    holds already, as after a restart from an earlier checkpoint, is not recorded again: each metric
+    `metrics` and `artifact` return at once and raise no errors of MLflow. A point that is in the
+    file already, as after a restart from an earlier checkpoint, is not recorded again: each metric
     has one value per step.
     """
 
@@ -253,15 +253,15 @@ class Tracker:
         first_s: float | None = None,
         card: "torch.device | None" = None,
     ):
-        """Go on in `folder`, which may hold the file of an earlier attempt.
+        """Continue the file of an earlier attempt in `folder`, if there is one.
 
         Args:
-            folder: where `metrics.jsonl` lies; on this machine, or mounted.
-            run: from `prepare`; None keeps the file only.
+            folder: of `metrics.jsonl`; a local or mounted folder.
+            run: from `prepare`; None: only the file is written.
             every_s: seconds between two batches.
-            retry_s: seconds to wait after MLflow did not answer.
+            retry_s: seconds to the next attempt if MLflow did not answer.
             first_s: seconds to the first batch, if not `every_s`.
-            card: the GPU that this process computes on, whose load is recorded too.
+            card: the GPU of this process, whose load is recorded too.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / METRICS_FILE
@@ -271,7 +271,7 @@ class Tracker:
             self._last.update(dict.fromkeys(record["metrics"], record["step"]))
         self._system_step = self._last.get("system/cpu_utilization_percentage", -1)
         self._file = self._path.open("ab", buffering=0)
-        self._file.truncate(end)  # half a line, where a writer was killed
+        self._file.truncate(end)  # removes half a line of a killed writer
         self._run, self._sent = run, 0
         self._every_s, self._retry_s = every_s, retry_s
         self._first_s = every_s if first_s is None else first_s
@@ -280,7 +280,7 @@ class Tracker:
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._system, self._system_at = SystemMetrics(card), 0.0
         self.problem: str | None = None
-        """Why MLflow did not take the last batch; None where it did."""
+        """Why MLflow did not accept the last batch; None if it did."""
         self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
         self._thread.start()
 
@@ -299,11 +299,11 @@ class Tracker:
             self._file.write(json.dumps(record).encode() + b"\n")
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Have a file, or all of a folder, stored under `folder`; it must stay until it is sent."""
+        """Send a file, or all files of a folder, to `folder` later; they must exist until then."""
         self._artifacts.put((path, folder))
 
     def close(self, deadline_s: float = 5.0) -> bool:
-        """Send what is left, within the time given; whether MLflow has everything."""
+        """Send the rest within `deadline_s` seconds; whether MLflow has everything."""
         self._stop.set()
         self._thread.join(deadline_s)
         done = not self._thread.is_alive() and self.problem is None
@@ -317,7 +317,7 @@ class Tracker:
         self._send()
 
     def _send(self) -> bool:
-        """One batch; False where MLflow did not take it."""
+        """Send one batch; False if MLflow did not accept it."""
         try:
             self._sample_system()
             if self._run is None:
@@ -328,9 +328,11 @@ class Tracker:
             _send_metrics(client, self._run.id, records)
             self._sent = end
             self._send_artifacts(client, self._run.id)
-        except Exception as error:  # whatever MLflow raises must not reach training
+        except Exception as error:  # no error of MLflow may stop training
             if self.problem is None:
-                log.warning("MLflow did not take a batch, will try again: %s", _first_line(error))
+                log.warning(
+                    "MLflow did not accept a batch, trying again later: %s", _first_line(error)
+                )
             self.problem = _first_line(error)
             return False
         self.problem = None
@@ -345,7 +347,7 @@ class Tracker:
             if path.exists():
                 _send_artifact(client, run_id, path, folder)
             else:
-                log.warning("%s has gone before it could be sent to MLflow", path)
+                log.warning("%s was deleted before it was sent to MLflow", path)
             self._waiting.pop(0)
 
     def _sample_system(self) -> None:
@@ -357,7 +359,7 @@ class Tracker:
 
 
 def _configure() -> None:
-    """Before MLflow is imported: nothing phones home, and a server that is away costs seconds."""
+    """Before MLflow is imported: no telemetry, and short waits for a server without an answer."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ["DO_NOT_TRACK"] = "true"
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -371,13 +373,13 @@ def client_of(run: Run) -> "MlflowClient":
     _configure()
     from mlflow import MlflowClient
 
-    for name in ("mlflow", "alembic"):  # a page of migrations on a fresh database
+    for name in ("mlflow", "alembic"):  # many lines about a new database
         logging.getLogger(name).setLevel(logging.WARNING)
     return MlflowClient(run.uri)
 
 
 def open_run(run: Run, *, create_database: bool = False) -> Run:
-    """Find or make the run of this key, and set it running; raises where MLflow does not answer."""
+    """Find or create the run of this key, and set it running; raises if MLflow does not answer."""
     if run.id:
         return run
     database = run.uri.removeprefix("sqlite:///") if run.uri.startswith("sqlite:") else ""
@@ -407,12 +409,12 @@ def open_run(run: Run, *, create_database: bool = False) -> Run:
 
 
 def attempt(run: Run, what: str, send: Any) -> bool:
-    """Call `send(client, run)`; a warning and False where MLflow does not answer."""
+    """Call `send(client, run)`; a warning and False if MLflow does not answer."""
     try:
         run = open_run(run)
         send(client_of(run), run)
     except Exception as error:  # MLflow raises its own, SQLAlchemy's and requests' errors
-        log.warning("MLflow at %s did not take %s: %s", run.uri, what, _first_line(error))
+        log.warning("MLflow at %s did not accept %s: %s", run.uri, what, _first_line(error))
         return False
     return True
 
@@ -468,19 +470,19 @@ def _send_artifact(client: "MlflowClient", run_id: str, path: Path, folder: str)
 
 
 def _read_from(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
-    """Whole records after byte `start`, and the byte after the last of them."""
+    """Complete records after byte `start`, and the position after the last of them."""
     try:
         with path.open("rb") as file:
             file.seek(start)
             data = file.read()
     except FileNotFoundError:
         return [], start
-    whole = data[: data.rfind(b"\n") + 1]
+    complete = data[: data.rfind(b"\n") + 1]
     records = []
-    for line in whole.splitlines():
-        with contextlib.suppress(ValueError):  # a disk that was full cut a line in the middle
+    for line in complete.splitlines():
+        with contextlib.suppress(ValueError):  # a full disk has cut a line
             records.append(json.loads(line))
-    return records, start + len(whole)
+    return records, start + len(complete)
 
 
 def _first_line(error: Exception) -> str:

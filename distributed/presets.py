@@ -17,6 +17,7 @@ from distributed.config import (
     TrainConfig,
     from_yaml,
 )
+from distributed.options import option_names, unknown_options
 from measnet.config import tiny
 from shards.config import PAPER_REPEATS, DataConfig
 from shards.tasks import DEGRADATIONS, PAPER_TASKS
@@ -132,9 +133,17 @@ def parse(
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         default = starting_point(arguments)
-        return tyro.cli(
-            TrainConfig, default=default, args=arguments, prog=prog, description=_description(prog)
+        config, unknown = tyro.cli(
+            TrainConfig,
+            default=default,
+            args=arguments,
+            prog=prog,
+            description=_description(prog),
+            return_unknown_args=True,
         )
+        if unknown:
+            raise ValueError(unknown_options(unknown, option_names(config), prog))
+        return config
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -166,4 +175,6 @@ def _description(prog: str) -> str:
     rows = "\n".join(
         f"  {name:<24}{(make.__doc__ or '').splitlines()[0]}" for name, make in PRESETS.items()
     )
-    return f"{prog} [PRESET | --config FILE.yaml] [--section.field value ...]\n\nPresets:\n{rows}"
+    usage = f"{prog} [PRESET | --config FILE.yaml] [--dry-run] [--section.field value ...]"
+    dry_run = "--dry-run prints the configuration and the decisions, and starts nothing."
+    return f"{usage}\n\n{dry_run}\n\nPresets:\n{rows}"

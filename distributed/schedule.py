@@ -9,7 +9,7 @@ def learning_rate(recipe: Recipe, samples: int) -> float:
     """Learning rate of the step that begins after `samples` samples: linear warm-up, then cosine to
     zero.
 
-    The first step of a warm-up already learns (a rate of zero would waste it).
+    The first step of a warm-up has a rate above zero, because a rate of zero would waste the step.
     """
     if samples < recipe.warmup_samples:
         return recipe.lr * min(1.0, (samples + recipe.global_batch) / recipe.warmup_samples)

@@ -1,7 +1,7 @@
 """The exported network as an MLflow model: MLflow runs this file, so nothing has to be pickled.
 
-Pictures (B, H, W, 3), floats in [0, 1], come back restored in the same shape and range. The GPU is
-used where there is one; pictures that its memory cannot hold whole are restored in tiles.
+Takes pictures (B, H, W, 3), floats in [0, 1], and returns them restored. Uses the GPU if there is
+one; pictures that do not fit into its memory are restored in tiles.
 """
 
 from typing import Any
@@ -20,13 +20,13 @@ class Restorer(PythonModel):
     """`MEASNet` behind MLflow's `predict`."""
 
     def load_context(self, context: Any) -> None:
-        """Read the weights that the model was saved with, and bring them to the device."""
+        """Load the weights of the model onto the device."""
         network = MEASNet.from_pretrained(context.artifacts["weights"])
         self.network = network.to(choose_device("auto", this_machine()).choice).eval()
 
-    # MLflow would take hints of types for a schema; the signature beside the model says it better.
+    # No type hints: MLflow would read them as a schema, but the model already has a signature.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """Restore a batch of pictures (B, H, W, 3) of any size, as many at once as fit."""
+        """Restore a batch of pictures (B, H, W, 3) of any size, as many at once as memory holds."""
         pictures = torch.from_numpy(np.array(model_input, dtype=np.float32)).permute(0, 3, 1, 2)
         height, width = pictures.shape[-2:]
         tiling = choose_tiling(self.network)

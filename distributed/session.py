@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distributed.checkpoint import Checkpoint, RunState, Snapshot, newest_whole
+from distributed.checkpoint import Checkpoint, RunState, Snapshot, newest_complete
 from distributed.checkpoint_writer import CheckpointWriter
 from distributed.cluster import own_device
 from distributed.compilation import compile_blocks
@@ -322,7 +322,7 @@ class Session:
         return self.samples // interval > before // interval
 
     def _agree_on_checkpoint(self) -> Checkpoint | None:
-        found = [newest_whole(self._folder, self._note) if self.rank == 0 else None]
+        found = [newest_complete(self._folder, self._note) if self.rank == 0 else None]
         dist.broadcast_object_list(found, src=0)
         return found[0]
 

@@ -1,6 +1,7 @@
 """Train: `python -m distributed.train [PRESET | --config FILE.yaml] [--section.field value ...]`.
 
-The same command goes on where a run was stopped or lost. On a cluster:
+`--dry-run` prints the configuration and the decisions, and starts nothing. The same command
+resumes a run that was stopped or lost. On a cluster:
 `ray job submit --working-dir . -- python -m distributed.train ...`.
 """
 
@@ -18,13 +19,22 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; returns the exit code."""
-    config = parse(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    show_only = "--dry-run" in arguments
+    config = parse([argument for argument in arguments if argument != "--dry-run"])
     from rich.console import Console
 
-    from distributed.launch import launch
+    from distributed.cluster import starts_its_own_ray
+    from distributed.dry_run import dry_run
+    from distributed.launch import launch, resolve
+    from measnet.hardware import this_machine
 
     console = Console(soft_wrap=True)
     try:
+        if show_only:
+            machine = this_machine() if starts_its_own_ray() else None
+            print(dry_run(resolve(config), machine), end="")
+            return 0
         outcome = launch(config, console=console)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -34,13 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show(outcome: "Outcome", console: "Console") -> None:
-    """Say how the run ended, where its results are and what to do next."""
+    """Print how the run ended, where its results are and what to do next."""
     from rich.markup import escape
 
     from distributed.mlflow_tracker import run_page
 
-    reason = escape(outcome.reason)  # a library's message may hold [brackets]
-    again = "the same command goes on from there"
+    reason = escape(outcome.reason)  # messages of libraries may contain [brackets]
+    again = "the same command resumes it"
     match outcome.status:
         case "finished":
             console.print(f"finished {outcome.samples:,} samples in {outcome.seconds:.0f} s")

@@ -1,6 +1,6 @@
-"""Validation inside training: the ranks share the held-out pictures, and put their scores together.
+"""Validation during training: the ranks share the held-out pictures and gather their scores.
 
-All functions are collective calls: every rank makes them.
+All functions are collective: every rank must call them.
 """
 
 from collections.abc import Callable
@@ -19,11 +19,11 @@ from shards.stream import pictures
 def agree_on_tiling(model: MEASNet, processes: int) -> Tiling:
     """The tiling of the rank with the least free memory, for all ranks.
 
-    So the ranks' scores, put together, are those of one rank alone.
+    All ranks use the same tiling, so their scores do not depend on how the pictures are shared.
 
     Args:
         model: on this rank's device.
-        processes: ranks on this machine.
+        processes: number of ranks on this machine.
     """
     own = choose_tiling(model, overlap=OVERLAP, processes=processes)
     least = torch.tensor([own.at_once], device=next(model.parameters()).device)
@@ -37,14 +37,14 @@ def validate(
     """Restore the pictures of `data.validation`.
 
     Args:
-        model: with the weights to judge, on this rank's device.
+        model: with the weights to validate, on this rank's device.
         config: of the run.
         tiling: from `agree_on_tiling`.
         stopping: whether this rank was asked to stop; asked after each picture.
 
     Returns:
-        The report over all ranks' pictures and a grid per degradation; None where a rank was asked
-        to stop, because half a validation is none.
+        The report over all ranks' pictures and a grid per degradation; None if a rank was asked to
+        stop, because an incomplete validation is not used.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     uri, limit = config.data.validation, config.every.validation_pictures
@@ -59,7 +59,7 @@ def validate(
     dist.all_reduce(stops)
     if stops.item():
         return None
-    panels.grids.pop("overview", None)  # of one rank's pictures only
+    panels.grids.pop("overview", None)  # has pictures of this rank only
     parts: list[tuple[list[Score], Grids]] = [([], {}) for _ in range(world)]
     dist.all_gather_object(parts, (own, panels.grids))
     scores = sorted(one for part, _ in parts for one in part)

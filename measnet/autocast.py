@@ -1,4 +1,4 @@
-"""Automatic mixed precision: off for a few lines, and as CUDA does it on tensors of any device."""
+"""Automatic mixed precision: switched off for a block, and CUDA's rules on any device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,38 +25,38 @@ FULL = _names(
 )
 """Those that it computes in fp32; `square` is `pow`, `interpolate` is one of `upsample_*`."""
 FULL_RESULT = _names("prod softmax log_softmax cumprod cumsum sum")
-"""Those that read bf16 or fp16 and give fp32, where the call names no other type."""
+"""Those whose result is fp32, unless the call sets a dtype."""
 WIDEST = _names("addcdiv addcmul atan2 cat cross dot stack scatter_add")
 """Those that it computes in the widest type of their inputs."""
 
 
 def autocast_off(like: Tensor) -> torch.autocast:
-    """Autocast is off inside, for what must be computed in fp32 on the device of `like`.
+    """Switch autocast off inside the block, to compute in fp32 on the device of `like`.
 
-    torch has no autocast for `meta`; there `CudaAutocast` looks at that of the CPU.
+    torch has no autocast for `meta`; there `CudaAutocast` follows the CPU's.
     """
     device = like.device.type
     return torch.autocast("cpu" if device == "meta" else device, enabled=False)
 
 
 class CudaAutocast(TorchFunctionMode):
-    """Makes CPU's autocast choose each operation's type as CUDA's does.
+    """Inside it, the CPU's autocast chooses the type of each operation as CUDA's does.
 
-    The two differ in what they keep for the backward pass: on CUDA a layer norm gives fp32, and
-    each linear layer behind it keeps a bf16 copy of its own. The lists are those of torch
-    (ATen/autocast_mode.h). CUDA also keeps the cast weights until the forward pass ends; the
-    backward pass needs most of them anyway, so that is not done here.
+    This changes what is kept for the backward pass: on CUDA a layer norm gives fp32, and each
+    linear layer after it keeps a bf16 copy of its own. The lists are those of torch
+    (ATen/autocast_mode.h). CUDA also keeps cast weights until the forward pass ends. That is not
+    done here, because the backward pass needs most of them anyway.
     """
 
     def __torch_function__(  # type: ignore[no-untyped-def]
         self, func, types, args=(), kwargs=None
     ):
-        """Cast what goes into `func` where autocast is on."""
+        """Cast the inputs of `func` if autocast is on."""
         kwargs = kwargs or {}
         if not torch.is_autocast_enabled("cpu"):
             return func(*args, **kwargs)
         lower = torch.get_autocast_dtype("cpu")
-        torch.set_autocast_enabled("cpu", False)  # not CPU's own choice besides
+        torch.set_autocast_enabled("cpu", False)  # or the CPU's own rules would apply too
         try:
             name = func.__name__.strip("_")
             if name in LOWER:
@@ -73,7 +73,7 @@ class CudaAutocast(TorchFunctionMode):
 
 
 def _cast(dtype: torch.dtype) -> Callable[[Any], Any]:
-    """Casts tensors of floats; double precision stays, as in torch."""
+    """Casts floating-point tensors except float64, as torch does."""
 
     def cast(value: Any) -> Any:
         casts = isinstance(value, Tensor) and value.is_floating_point()

@@ -1,13 +1,13 @@
-"""How large the network is: parameters, multiply-adds, and the memory that training takes.
+"""Size of the network: parameters, multiply-adds, and the memory of training.
 
     python -m measnet.complexity [paper|official|tiny] [--chart FILE.png]
     python -m measnet.complexity [preset] --memory 24GiB [--crop 128] [--precision bf16]
     python -m measnet.complexity [preset] --cards [--crop 128]
 
-One multiply-add counts as 1. fvcore counts what is executed for one picture of 256×256×3:
-convolutions, matrix products, layer norms (2 per element) and bilinear resizing; of the experts
-only K of N, of the frequencies only those that are computed. The experts of a picture differ in
-width: the widest K are counted, which is the most that a picture can cost.
+One multiply-add counts as 1. fvcore counts the executed operations for one picture of 256×256×3:
+convolutions, matrix products, layer norms (2 per element) and bilinear resizing; only K of N
+experts, and only the frequencies that are computed. The per-picture experts differ in width: the
+widest K are counted, which is the highest cost of a picture.
 Not counted: activations, additions, softmax, pooling, sorting and copying.
 """
 
@@ -39,21 +39,21 @@ PRESETS: dict[str, Callable[[], ModelConfig]] = {
     "tiny": configs.tiny,
 }
 SIDE = 256
-"""Height and width of the picture that multiply-adds are counted for, as in the paper's Fig. 9."""
+"""Height and width of the picture for multiply-adds, as in the paper's Fig. 9."""
 DEAD_OFFICIAL_PARAMETERS = 1_496_160
-"""Parameters that the authors' program stores at full width and that change no result."""
+"""Parameters of the authors' program at full width that have no effect on the result."""
 
 
 class Peer(NamedTuple):
-    """Another network, its size by fvcore on its authors' code, its PSNR as printed."""
+    """Another network: its size by fvcore on its authors' code, its PSNR from its paper."""
 
     name: str
     parameters: float
     """Millions."""
     multiply_adds: float
-    """Thousand millions, for 256×256×3."""
+    """10⁹, for 256×256×3."""
     psnr: float
-    """dB, mean over SOTS, Rain100L and BSD68 at σ 15, 25, 50, as its paper prints it."""
+    """dB, mean over SOTS, Rain100L and BSD68 at σ 15, 25, 50, from its paper."""
 
 
 PEERS = (
@@ -91,7 +91,7 @@ class Complexity:
 
 
 class _Image(nn.Module):
-    """fvcore traces a module that gives one tensor."""
+    """Returns one tensor, as fvcore needs."""
 
     def __init__(self, network: MEASNet) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class _Image(nn.Module):
 
 
 def count(model: MEASNet, height: int = SIDE, width: int = SIDE) -> Complexity:
-    """Parameters and most executed multiply-adds of one picture, by block; repeats exactly."""
+    """Parameters, and the highest number of multiply-adds for one picture, by block."""
     training = model.training
     image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0))
     logging.getLogger("fvcore").setLevel(logging.ERROR)
@@ -127,7 +127,7 @@ def count(model: MEASNet, height: int = SIDE, width: int = SIDE) -> Complexity:
 
 @contextmanager
 def _widest_experts(model: MEASNet) -> Iterator[None]:
-    """Within it each picture chooses the widest experts, whatever the weights would choose."""
+    """Inside the block, each picture chooses the widest experts, independent of the weights."""
     libraries = [module for module in model.modules() if isinstance(module, PictureExperts)]
     kept = [(library.gate.data, library.gate_bias.data) for library in libraries]
     for library in libraries:
@@ -166,7 +166,7 @@ def latency_ms(config: ModelConfig, device: str) -> float:
 
 
 def _layer_norm(inputs: list[Any], outputs: list[Any]) -> float:
-    """Centred times scale, times weight plus bias: two for each element."""
+    """Two per element: one for the normalisation, one for weight and bias."""
     elements = 1
     for size in inputs[0].type().sizes():
         elements *= size
@@ -185,7 +185,7 @@ def table(complexity: Complexity) -> str:
 
 
 def peers_table(name: str, complexity: Complexity) -> str:
-    """Beside other networks."""
+    """The size beside other networks, as a table for the terminal."""
     ours = f"this, {name}"
     lines = [f"{'network':<30}{'10⁶ parameters':>16}{'10⁹ multiply-adds':>20}{'PSNR printed':>14}"]
     for peer in PEERS:
@@ -197,7 +197,7 @@ def peers_table(name: str, complexity: Complexity) -> str:
 
 
 def bubble_chart(name: str, complexity: Complexity, path: str | PathLike[str]) -> None:
-    """PSNR over multiply-adds, areas by parameters; this network, without a PSNR, as a line."""
+    """PSNR over multiply-adds, areas by parameters; this network has no PSNR and is a line."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -235,9 +235,9 @@ class Arguments:
     chart: Annotated[str | None, tyro.conf.arg(metavar="PNG")] = None
     """Write the bubble chart here."""
     memory: Annotated[str | None, tyro.conf.arg(metavar="SIZE")] = None
-    """Memory of a GPU, as 24GiB: prints the largest micro-batch for training instead."""
+    """Memory of a GPU, such as 24GiB: print the largest micro-batch for training instead."""
     cards: bool = False
-    """Print the largest micro-batches by card instead."""
+    """Print the largest micro-batch of each card instead."""
     crop: int = 128
     """Side of the training crops in pixels."""
     precision: Precision = "bf16"
@@ -245,7 +245,7 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; 0, or 2 after a message."""
+    """Run the command; returns 0, or 2 after a message."""
     given = tyro.cli(Arguments, args=argv, prog="python -m measnet.complexity")
     try:
         if given.preset not in PRESETS:

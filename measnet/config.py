@@ -1,6 +1,6 @@
-"""What the network is made of: `ModelConfig`, its presets, strict dict <-> dataclass conversion.
+"""Architecture of the network: `ModelConfig`, its presets, strict dict <-> dataclass conversion.
 
-Imports no torch, so that a wrong command line is answered at once.
+Does not import torch, so a wrong command line is reported at once.
 """
 
 import dataclasses
@@ -109,7 +109,7 @@ def official() -> ModelConfig:
 
 
 def tiny() -> ModelConfig:
-    """A network that trains on a laptop's CPU in minutes; every block is there, few of each."""
+    """A network that trains on a laptop's CPU in minutes: all kinds of blocks, but few of each."""
     return ModelConfig(
         dim=16,
         num_blocks=(1, 1, 1, 1),
@@ -122,27 +122,27 @@ def tiny() -> ModelConfig:
 
 
 def ablation_baseline() -> ModelConfig:
-    """Table VI, the backbone alone."""
+    """Table VI: the backbone alone."""
     return ModelConfig(tspg=False, mese=False, fd=False, mee=False)
 
 
 def ablation_prompts() -> ModelConfig:
-    """Table VI, with prompts that are concatenated with the features."""
+    """Table VI: adds prompts that are concatenated with the features."""
     return ModelConfig(mese=False, fd=False, mee=False)
 
 
 def ablation_pixel_experts() -> ModelConfig:
-    """Table VI, with prompts that choose per-pixel experts."""
+    """Table VI: adds per-pixel experts, chosen by the prompts."""
     return ModelConfig(fd=False, mee=False)
 
 
 def ablation_decomposition() -> ModelConfig:
-    """Table VI, with the frequency decomposition besides, without experts for the bands."""
+    """Table VI: adds the frequency decomposition, without experts for the bands."""
     return ModelConfig(mee=False)
 
 
 def ablation_picture_experts() -> ModelConfig:
-    """Table VI, with per-picture experts besides, on undivided features."""
+    """Table VI: per-picture experts on undivided features, without frequency decomposition."""
     return ModelConfig(fd=False)
 
 
@@ -171,7 +171,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
-    """Build a config dataclass from plain data; the one way in for YAML, checkpoints and sweeps.
+    """Build a config dataclass from plain data: YAML, checkpoints, searches.
 
     Args:
         cls: a dataclass, possibly with dataclasses as fields.
@@ -179,7 +179,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
         where: dotted path of `data`, for the messages.
 
     Raises:
-        ValueError: unknown field or wrong type, by its dotted name; and what the dataclass refuses.
+        ValueError: unknown field, wrong type or refused value; names the dotted field.
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"{where or cls.__name__} must be a mapping of fields, not {data!r}")
@@ -196,9 +196,9 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
 
 
 def replace_dotted(config: T, changes: Mapping[str, Any]) -> T:
-    """A copy of `config` with dotted fields changed at once: `{"model.pixel_experts": 8, ...}`.
+    """A copy of `config` with dotted fields changed together: `{"model.pixel_experts": 8, ...}`.
 
-    Applied together because fields are checked against each other (K = 7 needs N = 8 first).
+    Together, because fields are checked against each other (K = 7 needs N = 8 first).
     """
     data = to_dict(config)
     for dotted, value in changes.items():

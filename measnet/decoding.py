@@ -34,8 +34,8 @@ KEPT_TAGS = (
     ExifTags.Base.Rating,
     ExifTags.Base.Copyright,
 )
-"""EXIF that still holds for the result, besides exposure and GPS. Orientation does not (it has been
-applied), nor does the thumbnail, nor do tags that say how a TIFF file is laid out."""
+"""EXIF tags that are kept, besides exposure and GPS. Not kept: the orientation (it is applied), the
+thumbnail, and tags about the layout of a TIFF file."""
 _READ = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _MODES = {
@@ -51,19 +51,19 @@ _MODES = {
     "RGBA": "RGBA",
     "RGBa": "RGBA",
 }
-"""Pillow's mode of an 8-bit file -> the mode in which its pixels are taken."""
+"""Pillow's mode of an 8-bit file -> the mode to which it is converted."""
 
 
 def read(path: Path, *, megapixels: int = MEGAPIXELS) -> Picture:
-    """Read a picture, turned as its orientation tag says.
+    """Read a picture; its orientation tag is applied.
 
     Args:
         path: PNG, JPEG, TIFF, WebP or BMP, recognised by its content.
         megapixels: larger pictures are refused before their pixels are read.
 
     Raises:
-        PictureError: no picture, a damaged one, or one of a kind that is refused, by its path.
-        MemoryError: no memory for its pixels.
+        PictureError: not a picture, damaged, or of a kind that is refused; names the path.
+        MemoryError: not enough memory for its pixels.
     """
     try:
         with path.open("rb") as file, _own_limit():
@@ -86,7 +86,7 @@ def read(path: Path, *, megapixels: int = MEGAPIXELS) -> Picture:
 
 @contextmanager
 def _own_limit() -> Iterator[None]:
-    """Lift Pillow's limit on pixels, which is for the whole process; `_check_size` has ours."""
+    """Remove Pillow's limit of pixels, which is global; `_check_size` checks ours."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield
@@ -97,7 +97,7 @@ def _own_limit() -> Iterator[None]:
 def _check_size(width: int, height: int, megapixels: int) -> None:
     if width * height > megapixels * 1_000_000:
         raise PictureError(
-            f"has {width}x{height} pixels, more than {megapixels} megapixels; where it is a real "
+            f"has {width}x{height} pixels, more than {megapixels} megapixels; if it is a real "
             "picture, raise the limit with --max-megapixels"
         )
 
@@ -139,12 +139,12 @@ def _deep_png(file: IO[bytes]) -> np.ndarray:
 def _cmyk(image: Image.Image, icc: bytes, notes: list[str]) -> tuple[np.ndarray, bytes]:
     """RGB pixels and their profile."""
     if not icc:
-        notes.append("CMYK without a profile was converted to RGB by the plain formula")
+        notes.append("CMYK without a profile was converted to RGB by the simple formula")
         return np.array(image.convert("RGB")), b""
     notes.append("CMYK was converted to sRGB by its profile")
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
     converted = ImageCms.profileToProfile(image, io.BytesIO(icc), srgb, outputMode="RGB")
-    assert converted is not None  # in place only where asked for
+    assert converted is not None  # applied in place only on request
     return np.array(converted), srgb.tobytes()
 
 
@@ -153,7 +153,7 @@ def _shallow(image: Image.Image) -> np.ndarray:
     mode = _MODES.get(image.mode)
     if mode is None:
         raise PictureError(
-            f"has Pillow's mode {image.mode}, whose range of values is not known here: save it as "
+            f"has Pillow's mode {image.mode}, whose range of values is unknown: save it as "
             "grey or RGB with 8 or 16 bits, or as a TIFF with floats in [0, 1]"
         )
     if image.has_transparency_data and not mode.endswith("A"):
@@ -166,7 +166,7 @@ def _shallow(image: Image.Image) -> np.ndarray:
 
 
 def _read_tiff(file: IO[bytes], megapixels: int) -> Picture:
-    """8 bits and less by Pillow, which knows most kinds; 16 bits and floats by tifffile."""
+    """Up to 8 bits by Pillow, which reads most kinds; 16 bits and floats by tifffile."""
     with tifffile.TiffFile(file) as tiff:
         pages = [page.aspage() for page in tiff.pages]
         whole = [page for page in pages if not page.is_reduced]
@@ -191,7 +191,7 @@ def _read_tiff(file: IO[bytes], megapixels: int) -> Picture:
 
 
 def _check_deep(page: tifffile.TiffPage, bits: int) -> None:
-    """Refuse deep TIFFs whose values or channels have no known meaning."""
+    """Refuse TIFFs of more than 8 bits whose values or channels have no known meaning."""
     kinds = tifffile.PHOTOMETRIC
     known = {kinds.MINISBLACK: 1, kinds.MINISWHITE: 1, kinds.RGB: 3}
     is_float = page.dtype is not None and page.dtype.kind == "f"
@@ -222,7 +222,7 @@ def _deep_tiff(page: tifffile.TiffPage, notes: list[str]) -> np.ndarray:
     pixels = pixels.reshape(*pixels.shape[:2], -1)
     if pixels.dtype.kind == "f":
         low, high = pixels.min(), pixels.max()
-        if not (low >= 0 and high <= 1):  # also where one is NaN
+        if not (low >= 0 and high <= 1):  # also true for NaN
             raise PictureError(
                 f"holds floats from {low:.6g} to {high:.6g}: scale them to [0, 1], where 1 is white"
             )
@@ -241,7 +241,7 @@ def _split(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def _exif(source: Image.Exif, notes: list[str]) -> tuple[bytes, int]:
-    """What is kept of EXIF, as one block, and the orientation from 1 to 8."""
+    """The kept EXIF tags as one block, and the orientation from 1 to 8."""
     orientation = source.get(ExifTags.Base.Orientation, 1)
     kept = Image.Exif()
     try:
@@ -255,14 +255,14 @@ def _exif(source: Image.Exif, notes: list[str]) -> tuple[bytes, int]:
                 inner.pop(ExifTags.IFD.Interop, None)
                 kept[part] = inner
         block = kept.tobytes() if len(kept) else b""
-    except Exception as error:  # wrong types and offsets; the picture itself may be whole
+    except Exception as error:  # wrong types and offsets; the pixels may be intact
         notes.append(f"its EXIF is damaged and not kept ({type(error).__name__}: {error})")
         block = b""
     return block, orientation if orientation in range(1, 9) else 1
 
 
 def _upright(picture: Picture, orientation: int) -> Picture:
-    """Turned as EXIF's orientation tag says: (transposed, upside down, left to right)."""
+    """Apply EXIF's orientation tag; the table holds (transpose, flip rows, flip columns)."""
     over, down, right = (
         (False, False, False),
         (False, False, True),

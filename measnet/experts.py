@@ -24,7 +24,7 @@ CHUNK = 2**15
 
 
 class Routed(NamedTuple):
-    """What a library of experts gives back."""
+    """Output of a library of experts."""
 
     features: Tensor
     """(B, H, W, C)."""
@@ -37,9 +37,9 @@ class Routed(NamedTuple):
 def resolve_path(path: ExpertPath, experts: int, top_k: int, device: torch.device) -> str:
     """`dense` or `sorted`; the rule behind `auto`.
 
-    Dense computes all N experts in one matrix product and masks: no device-to-host synchronisation,
-    static shapes, so it is what compiles and exports, and what a GPU likes until it wastes too much
-    (N ≥ 8·K). Sorted computes only the K chosen of each pixel: on a CPU it wins as soon as K < N.
+    Dense computes all N experts in one matrix product and masks. It has static shapes and needs no
+    synchronisation with the device, so it compiles, exports and is fast on a GPU if N < 8·K. Sorted
+    computes only the K chosen experts of each pixel; on a CPU it is faster if K < N.
     """
     if path != "auto":
         return path
@@ -51,14 +51,14 @@ def resolve_path(path: ExpertPath, experts: int, top_k: int, device: torch.devic
 
 
 def in_chunks(experts: Callable[..., Tensor], *pixels: Tensor) -> Tensor:
-    """`experts(*pixels)`, without a gradient in chunks of pixels: bounds the memory of inference.
+    """`experts(*pixels)`; without gradients in chunks of pixels, to limit the memory of inference.
 
     Args:
-        experts: treats each pixel by itself.
+        experts: a function that treats each pixel independently.
         pixels: each (P, ...), P pixels.
 
     Returns:
-        What `experts` gives for all P pixels.
+        The output of `experts` for all P pixels.
     """
     whole = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
     if whole or len(pixels[0]) <= CHUNK:
@@ -73,10 +73,10 @@ def squared_variation(load: Tensor) -> Tensor:
 
 
 class ExpertBank(nn.Module):
-    """N expert MLPs C → hidden → C with GELU and biases, in four tensors for all of them.
+    """N expert MLPs C → hidden → C with GELU and biases, in four tensors.
 
-    One tensor holds all experts' weights, so every expert takes part in every backward pass, also
-    one that no pixel chose: its gradient is zero, not missing.
+    All experts' weights are in one tensor, so an expert that no pixel chose has a gradient of zero
+    instead of none.
     """
 
     def __init__(self, experts: int, channels: int, hidden: int) -> None:
@@ -90,7 +90,7 @@ class ExpertBank(nn.Module):
     def forward(self, x_pc: Tensor, gate_pk: Tensor, index_pk: Tensor, path: str) -> Tensor:
         """Eq. 3: Σ_k gate · E_index(x) for each pixel, by the `dense` or the `sorted` path."""
         mixed = partial(self._mixed, path)
-        if path == "sorted":  # holds no more than the chosen; each chunk would wait for a GPU
+        if path == "sorted":  # needs little memory; each chunk would wait for the GPU
             return mixed(x_pc, gate_pk, index_pk)
         return in_chunks(mixed, x_pc, gate_pk, index_pk)
 
@@ -119,7 +119,7 @@ class ExpertBank(nn.Module):
         return out_npc.transpose(0, 1) + self.bias_out
 
     def chosen(self, x_pc: Tensor, index_pk: Tensor) -> Tensor:
-        """What the experts give that each pixel chose, (P, K, C): sorted by expert, put back."""
+        """Output of the K experts that each pixel chose, (P, K, C); computed sorted by expert."""
         flat = index_pk.flatten()
         order = torch.argsort(flat, stable=True)
         back = torch.empty_like(order)
@@ -135,7 +135,7 @@ class ExpertBank(nn.Module):
         return F.gelu(hidden).unflatten(1, self.bias_in.shape)
 
     def _experts(self, x_pc: Tensor) -> list[Callable[[Tensor], Tensor]]:
-        """Each expert's MLP, its hidden channels padded while computing where that is faster."""
+        """Each expert's MLP; hidden channels are padded while computing if that is faster."""
         missing = preferred_padding(x_pc, self.bias_in.shape[1])
         into, bias_in = F.pad(self.weight_in, (0, 0, 0, missing)), F.pad(self.bias_in, (0, missing))
         out = F.pad(self.weight_out, (0, missing))
@@ -150,8 +150,8 @@ def _mlp(into: Tensor, bias_in: Tensor, out: Tensor, bias_out: Tensor, x_pc: Ten
 class _Gather(torch.autograd.Function):
     """Row `i` of the output is row `order[i] // copies` of the input; `back` inverts `order`.
 
-    torch's own gather adds row by row in the backward pass; knowing the inverse, it is a gather
-    too.
+    torch's own gather adds row by row in the backward pass. With the known inverse, the backward
+    pass is a gather too.
     """
 
     @staticmethod
@@ -170,7 +170,7 @@ class _Gather(torch.autograd.Function):
 
 
 def scatter_gates(gate_pk: Tensor, index_pk: Tensor, experts: int) -> Tensor:
-    """The K gates of each row in their places among N, zeros elsewhere: (P, N)."""
+    """The K gates of each row at their positions among N, zeros elsewhere: (P, N)."""
     zeros = gate_pk.new_zeros(gate_pk.shape[0], experts)
     return zeros.scatter(1, index_pk, gate_pk)
 
@@ -178,11 +178,11 @@ def scatter_gates(gate_pk: Tensor, index_pk: Tensor, experts: int) -> Tensor:
 class PromptGate(nn.Module):
     """The product of Eq. 2: [features, prompt] × p_e, a logit per expert and pixel, always fp32.
 
-    The prompt is the same for all pixels of a picture, so its half is computed once per picture.
+    The prompt is the same for all pixels of a picture, so its part is computed once per picture.
     """
 
     def __init__(self, channels: int, experts: int, prompt_length: int | None) -> None:
-        """`prompt_length` is M; None: the features alone decide (ablation)."""
+        """`prompt_length` is M; None: features only (ablation)."""
         super().__init__()
         rows = channels if prompt_length is None else 2 * channels
         self.weight = weight(rows, experts, fan_in=rows)
@@ -213,7 +213,7 @@ class PromptGate(nn.Module):
 
 
 class PixelExperts(nn.Module):
-    """STP-G-MESE: each pixel passes through the K experts it and the prompt choose (Eq. 2-6)."""
+    """STP-G-MESE: each pixel passes through K experts, chosen by it and the prompt (Eq. 2-6)."""
 
     def __init__(
         self,
@@ -234,7 +234,7 @@ class PixelExperts(nn.Module):
     def forward(
         self, x_bhwc: Tensor, prompt_bm: Tensor | None, generator: torch.Generator | None = None
     ) -> Routed:
-        """(B, H, W, C) and prompts (B, M) -> features plus experts; this gate draws no noise."""
+        """(B, H, W, C) and prompts (B, M) -> features plus experts; `generator` is unused."""
         bank, gate = self.bank, self.gate.weight
         weights = (gate, bank.weight_in, bank.bias_in, bank.weight_out, bank.bias_out)
         if gpu_library.fits_experts(x_bhwc, self.experts, *weights):

@@ -3,8 +3,8 @@
     python -m measnet.export model.safetensors model.onnx
 
 The exported graph takes `image`, float32 (1, 3, H, W), RGB in [0, 1], and gives `restored` of the
-same size. H and W are multiples of 8 from 24 to 4096 (variant official: from 64 to 248, for larger
-ones take another way through its frequency blocks). Around the graph belongs:
+same size. H and W are multiples of 8 from 24 to 4096 (variant official: from 64 to 248, because its
+frequency blocks compute larger ones in another way). The caller must do this:
 
 * before: value / 255 of an 8-bit picture; pad below and right to a multiple of 8 and the least size
   by repeating the last row and column (`numpy.pad(..., mode="edge")`);
@@ -26,11 +26,11 @@ from measnet.network import MEASNet
 from measnet.weights import load_weights
 
 SIZES = {"paper": (24, 4096), "official": (64, 248)}
-"""Least and largest side that the graph takes."""
+"""Smallest and largest side of the graph's input."""
 
 
 class Picture(nn.Module):
-    """The restored picture alone; per-pixel experts by the dense path, whose shapes are static."""
+    """Returns the restored picture only; uses the dense expert path, whose shapes are static."""
 
     def __init__(self, model: MEASNet) -> None:
         """`model` is copied: its configuration is changed."""
@@ -77,7 +77,7 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; 0, or 2 after a message."""
+    """Run the command; returns 0, or 2 after a message."""
     given = tyro.cli(Arguments, args=argv, prog="python -m measnet.export")
     try:
         export_onnx(load_weights(given.model), given.out)

@@ -25,17 +25,16 @@ NORM_EPSILON = 1e-5
 
 
 class KernelNorm(nn.Module):
-    """Batch norm of one value per picture and channel, which also trains with a single picture.
+    """Batch norm over pictures, one value per channel, that also trains with a single picture.
 
-    At inference it is batch norm: (x − running mean) / √(running variance + ε) · weight + bias. In
-    training it normalises by the micro-batch's own statistics, as batch norm does. One picture
-    alone has no variance, so it is normalised by the running statistics, as at inference, and still
-    moves them.
+    At inference: (x − running mean) / √(running variance + ε) · weight + bias. In training it
+    normalises by the statistics of the micro-batch, as batch norm does. A single picture has no
+    variance, so it is normalised by the running statistics, but updates them.
 
-    The running statistics move by 0.1 towards mean and unbiased variance of what was seen: at each
-    training forward, or, where the statistics are deferred, once per call of `commit_statistics`
-    from the pictures of all forwards and all ranks since. A single picture counts with its squared
-    distance from the running mean.
+    The running statistics move by 0.1 towards the mean and unbiased variance: at each training
+    forward, or, if deferred, once per `commit_statistics` by the pictures of all forwards and all
+    ranks since the last call. For a single picture the variance is its squared distance from the
+    running mean.
     """
 
     running_mean: Tensor
@@ -43,7 +42,7 @@ class KernelNorm(nn.Module):
     moments: Tensor
 
     def __init__(self, channels: int) -> None:
-        """`channels` values are normalised, each by itself."""
+        """`channels` values are normalised, each independently."""
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
@@ -54,7 +53,7 @@ class KernelNorm(nn.Module):
         self.register_buffer("moments", moments, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KernelNorm":
-        """Moves with the model, but a cast to half precision leaves the statistics exact."""
+        """Move with the model, but keep the types of the statistics when the model is cast."""
         exact = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, value in exact.items():
@@ -82,26 +81,25 @@ class KernelNorm(nn.Module):
             self.fold()
 
     def fold(self) -> None:
-        """Move the running statistics towards the collected moments, and forget those."""
+        """Move the running statistics towards the collected moments, and reset those."""
         count, total, squares = self.moments
         mean = total / count.clamp_min(1)
         several = (squares - total * mean).clamp_min(0) / (count - 1).clamp_min(1)
         one = (mean - self.running_mean).square()
-        step = MOMENTUM * (count > 0)  # nothing was seen: nothing moves
+        step = MOMENTUM * (count > 0)  # no pictures: no change
         self.running_var.lerp_(torch.where(count > 1, several, one).float(), step.float())
         self.running_mean.lerp_(mean.float(), step.float())
         self.moments.zero_()
 
 
 def commit_statistics(model: nn.Module, reduce: Callable[[Tensor], Any] | None = None) -> None:
-    """Fold the statistics of all deferred forwards into the running ones, once per optimizer step.
+    """Update the running statistics by all deferred forwards; call it once per optimizer step.
 
     Args:
         model: holds `FrequencySplit` blocks whose forwards ran with deferred statistics.
         reduce: sums its argument, one flat float64 tensor, in place over the ranks
-        (`dist.all_reduce`).
-            All ranks get the same sums, so they keep the same running statistics, and the result
-            does not depend on how the pictures were shared out.
+            (`dist.all_reduce`). So all ranks have the same running statistics, which do not depend
+            on how the pictures were shared.
     """
     norms = [module for module in model.modules() if isinstance(module, KernelNorm)]
     if not norms:
@@ -140,10 +138,10 @@ class FrequencySplit(nn.Module):
 
 
 class PictureExperts(nn.Module):
-    """MEE: each picture passes through the K experts that its features choose (Eq. 9-10).
+    """MEE: each picture passes through K experts, chosen by its features (Eq. 9-10).
 
-    "Varying parameters" of the paper's experts: expert n of N is an MLP C → (n+1)·C/N → C (n from
-    0) with GELU, so the last is as wide as the features and the first the cheapest.
+    The paper's experts have "varying parameters": expert n of N is an MLP C → (n+1)·C/N → C (n
+    from 0) with GELU, so the first is the cheapest and the last is as wide as the features.
     """
 
     def __init__(self, channels: int, *, experts: int, top_k: int, path: ExpertPath) -> None:
@@ -157,14 +155,14 @@ class PictureExperts(nn.Module):
         self.gate_bias = nn.Parameter(torch.zeros(experts))
         self.widths = [max(1, channels * (n + 1) // experts) for n in range(experts)]
         hidden = sum(self.widths)
-        # One after the other in one tensor: every expert is in every backward pass, chosen or not.
+        # All experts in one tensor: each gets a gradient, chosen or not.
         self.weight_in = weight(hidden, channels, fan_in=channels)
         self.bias_in = weight(hidden, fan_in=channels)
         self.weight_out = weight(channels, hidden, fan_in=max(1, hidden // experts))
         self.bias_out = weight(experts, channels, fan_in=channels)
 
     def forward(self, x_bhwc: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, H, W, C) -> the input plus its experts, and the choice as (B, N) zeros and ones."""
+        """(B, H, W, C) -> input plus experts, and the choice as (B, N) zeros and ones."""
         normal = layer_norm(x_bhwc, self.norm)
         depth = convolve(normal, self.depthwise, groups=len(self.depthwise))  # F^d
         gate_bk, index_bk = self._choose(depth)
@@ -203,7 +201,7 @@ class PictureExperts(nn.Module):
         return out + (gate_bn @ self.bias_out.to(gate_bn.dtype))[:, None, None]
 
     def _chosen(self, x_bhwc: Tensor, gate_bn: Tensor, index_bk: Tensor) -> Tensor:
-        """Only the chosen experts of each picture, side by side as one narrower MLP."""
+        """Only the chosen experts of each picture, concatenated to one narrower MLP."""
         outs = []
         bias_bc = (gate_bn @ self.bias_out.float()).to(x_bhwc.dtype)
         for x_hwc, gate_n, bias_c, chosen in zip(
@@ -214,7 +212,7 @@ class PictureExperts(nn.Module):
                 rows = slice(sum(self.widths[:n]), sum(self.widths[: n + 1]))
                 parts_in.append(self.weight_in[rows])
                 biases.append(self.bias_in[rows])
-                # The gate goes into the small matrix, not over the pixels.
+                # Multiply the small matrix by the gate, not all pixels.
                 parts_out.append(self.weight_out[:, rows] * gate_n[n].to(x_hwc.dtype))
             hidden = pointwise(x_hwc, torch.cat(parts_in), torch.cat(biases))
             outs.append(pointwise(hidden, torch.cat(parts_out, dim=1), bias_c, gelu=True))
@@ -222,9 +220,9 @@ class PictureExperts(nn.Module):
 
 
 class FrequencyExperts(nn.Module):
-    """FD-MEE: low and high frequencies through experts of their own, then [high, low] → 1×1 → C.
+    """FD-MEE: separate experts for low and high frequencies, then [high, low] → 1×1 → C.
 
-    Without FD the experts see the undivided features; without MEE the frequencies are only merged.
+    Without FD the experts get the undivided features; without MEE the bands are only merged.
     """
 
     def __init__(

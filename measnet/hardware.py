@@ -1,8 +1,8 @@
-"""What a machine has, and what follows from it: the device, its arithmetic.
+"""The hardware of a machine, and the choice of the device.
 
-The decisions are pure functions of a `Machine`, so that they can be tested for cards that are not
-here. Only `this_machine`, `card_of` and `free_memory` look at the real one. torch is imported
-there alone, so that commands which check their arguments first stay quick.
+Decisions are pure functions of a `Machine`, so they can be tested for any card. Only
+`this_machine`, `card_of` and `free_memory` look at the real machine. Only they import torch, so
+that commands can check their arguments quickly.
 """
 
 import os
@@ -19,7 +19,7 @@ DRIVER_OF_CUDA = {13: 580, 12: 525, 11: 450}
 """CUDA's major version that torch was built with -> oldest driver that runs it (NVIDIA, CUDA
 release notes, minor-version compatibility)."""
 DRIVER_VERSION = Path("/proc/driver/nvidia/version")
-"""Where Linux tells the version of the NVIDIA driver that is loaded."""
+"""Linux writes the version of the loaded NVIDIA driver here."""
 
 
 class Peak(NamedTuple):
@@ -66,7 +66,7 @@ class Card:
 
     @property
     def has_bf16(self) -> bool:
-        """Whether it computes in bf16 itself. torch's own answer also counts emulation."""
+        """Whether it has bf16 in hardware; torch's own function also returns True for emulation."""
         return self.capability >= (8, 0)
 
     @property
@@ -77,29 +77,29 @@ class Card:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What the decisions depend on."""
+    """The hardware that decisions depend on."""
 
     cores: int
     """CPU cores."""
     cards: tuple[Card, ...] = ()
     """GPUs that torch can use."""
     problem: str = ""
-    """Why a GPU that is there cannot be used, with the ways out; empty where nothing is wrong."""
+    """Why an existing GPU cannot be used, and what to do; empty if nothing is wrong."""
 
 
 class Decision(NamedTuple):
-    """Something the program chose by itself, with the reason that is shown to the user."""
+    """A choice of the program, with the reason that is shown to the user."""
 
     choice: str
     reason: str
 
     def __str__(self) -> str:
-        """`choice: reason`, as it is printed."""
+        """`choice: reason`."""
         return f"{self.choice}: {self.reason}"
 
 
 def this_machine() -> Machine:
-    """Look at the machine that this process runs on; opens no CUDA context."""
+    """The machine that this process runs on; opens no CUDA context."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -122,7 +122,7 @@ def card_of(device: "torch.device") -> Card | None:
 
 
 def _driver() -> str:
-    """The text in which Linux names the loaded NVIDIA driver; empty where there is none."""
+    """Linux's text about the loaded NVIDIA driver; empty if there is none."""
     try:
         return DRIVER_VERSION.read_text()
     except OSError:
@@ -130,7 +130,7 @@ def _driver() -> str:
 
 
 def unusable_card(build: str, cuda_of_torch: str | None, driver: str) -> str:
-    """Why torch sees no GPU although a driver is loaded; empty where no driver is loaded.
+    """Why torch sees no GPU although a driver is loaded; empty if no driver is loaded.
 
     Args:
         build: `torch.__version__`.
@@ -162,7 +162,7 @@ def choose_device(asked: DeviceChoice, machine: Machine) -> Decision:
     """`cpu` or `cuda` for a command that runs in one process.
 
     Raises:
-        ValueError: `cuda` is asked for, and no GPU can be used.
+        ValueError: `cuda` is requested, but no GPU can be used.
     """
     if asked == "cuda":
         if not machine.cards:
@@ -177,7 +177,7 @@ def choose_device(asked: DeviceChoice, machine: Machine) -> Decision:
 
 
 def free_memory(device: "torch.device") -> int:
-    """Bytes that this process may still take on `device`; what torch holds in reserve counts."""
+    """Bytes that this process can still allocate on `device`, including torch's free cache."""
     if device.type == "cuda":
         import torch
 

@@ -23,7 +23,7 @@ def restoration_loss(restoration: Restoration, clean: Tensor, balance_weight: fl
     """The training loss of one micro-batch.
 
     Args:
-        restoration: what the network gave.
+        restoration: output of the network.
         clean: (B, 3, H, W) in [0, 1], the target.
         balance_weight: λ of Eq. 12; 1e-4 in the paper.
     """

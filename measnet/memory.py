@@ -1,7 +1,7 @@
-"""The memory of training and of inference, predicted from the tensors that live in two steps.
+"""Predicts the memory of training and inference from the live tensors of two steps.
 
 For a GPU the steps run on `meta` tensors, which have shapes but no numbers: nothing is computed and
-no GPU is needed. docs/gpu.md compares the prediction with what an H100 took.
+no GPU is needed. docs/gpu.md compares the prediction with measurements on an H100.
 """
 
 import re
@@ -26,11 +26,11 @@ from measnet.ops import gpu_library
 from measnet.ops.choice import torch_only
 
 RESERVE = 0.9
-"""Share of a device's memory that is planned with; the rest is for fragments and libraries."""
+"""Share of a device's memory that is used; the rest is for fragmentation and libraries."""
 PROBES = ((1, 64), (1, 96))
 """Micro-batches and crops of the two steps on a CPU; the rest is linear in pixels."""
 META_PROBES = ((2, 128), (8, 128))
-"""The same on `meta`, where the size costs no time. Two pictures: one alone takes other paths."""
+"""The same on `meta`, where large sizes take no more time. Not one picture: its path differs."""
 SIDES = (64, 96)
 """Sides of the two pictures that are restored to count the memory of inference on a CPU."""
 META_SIDES = (512, 1024)
@@ -40,10 +40,10 @@ Where = Literal["cpu", "cuda"]
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of all tensors that live, and the most there were; each storage counts once.
+    """Counts the bytes of live tensors and their peak; each storage counts once.
 
-    Those of `besides` do not count: a weight or gradient that an operation gives back, as when it
-    is added to in place, was there before.
+    Tensors in `besides` do not count: an in-place operation returns a weight or gradient that
+    existed before.
     """
 
     def __init__(self, besides: Iterable[Tensor]) -> None:
@@ -79,9 +79,9 @@ class _Live(TorchDispatchMode):
 
 
 class _LiveOnMeta(_Live):
-    """On `meta`, where an operation's result depends on the shapes alone: asked once for each.
+    """The same on `meta`, where results depend on the shapes only, so each is computed once.
 
-    The network repeats its blocks, and torch derives a shape in up to a millisecond.
+    This saves time: the network repeats its blocks, and torch needs up to a millisecond per shape.
     """
 
     def __init__(self, besides: Iterable[Tensor]) -> None:
@@ -102,7 +102,7 @@ class _LiveOnMeta(_Live):
 def _described(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype
-    return type(value), value  # 1 and 1.0 are equal, but give other types
+    return type(value), value  # 1 and 1.0 are equal, but give different types
 
 
 def _shares(out: Any, inputs: Sequence[Any]) -> bool:
@@ -124,16 +124,16 @@ class Memory(NamedTuple):
     state: int
     """Weights, gradients, optimizer state, running average, and the engine's buffers."""
     constant: float
-    """What a step holds besides, whatever the size."""
+    """What a step needs in addition, independent of the size."""
     per_pixel: float
-    """What it holds for each pixel of the micro-batch."""
+    """What it needs per pixel of the micro-batch."""
 
     def step(self, batch: int, crop: int) -> float:
-        """Peak of a forward and backward pass, without the state."""
+        """Peak of a forward and backward pass in bytes, without the state."""
         return self.constant + self.per_pixel * batch * crop * crop
 
     def total(self, batch: int, crop: int) -> float:
-        """Peak with the state."""
+        """Peak in bytes with the state."""
         return self.state + self.step(batch, crop)
 
 
@@ -146,19 +146,19 @@ def predict(
     state: int | None = None,
     kernels: bool = False,
 ) -> Memory:
-    """Memory of training, from the tensors that live in two small steps.
+    """Memory of training, from the live tensors of two small steps.
 
-    Activations grow with the pixels, so two sizes give the line. What kernels and the allocator
-    hold besides is not in it, nor is a GPU's context (some 0.5 GiB): `RESERVE` is for those.
+    Activations grow linearly with the pixels, so two sizes are enough. Not counted: workspaces of
+    kernels, the allocator's cache, and a GPU's context (about 0.5 GiB); `RESERVE` is for those.
 
     Args:
-        config: the network. On a GPU its experts count as `dense`, which hold the most.
+        config: the network. On a GPU its experts count as `dense`, which needs the most memory.
         precision: `bf16` is autocast; weights and optimizer state stay fp32.
         checkpointing: recompute the transformer blocks.
-        device: a GPU keeps other tensors than a CPU: other kernels, other types under autocast.
-        state: bytes that live all the time; `state_bytes` of one worker where None.
-        kernels: Triton's kernels compute on the GPU, not torch; they keep less. Counted by torch
-            where Triton is not installed.
+        device: `cuda` or `cpu`; kernels and the types under autocast differ.
+        state: bytes that are always allocated; None: `state_bytes` of one worker.
+        kernels: the GPU computes with Triton's kernels, which keep less. Where Triton is not
+            installed, torch's operations are counted.
     """
     sizes = META_PROBES if device == "cuda" else PROBES
     small, large = (
@@ -174,18 +174,17 @@ def predict(
 def state_bytes(
     parameters: int, *, zero_stage: int = 0, world: int = 1, buckets: int | None = None
 ) -> int:
-    """Bytes that one rank of DeepSpeed holds when the backward pass begins; all of it is fp32.
+    """Bytes of DeepSpeed's state on one rank when the backward pass begins; all of it is fp32.
 
-    Counted from DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py). What it holds after
-    the backward pass (flattened gradients, the update's own tensors) fits where the activations
-    were.
+    From the source of DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py, stage3.py). After the
+    backward pass, flattened gradients and the update's tensors need less than the activations did.
 
     Args:
         parameters: of the network.
         zero_stage: 0 to 3.
         world: ranks that share the optimizer state (stage 1 and up).
-        buckets: elements in all buckets of gradients (stage 1 and up): `reduce_bucket_size`, twice
-            that where autocast sends some gradients in bf16. As many as parameters where None.
+        buckets: elements in all buckets of gradients (stage 1 and up): `reduce_bucket_size`, or
+            twice that if autocast sends some gradients in bf16. None: `parameters`.
     """
     whole = 4 * parameters
     part = 4 * -(-parameters // world)
@@ -220,7 +219,7 @@ def _step(
     crop: int,
     kernels: bool = False,
 ) -> int:
-    """The most bytes that live in a forward and backward pass, besides weights and gradients."""
+    """Peak bytes of a forward and backward pass, without weights and gradients."""
     if device == "cuda":
         config = replace_dotted(config, {"expert_path": "dense"})
     model = _network(config, "meta" if device == "cuda" else "cpu")
@@ -235,7 +234,7 @@ def _step(
         with as_on_gpu, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             restoration = model(image)
         total = restoration_loss(restoration, image, 1e-4).total
-        # Not `total.backward()`, during which `CudaAutocast` would not see what is recomputed.
+        # Not `total.backward()`: there `CudaAutocast` would not see the recomputed operations.
         edge = torch.autograd.graph.get_gradient_edge(total)
         with as_on_gpu if checkpointing else nullcontext():
             torch.autograd.backward(edge, torch.ones_like(total))
@@ -244,29 +243,28 @@ def _step(
 
 @lru_cache
 def inference(config: ModelConfig, device_type: str) -> Memory:
-    """Memory of restoring in fp32 without gradients; the state are the weights.
+    """Memory of restoring in fp32 without gradients; the state is the weights.
 
-    Two blocks of each level are enough: without gradients, memory does not grow with the depth.
+    Two blocks per level are enough, because without gradients memory does not grow with depth.
 
     Args:
         config: its expert path may be `auto`.
-        device_type: `cpu`, where the step is computed; else what a GPU would hold is counted from
-            tensors that have sizes and no numbers.
+        device_type: `cpu` or `cuda`; no GPU is needed.
     """
     device = torch.device(device_type)
     paths = [
         resolve_path(config.expert_path, config.pixel_experts, config.pixel_top_k, device),
         resolve_path(config.expert_path, config.image_experts, config.image_top_k, device),
     ]
-    path = config.expert_path if device_type == "cpu" else max(paths)  # sorted, if one is
+    path = config.expert_path if device_type == "cpu" else max(paths)  # "sorted" if one of them is
     shallow = {"num_blocks": (2, 2, 2, 2), "num_refinement_blocks": 2, "expert_path": path}
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=()))  # others' random numbers stay
+        stack.enter_context(torch.random.fork_rng(devices=()))  # keep the caller's random state
         torch.manual_seed(0)  # sizes depend on which experts are chosen
         state = sum(4 * tensor.numel() for tensor in MEASNet(config).state_dict().values())
         if device_type != "cpu":
             stack.enter_context(torch_only())
-        without_numbers = device_type != "cpu" and path == "dense"  # else sizes depend on them
+        without_numbers = device_type != "cpu" and path == "dense"  # the sorted path needs numbers
         where = "meta" if without_numbers else "cpu"
         model = _network(replace_dotted(config, shallow), where).eval()
         sides = META_SIDES if without_numbers else SIDES
@@ -285,16 +283,16 @@ def _inference_peak(model: MEASNet, side: int) -> int:
 
 
 class Fit(NamedTuple):
-    """Whether a micro-batch fits into the memory of a card."""
+    """Whether a micro-batch fits on a card."""
 
     checkpointing: bool | None
     """False: it fits without activation checkpointing; True: only with it; None: not even then."""
     needed: float
-    """Bytes that it takes: without checkpointing where it fits so, else with it."""
+    """Bytes that it needs: without checkpointing if that fits, else with it."""
     usable: float
-    """Bytes of the card that are planned with."""
+    """Bytes of the card that may be used."""
     largest: int
-    """The largest micro-batch under the same checkpointing; with it where nothing fits."""
+    """The largest micro-batch with the same checkpointing; with it on if nothing fits."""
 
 
 def fit(
@@ -309,8 +307,8 @@ def fit(
 ) -> Fit:
     """Try the micro-batch without activation checkpointing, then with it.
 
-    Takes one or two steps on `meta`, a second or two. `largest` counts all that a step holds as
-    growing with the micro-batch, so it errs towards one too few.
+    Runs one or two steps on `meta`, a second or two. `largest` assumes that all memory of a step
+    grows with the micro-batch, so it may be one too low.
 
     Args:
         card: the GPU.
@@ -333,7 +331,7 @@ def fit(
 
 
 def largest_micro_batch(memory: Memory, budget: float, crop: int) -> int:
-    """Samples of `crop`×`crop` that fit into `budget` bytes; 0 where not even one does."""
+    """Samples of `crop`×`crop` that fit into `budget` bytes; 0 if not even one does."""
     free = RESERVE * budget - memory.state - memory.constant
     return max(0, int(free / (memory.per_pixel * crop * crop)))
 
@@ -346,7 +344,7 @@ def parse_bytes(text: str) -> float:
     """
     match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT])(i?)B\s*", text)
     if match is None:
-        raise ValueError(f"{text!r} is no size; write it as 24GiB or 800MB")
+        raise ValueError(f"{text!r} is not a size; write it as 24GiB or 800MB")
     number, unit, binary = match.groups()
     return float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit) + 1)
 
@@ -378,11 +376,11 @@ CARDS = (
     Card(name="A100, 40 GB", memory=40 * 2**30, capability=(8, 0)),
     Card(name="A100, H100, 80 GB", memory=80 * 2**30, capability=(8, 0)),
 )
-"""Cards of docs/gpu.md with their makers' sizes, which are GiB."""
+"""Cards of docs/gpu.md with the memory that their makers state, in GiB."""
 
 
 def cards_table(config: ModelConfig, crop: int, cards: Sequence[Card] = CARDS) -> str:
-    """The largest micro-batch on each card, in Markdown; bf16 where the card computes in it."""
+    """The largest micro-batch on each card, as a Markdown table; bf16 if the card has it."""
     lines = [
         "| card | precision | micro-batch | with activation checkpointing |",
         "|---|---|---|---|",

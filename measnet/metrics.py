@@ -20,7 +20,7 @@ _SSIM_WINDOW = 7
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How two pictures are compared; no figure is given without it."""
+    """How two pictures are compared; every figure is stated with it."""
 
     colour: Literal["rgb", "y"] = "rgb"
     """`rgb`, or `y`: luma of ITU-R BT.601 (16-235 of 255), as older deraining tables use it."""
@@ -60,10 +60,10 @@ def psnr(
     Args:
         restored: (H, W, 3), RGB in [0, 1]; values outside are clipped.
         clean: the same shape.
-        protocol: what is compared.
+        protocol: how to compare.
 
     Raises:
-        ValueError: other shapes, or nothing left to compare.
+        ValueError: other shapes, or no pixels are left to compare.
     """
     a, b = _compared(restored, clean, protocol)
     error = float(np.mean((a - b) ** 2))
@@ -89,7 +89,7 @@ def _compared(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Both pictures in float64 as the protocol compares them: (H', W', 3), or (H', W', 1) for Y."""
     if restored.shape != clean.shape or clean.ndim != 3 or clean.shape[2] != 3:
-        raise ValueError(f"two pictures (H, W, 3) are needed, got {restored.shape}, {clean.shape}")
+        raise ValueError(f"expected two pictures (H, W, 3), got {restored.shape}, {clean.shape}")
     height, width = clean.shape[:2]
     top = left = 0
     if protocol.crop16:
@@ -97,7 +97,7 @@ def _compared(
         height, width = height // 16 * 16, width // 16 * 16
     cut = protocol.border
     if min(height, width) <= 2 * cut:
-        raise ValueError(f"nothing is left of {clean.shape[0]}x{clean.shape[1]} pixels to compare")
+        raise ValueError(f"no pixels of {clean.shape[0]}x{clean.shape[1]} are left to compare")
     rows, columns = slice(top + cut, top + height - cut), slice(left + cut, left + width - cut)
 
     def prepare(picture: NDArray[np.floating]) -> NDArray[np.float64]:

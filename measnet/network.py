@@ -1,8 +1,8 @@
-"""MEASNet, top to bottom as the paper's Fig. 2 draws it.
+"""MEASNet, in the order of the paper's Fig. 2.
 
 Features are BHWC (see transformer.py). Levels 1 to 4 have dim, 2·dim, 4·dim, 8·dim channels at 1,
-1/2, 1/4, 1/8 of the size; on the way up level 1 keeps 2·dim, for there the encoder's features are
-concatenated.
+1/2, 1/4, 1/8 of the size. In the decoder level 1 has 2·dim, because the encoder's features are
+concatenated there.
 """
 
 import json
@@ -26,25 +26,25 @@ from measnet.prompts import PromptConcat, TaskPrompt
 from measnet.transformer import Conv3x3, Downsample, Merge, TransformerBlock, Upsample
 
 MIN_SIDE = 16
-"""Smaller pictures are padded to this; the prompt needs 9 pixels a side, level 4 a whole one."""
+"""Smaller pictures are padded to this; the prompt needs 9 pixels a side, level 4 needs 8."""
 FORMAT = "measnet-1"
-"""What the metadata of our safetensors files say they are."""
+"""Format name in the metadata of our safetensors files."""
 
 
 class Restoration(NamedTuple):
-    """What `MEASNet` returns, in training and in evaluation."""
+    """Output of `MEASNet`, in training and in evaluation."""
 
     image: Tensor
-    """(B, 3, H, W), as large as the input; not clamped."""
+    """(B, 3, H, W), the size of the input; not clamped."""
     balance_loss: Tensor
-    """() fp32: Eq. 6 over the pictures and blocks, unweighted; 0 where no block routes pixels."""
+    """() fp32: Eq. 6 over the pictures and blocks, unweighted; 0 without per-pixel experts."""
     routing: dict[str, Tensor]
     """Block -> (B, N), detached. Per-pixel libraries ("encoder1"): share of the picture's pixels
-    that chose expert n (rows sum to K). Per-picture ones ("decoder3.low"): 1 where chosen."""
+    that chose expert n (rows sum to K). Per-picture libraries ("decoder3.low"): 1 if chosen."""
 
 
 class MEASNet(nn.Module):
-    """Multi-expert adaptive selection network: one for haze, rain, noise, blur and low light."""
+    """Multi-expert adaptive selection network for haze, rain, noise, blur and low light."""
 
     def __init__(self, config: ModelConfig) -> None:
         """Random weights; `from_pretrained` reads trained ones."""
@@ -53,7 +53,7 @@ class MEASNet(nn.Module):
         self.activation_checkpointing = False
         """Recompute the transformer blocks in the backward pass: less memory, more time."""
         self.defer_statistics = False
-        """Running statistics wait for `measnet.frequency.commit_statistics`."""
+        """Update running statistics only in `measnet.frequency.commit_statistics`."""
         self.min_side = MIN_SIDE
         width1, width2, width3, width4 = config.widths
 
@@ -97,8 +97,8 @@ class MEASNet(nn.Module):
         """Restore a batch.
 
         Args:
-            image: (B, 3, H, W) in [0, 1], any size; padded inside to a multiple of 8 and a least
-            size.
+            image: (B, 3, H, W) in [0, 1], any size; padded inside to a multiple of 8 and to
+                `min_side`.
             generator: source of the gates' noise (variant official, in training).
         """
         padded = self._pad(image).to(self.patch_embed.weight.dtype)
@@ -144,10 +144,10 @@ class MEASNet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | PathLike[str]) -> "MEASNet":
-        """Read what `save_pretrained` wrote; in evaluation mode, on the CPU.
+        """Read a file of `save_pretrained`; in evaluation mode, on the CPU.
 
         Raises:
-            ValueError: not such a file, or its weights do not fit its config.
+            ValueError: another kind of file, or its weights do not fit its config.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -155,11 +155,11 @@ class MEASNet(nn.Module):
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             raise
-        except Exception as error:  # safetensors' own error type covers every damage
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        except Exception as error:  # safetensors has its own error types
+            raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
         if metadata.get("format") != FORMAT:
             raise ValueError(
-                f"{path} holds no MEASNet config; weights of the authors' program are read by "
+                f"{path} has no MEASNet config; read weights of the authors' program by "
                 "measnet.official.weights.load"
             )
         model = cls(configs.from_dict(ModelConfig, json.loads(metadata["config"]), "model"))
@@ -178,7 +178,7 @@ class MEASNet(nn.Module):
         )
 
     def _pixel_experts(self, channels: int) -> nn.Module | None:
-        """STP-G-MESE, or what the ablation leaves of it."""
+        """STP-G-MESE, or the parts of it that are switched on."""
         config = self.config
         if config.mese:
             return PixelExperts(
@@ -192,7 +192,7 @@ class MEASNet(nn.Module):
         return PromptConcat(channels, config.prompt_dim) if config.tspg else None
 
     def _frequency_experts(self, channels: int) -> nn.Module | None:
-        """FD-MEE, or what the ablation leaves of it."""
+        """FD-MEE, or the parts of it that are switched on."""
         config = self.config
         if not (config.fd or config.mee):
             return None
@@ -206,7 +206,7 @@ class MEASNet(nn.Module):
         )
 
     def _pad(self, image: Tensor) -> Tensor:
-        """To a multiple of 8 and the least size, by repeating the last row and column."""
+        """Pad to a multiple of 8 and to `min_side`, by repeating the last row and column."""
         height, width = image.shape[-2:]
         below = max(-height % 8, self.min_side - height)
         right = max(-width % 8, self.min_side - width)

@@ -1,8 +1,8 @@
-"""Pictures in memory and how files hold them: depth, grey, transparency, profile, EXIF.
+"""Pictures in memory, and writing them: bit depth, grey, transparency, profile, EXIF.
 
-`measnet.decoding` reads files. Pillow writes 8-bit pictures. It knows no 16-bit colour, so
-`png16` writes PNG with 16 bits, and tifffile writes TIFF with 16 bits or floats. What is kept,
-converted and refused is listed in docs/restore.md.
+`measnet.decoding` reads files. Pillow writes 8-bit pictures. It has no 16-bit colour, so
+`png16` writes PNG with 16 bits, and tifffile writes TIFF with 16 bits or floats. docs/restore.md
+lists what is kept, converted and refused.
 """
 
 import dataclasses
@@ -29,29 +29,29 @@ WHITE: dict[np.dtype[Any], int] = {
 
 
 class PictureError(ValueError):
-    """A file that is not read, or not written, as a picture; the message says why."""
+    """A file cannot be read or written as a picture; the message says why."""
 
 
 class Format(NamedTuple):
-    """What a file format can hold."""
+    """Capabilities of a file format."""
 
     name: str
     """Pillow's name."""
     types: tuple[np.dtype, ...]
-    """Pixel types, the deepest first."""
+    """Pixel types, the one with most bits first."""
     alpha: bool = True
     grey: bool = True
     metadata: bool = True
     """ICC profile and EXIF."""
     longest: int = 2**31 - 1
-    """Most pixels a side."""
+    """Largest side in pixels."""
     options: dict[str, Any] = {}  # noqa: RUF012 (immutable by use)
-    """How Pillow writes it."""
+    """Pillow's options for writing."""
 
 
 _8, _16, _FLOAT = WHITE
 _PNG = Format("PNG", (_16, _8))
-_TIFF = Format("TIFF", (_FLOAT, _16, _8))  # Pillow fails to compress one with EXIF
+_TIFF = Format("TIFF", (_FLOAT, _16, _8))  # not compressed: Pillow fails to compress one with EXIF
 _JPEG = Format(
     "JPEG", (_8,), alpha=False, longest=65535, options={"quality": 95, "subsampling": "4:4:4"}
 )
@@ -71,21 +71,21 @@ FORMATS = {
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """Pixels of a picture, upright, and what its file says about them."""
+    """Pixels of a picture, upright, with the metadata of its file."""
 
     colour: np.ndarray
     """(H, W, 1) grey or (H, W, 3) RGB; uint8, uint16, or float32 in [0, 1]."""
     alpha: np.ndarray | None = None
-    """(H, W) of the same type; None where the file has no transparency."""
+    """(H, W) of the same type; None if the file has no transparency."""
     icc: bytes = b""
-    """ICC profile; empty where there is none."""
+    """ICC profile; empty if there is none."""
     exif: bytes = b""
-    """EXIF block as Pillow writes it, without orientation and thumbnail; empty where none."""
+    """EXIF block as Pillow writes it, without orientation and thumbnail; empty if none."""
     notes: tuple[str, ...] = ()
     """What was converted or could not be kept, for the user."""
 
     def tensor(self) -> Tensor:
-        """(3, H, W) float32 in [0, 1]; grey three times over."""
+        """(3, H, W) float32 in [0, 1]; grey is repeated three times."""
         white = np.float32(WHITE[self.colour.dtype])
         planes = np.divide(self.colour.transpose(2, 0, 1), white, dtype=np.float32)
         return torch.from_numpy(planes).expand(3, -1, -1).contiguous()
@@ -94,11 +94,11 @@ class Picture:
         """This picture with other colours; depth, grey, alpha and metadata stay.
 
         Args:
-            image: (3, H, W) on the CPU; clamped to [0, 1]. A grey picture takes the mean of the
-                three channels, which is exact where they are equal.
+            image: (3, H, W) on the CPU; clamped to [0, 1]. A grey picture gets the mean of the
+                three channels, which is exact if they are equal.
 
         Raises:
-            ValueError: a value that is not finite.
+            ValueError: a value is not finite.
         """
         if not image.isfinite().all():
             raise ValueError("the network gave values that are not finite; check its weights")
@@ -118,7 +118,7 @@ def _from_unit(pixels: np.ndarray, kind: np.dtype) -> np.ndarray:
 
 
 def fit(picture: Picture, path: Path) -> Picture:
-    """The picture as the format of `path` can hold it; new notes say what is lost.
+    """Convert the picture to what the format of `path` supports; notes say what is lost.
 
     Raises:
         PictureError: an unknown suffix, a side that is too long, or transparency that would be
@@ -158,21 +158,21 @@ def fit(picture: Picture, path: Path) -> Picture:
 
 
 def _describes(icc: bytes, channels: int) -> bool:
-    """Whether a profile is one of grey or RGB pictures, by its header's colour space."""
+    """Whether a profile is for grey or RGB, by the colour space in its header."""
     return icc[16:20] == (b"GRAY" if channels == 1 else b"RGB ")
 
 
 def _has_parts(exif: bytes) -> bool:
-    """Whether EXIF has more than the tags of the picture itself: exposure or GPS."""
+    """Whether EXIF also has tags of exposure or GPS."""
     tags = Image.Exif()
     tags.load(exif)
     return ExifTags.IFD.Exif in tags or ExifTags.IFD.GPSInfo in tags
 
 
 def write(picture: Picture, path: Path) -> None:
-    """Write a picture in the format of the suffix, as `fit` gives it.
+    """Write a picture, converted by `fit`, in the format of the suffix.
 
-    The file appears when it is whole; an existing one is replaced. Folders are made.
+    The file appears when it is complete; an existing one is replaced. Folders are created.
 
     Raises:
         PictureError: as `fit`.
@@ -206,7 +206,7 @@ def _encode(picture: Picture, format: Format, file: IO[bytes]) -> None:
 
 
 def _encode_deep_png(pixels: np.ndarray, picture: Picture, file: IO[bytes]) -> None:
-    """`png16` writes no metadata: its chunks go behind the header (8 + 25 bytes)."""
+    """Insert metadata, which `png16` does not write, after the header (8 + 25 bytes)."""
     encoded = png16.encode(pixels)
     file.write(encoded[:33])
     if picture.icc:

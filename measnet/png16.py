@@ -1,6 +1,6 @@
-"""PNG with 16 bits per channel, which Pillow cuts down to 8.
+"""PNG with 16 bits per channel, which Pillow reduces to 8.
 
-By imagecodecs, which the project installs; by OpenCV where a machine has only that.
+Uses imagecodecs, which the project installs, or OpenCV if only that is installed.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ def decode(data: bytes) -> np.ndarray:
     """The pixels of a file: (H, W) or (H, W, 2 to 4) uint16, grey or RGB and alpha.
 
     Raises:
-        ValueError, RuntimeError: not a whole PNG, as the library tells it.
+        ValueError, RuntimeError: the library cannot read it as PNG.
     """
     if _has_imagecodecs():
         import imagecodecs
@@ -29,12 +29,12 @@ def decode(data: bytes) -> np.ndarray:
         raise ValueError("OpenCV cannot decode it: it is damaged or cut short")
     if found.ndim == 2:
         return np.asarray(found)
-    pixels = np.concatenate([found[..., 2::-1], found[..., 3:]], axis=2)  # OpenCV has BGR
+    pixels = np.concatenate([found[..., 2::-1], found[..., 3:]], axis=2)  # OpenCV uses BGR
     return pixels[..., [0, 3]] if data[25] == GREY_ALPHA else pixels
 
 
 def encode(pixels: np.ndarray) -> bytes:
-    """The file of (H, W) or (H, W, 2 to 4) uint16. OpenCV writes grey with alpha as RGB with alpha.
+    """Encode (H, W) or (H, W, 2 to 4) uint16. OpenCV writes grey with alpha as RGB with alpha.
 
     Raises:
         ValueError: the library cannot write it.

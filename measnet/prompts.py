@@ -8,14 +8,14 @@ from measnet.ops.convolution import pointwise
 from measnet.transformer import weight
 
 PROMPT_MIN_SIDE = 9
-"""Pixels a side that two convolutions of stride 3 need."""
+"""Smallest side in pixels for two convolutions of stride 3."""
 
 
 class TaskPrompt(nn.Module):
-    """p̃ = gelu(q · P_t): a mix `q` of T learnt prompts `P_t`, read off the picture (Eq. 1)."""
+    """p̃ = gelu(q · P_t): weights `q` from the picture mix T learnt prompts `P_t` (Eq. 1)."""
 
     def __init__(self, prompts: int, length: int, width: int = 64) -> None:
-        """`prompts` is T, `length` M; `width` the channels of what reads the picture."""
+        """`prompts` is T, `length` M; `width` the channels of the layers that give `q`."""
         super().__init__()
 
         def leaky() -> nn.Module:

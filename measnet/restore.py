@@ -1,8 +1,8 @@
-"""Restore picture files of any size, in tiles where memory is short.
+"""Restore picture files of any size, in tiles if memory is short.
 
     python -m measnet.restore IN OUT --weights model.safetensors
 
-What is kept of a file, what is converted and how results are named: docs/restore.md.
+docs/restore.md says what is kept, what is converted and how results are named.
 """
 
 import os
@@ -28,7 +28,7 @@ from measnet.weights import load_weights
 SUFFIXES = tuple(pictures.FORMATS)
 """Files with other suffixes in a folder are left out."""
 KEEP_SUFFIX = (".png", ".tif", ".tiff")
-"""Results of these keep their name; those of others are written as PNG."""
+"""Results of these keep their name; results of others are PNG."""
 
 
 class Job(NamedTuple):
@@ -40,10 +40,10 @@ class Job(NamedTuple):
 
 
 def result_names(files: Sequence[PurePath]) -> list[PurePath]:
-    """Names of the results, each for one file only, also where upper and lower case are one.
+    """Names of the results; each is unique, also on systems that ignore upper and lower case.
 
-    PNG and TIFF keep their name. Of others, NAME.jpg becomes NAME.png, or NAME.jpg.png where
-    another file would give NAME.png too; then numbers are added.
+    PNG and TIFF keep their name. NAME.jpg becomes NAME.png, or NAME.jpg.png if another file would
+    give NAME.png too; if that is taken, a number is added.
     """
     wanted = Counter(_folded(_first_name(file)) for file in files)
     named: dict[PurePath, PurePath] = {}
@@ -68,10 +68,10 @@ def _folded(path: PurePath) -> str:
 
 
 def plan(source: Path, target: Path) -> list[Job]:
-    """Which picture goes where; a folder keeps its structure.
+    """Each picture with its result; a folder keeps its structure.
 
     Raises:
-        ValueError: nothing to restore, or a target that does not fit the source.
+        ValueError: nothing to restore, or the target does not fit the source.
     """
     if source.is_file():
         return [Job(source, _target_of_file(source, target))]
@@ -81,7 +81,7 @@ def plan(source: Path, target: Path) -> list[Job]:
         raise ValueError(f"{source} is a folder, so {target} must be one too, not a file")
     if target.resolve().is_relative_to(source.resolve()):
         raise ValueError(
-            f"{target} lies in {source}, whose pictures are restored: choose a folder outside it"
+            f"{target} is inside {source}, whose pictures are restored: choose a folder outside it"
         )
     inside = [path.relative_to(source) for path in sorted(source.rglob("*")) if path.is_file()]
     found = [
@@ -93,7 +93,7 @@ def plan(source: Path, target: Path) -> list[Job]:
         raise ValueError(f"{source} holds no pictures ({', '.join(SUFFIXES)})")
     if left := len(inside) - len(found):
         print(
-            f"{left} other files in {source} are left out: no pictures by their suffix, or hidden"
+            f"{left} other files in {source} are skipped: hidden, or not a picture by their suffix"
         )
     names = result_names(found)
     return [Job(source / path, target / name) for path, name in zip(found, names, strict=True)]
@@ -106,7 +106,7 @@ def _target_of_file(source: Path, target: Path) -> Path:
     if target.suffix.lower() not in SUFFIXES:
         raise ValueError(
             f"{target} has the unknown suffix {target.suffix}; known are {', '.join(SUFFIXES)}. "
-            "If it shall be a folder, make it first"
+            "If it should be a folder, create it first"
         )
     return target
 
@@ -114,10 +114,10 @@ def _target_of_file(source: Path, target: Path) -> Path:
 def check_overwriting(
     jobs: Sequence[Job], *, force: bool = False, skip_existing: bool = False
 ) -> list[Job]:
-    """The jobs to do, by what exists already.
+    """The jobs whose result is to be written.
 
     Raises:
-        ValueError: a result would overwrite an input (by whatever path), or an existing file
+        ValueError: a result would overwrite an input (under any path), or an existing file
             without `force`.
     """
     inputs = {_identity(job.source): job.source for job in jobs}
@@ -163,13 +163,13 @@ class Arguments:
     overlap: int = OVERLAP
     """Pixels that neighbouring tiles share."""
     device: DeviceChoice = "auto"
-    """Where to restore; `auto`: the GPU where there is one."""
+    """Device for restoring; `auto`: the GPU if there is one."""
     force: bool = False
     """Overwrite existing results. Inputs are never overwritten."""
     skip_existing: bool = False
     """Restore only pictures whose result does not exist yet."""
     megapixels: Annotated[int, tyro.conf.arg(name="max-megapixels")] = decoding.MEGAPIXELS
-    """Larger pictures are refused: a small file can claim any size."""
+    """Larger pictures are refused, because a small file can claim any size."""
 
     def check(self) -> None:
         """Refuse values out of range.
@@ -186,7 +186,7 @@ class Arguments:
                 raise ValueError(f"--{flag} is {value}, but must be {least} or more")
         check_overlap(self.tile or None, self.overlap)
         if self.force and self.skip_existing:
-            raise ValueError("--force and --skip-existing exclude each other: give one of them")
+            raise ValueError("--force and --skip-existing exclude each other: use one of them")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for folder in {job.target.parent for job in jobs}:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
-                pass  # it can be written to: known before hours of work, not after
+                pass  # test that it is writable before the work starts
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _restore_all(model: MEASNet, jobs: Sequence[Job], tiling: Tiling, given: Arguments) -> int:
-    """Restore one after the other; one that fails does not stop the others."""
+    """Restore the pictures one by one; a failed one does not stop the others."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
     failed: list[str] = []
     done = 0
@@ -236,7 +236,7 @@ def _restore_all(model: MEASNet, jobs: Sequence[Job], tiling: Tiling, given: Arg
             for note in picture.notes:
                 console.print(f"    note: {note}")
     except KeyboardInterrupt:
-        failed.append("interrupted; the same command with --skip-existing goes on")
+        failed.append("interrupted; run the same command with --skip-existing to continue")
     seconds = time.perf_counter() - begin
     console.print(f"restored {done} of {len(jobs)} pictures to {given.target} in {seconds:.1f} s")
     if failed:
@@ -245,9 +245,9 @@ def _restore_all(model: MEASNet, jobs: Sequence[Job], tiling: Tiling, given: Arg
 
 
 def _restore_file(model: MEASNet, job: Job, tiling: Tiling, megapixels: int) -> pictures.Picture:
-    """The picture as it was before, with the notes on how it was written."""
+    """Restore one picture; returns the original, with notes on how the result was written."""
     picture = decoding.read(job.source, megapixels=megapixels)
-    fitting = pictures.fit(picture, job.target)  # refused before the long part, not after it
+    fitting = pictures.fit(picture, job.target)  # may refuse it, so before the restoring
     tensor = picture.tensor()
     tile = tiling.side(*tensor.shape[-2:])
     image = restore(model, tensor, tile=tile, overlap=tiling.overlap)
@@ -262,7 +262,7 @@ def _failure(job: Job, error: Exception) -> str:
     lines = str(error).strip().splitlines()
     reason = lines[0] if lines else type(error).__name__
     if isinstance(error, MemoryError | RuntimeError):  # torch raises the latter on a CPU
-        reason = f"{reason}; if memory ran out, give a smaller --tile"
+        reason = f"{reason}; if memory ran out, use a smaller --tile"
     return f"{job.source} could not be restored: {reason}"
 
 

@@ -1,7 +1,7 @@
-"""Restore pictures of any size: whole where the memory allows it, else in overlapping tiles.
+"""Restore pictures of any size: whole if the memory allows it, else in overlapping tiles.
 
-Prompt, channel attention and frequency gates look at the whole input, so a picture restored in
-tiles differs a little from the same picture restored whole. Tiles bound the memory.
+Prompt, channel attention and frequency gates depend on the whole input, so a picture restored in
+tiles differs a little from the same picture restored whole. Tiles limit the memory.
 """
 
 import logging
@@ -19,20 +19,20 @@ from measnet.network import MEASNet
 OVERLAP = 32
 """Pixels that neighbouring tiles share by default."""
 STEP = 64
-"""Sides that are chosen here are multiples of this."""
+"""Chosen sides are multiples of this."""
 LEAST_TILE = 128
-"""Least side that is chosen here: smaller tiles show the network too little of a picture."""
+"""Smallest side that is chosen here: in smaller tiles the network sees too little."""
 ARITHMETIC = "fp32 without TF32"
-"""How every figure is computed, on a CPU and on a GPU."""
+"""Arithmetic of all figures, on a CPU and on a GPU."""
 
 log = logging.getLogger(__name__)
 
 
 class Restored(NamedTuple):
-    """A restored picture or batch, and how it was made."""
+    """A restored picture or batch, and how it was restored."""
 
     image: Tensor
-    """As large as the input, in [0, 1]; this and `routing` are on the device of the input."""
+    """Same size as the input, in [0, 1]; this and `routing` are on the device of the input."""
     routing: dict[str, Tensor]
     """As `Restoration.routing`, (B, N) float64: mean over the tiles, by their area."""
     tile: int | None
@@ -42,7 +42,7 @@ class Restored(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """How pictures are cut up; decided once, so that equal sizes are treated alike."""
+    """How pictures are cut into tiles; decided once, so that equal sizes get equal tiles."""
 
     at_once: int
     """Most pixels that are restored at once."""
@@ -51,7 +51,7 @@ class Tiling(NamedTuple):
     overlap: int = OVERLAP
     """Pixels that neighbouring tiles share."""
     reason: str = "asked for"
-    """Why, for the user."""
+    """The reason, for the user."""
 
     def side(self, height: int, width: int) -> int | None:
         """Side of the tiles for one picture; None restores it whole."""
@@ -61,7 +61,7 @@ class Tiling(NamedTuple):
 
     @property
     def decision(self) -> Decision:
-        """What is done, and why, to be shown to the user."""
+        """The choice and its reason, to be shown to the user."""
         if self.tile is not None:
             return Decision(f"tiles of {self.tile} pixels", self.reason)
         megapixels = f"{self.at_once / 1e6:.3g} megapixels"
@@ -69,14 +69,14 @@ class Tiling(NamedTuple):
 
 
 def pixels_at_once(memory: Memory, free: float) -> int:
-    """Most pixels that a network already on its device can restore in `free` bytes."""
+    """Most pixels that can be restored at once in `free` bytes, with the network on its device."""
     return max(0, int((RESERVE * free - memory.constant) / memory.per_pixel))
 
 
 def choose_tile(height: int, width: int, at_once: int) -> int | None:
     """Side of the largest tiles with at most `at_once` pixels; None: the picture fits whole.
 
-    A side is a multiple of `STEP` and at least `LEAST_TILE`, even where that is too large.
+    A side is a multiple of `STEP` and at least `LEAST_TILE`, even if that is too large.
     """
     if height * width <= at_once:
         return None
@@ -89,16 +89,16 @@ def choose_tile(height: int, width: int, at_once: int) -> int | None:
 def choose_tiling(
     model: MEASNet, *, tile: int | None = None, overlap: int = OVERLAP, processes: int = 1
 ) -> Tiling:
-    """How a network should restore pictures on the device where it is, by the free memory.
+    """Choose the tiling for a network on its device, by the free memory.
 
     Args:
         model: on its device.
         tile: side of the tiles that the user asks for; None: chosen by the memory.
         overlap: pixels that neighbouring tiles share.
-        processes: that restore pictures at the same time in the memory of one CPU.
+        processes: number of processes that restore pictures at the same time on this machine.
 
     Raises:
-        ValueError: an overlap that does not fit the tile.
+        ValueError: the overlap does not fit the tile.
     """
     check_overlap(tile, overlap)
     if tile is not None:
@@ -116,19 +116,19 @@ def restore(
 ) -> Tensor:
     """Restore one picture or a batch.
 
-    Where the device runs out of memory, smaller tiles are tried, with a warning in the log.
+    If the device runs out of memory, smaller tiles are tried, with a warning in the log.
 
     Args:
-        model: in evaluation mode, on any device; the picture is brought there and the result back.
+        model: in evaluation mode, on any device; the result is on the device of `image`.
         image: (3, H, W) or (B, 3, H, W) in [0, 1], any size.
         tile: side of the square tiles in pixels; None restores the picture whole.
-        overlap: pixels that neighbouring tiles share and blend over; less than `tile`.
+        overlap: pixels that neighbouring tiles share and blend; less than `tile`.
 
     Returns:
-        As large as `image`, clamped to [0, 1].
+        Same shape as `image`, clamped to [0, 1].
 
     Raises:
-        ValueError: other shapes, or an overlap that does not fit the tile.
+        ValueError: other shapes, or the overlap does not fit the tile.
         torch.OutOfMemoryError: not even tiles of `LEAST_TILE` fit.
     """
     return restore_routed(model, image, tile=tile, overlap=overlap).image
@@ -137,7 +137,7 @@ def restore(
 def restore_routed(
     model: MEASNet, image: Tensor, *, tile: int | None = None, overlap: int = OVERLAP
 ) -> Restored:
-    """As `restore`; also gives the experts that were chosen, and the tiles that fitted."""
+    """As `restore`; also returns the chosen experts and the used tiles."""
     if image.ndim not in (3, 4) or image.shape[-3] != 3:
         raise ValueError(f"a picture is (3, H, W) or (B, 3, H, W), not {tuple(image.shape)}")
     check_overlap(tile, overlap)
@@ -164,17 +164,17 @@ def restore_routed(
 
 
 def smaller_tile(side: int) -> int | None:
-    """Side to try after `side` was too large: about half of it; None: there is no smaller one."""
+    """Next side to try if `side` is too large: about half of it; None: there is no smaller one."""
     smaller = max(LEAST_TILE, side // 2 // STEP * STEP)
     return smaller if smaller < side else None
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Within it a GPU computes products and convolutions of fp32 in fp32.
+    """Inside the block, a GPU computes products and convolutions of fp32 in fp32.
 
     torch's default for convolutions is TF32, which keeps 10 bits of the mantissa. The setting
-    belongs to the process, not to a thread.
+    is for the process, not for a thread.
     """
     operations = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     before = [operation.fp32_precision for operation in operations]
@@ -192,7 +192,7 @@ def _restore(model: MEASNet, batch: Tensor, tile: int | None, overlap: int) -> R
     if tile is None:
         image, routing = _run(model, batch)
         return Restored(image.clamp(0, 1), routing, None, 0)
-    # The picture stays where it is, so the device holds no more than one tile.
+    # The picture stays on its device; the network's device holds one tile only.
     total, weights = torch.zeros_like(batch), torch.zeros_like(batch[:1, :1])
     shares: dict[str, Tensor] = {}
     area = 0
@@ -212,7 +212,7 @@ def _restore(model: MEASNet, batch: Tensor, tile: int | None, overlap: int) -> R
 
 
 def _run(model: MEASNet, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """What the network makes of pictures that are brought to its device, and its routing."""
+    """Run the network on its device; returns restored pictures and routing on `batch`'s device."""
     with full_precision():
         out = model(batch.to(next(model.parameters()).device))
     routing = {name: chosen.to(batch.device).double() for name, chosen in out.routing.items()}
@@ -230,13 +230,13 @@ def check_overlap(tile: int | None, overlap: int) -> None:
 
 
 def _starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin along one side; the last one ends with the picture."""
+    """Start of each tile along one side; the last one ends with the picture."""
     if size <= tile:
         return [0]
     return [*range(0, size - tile, tile - overlap), size - tile]
 
 
 def _ramp(length: int, overlap: int, like: Tensor) -> Tensor:
-    """Weights (length,) that rise from each end over the overlap, never zero."""
+    """Weights (length,) for blending: they rise from each end over the overlap, never zero."""
     distance = torch.arange(1, length + 1, device=like.device, dtype=like.dtype)
     return torch.minimum(distance, distance.flip(0)).clamp(max=overlap + 1) / (overlap + 1)

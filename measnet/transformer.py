@@ -1,8 +1,8 @@
-"""The backbone's parts: channel attention, gated feed-forward, down and up sampling.
+"""Parts of the backbone: channel attention, gated feed-forward, down and up sampling.
 
-Features are `x_bhwc`: batch, height, width, channels, contiguous. In that layout a 1×1 convolution
-is one matrix product and layer norm one fused kernel; a spatial convolution sees the same memory as
-a channels-last picture.
+Features are `x_bhwc`: batch, height, width, channels, contiguous. In this layout a 1×1 convolution
+is one matrix product and layer norm is one fused kernel. For a spatial convolution it is the memory
+format channels-last.
 """
 
 import math
@@ -17,7 +17,7 @@ from measnet.ops.feed_forward import residual_feed_forward
 
 
 def weight(*shape: int, fan_in: int) -> nn.Parameter:
-    """A parameter drawn uniformly within ±1/√fan_in, as torch draws those of convolutions."""
+    """A parameter drawn uniformly from ±1/√fan_in, torch's default for convolutions."""
     bound = 1 / math.sqrt(fan_in)
     return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))
 
@@ -39,8 +39,8 @@ class ChannelAttention(nn.Module):
     """Attention among the channels: softmax(q kᵀ · temperature) v; heads split the channels.
 
     Query and key are L2-normalised along the pixels. The norms are applied to the small C×C product
-    and the output projection is merged into the attention matrix, so that each large tensor is
-    touched once.
+    and the output projection is merged into the attention matrix, so each large tensor is read
+    once.
     """
 
     def __init__(self, channels: int, heads: int) -> None:
@@ -53,7 +53,7 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        # Three products instead of one that is cut: nothing is put together in the backward pass.
+        # Three products, not one that is split: its backward pass would have to concatenate.
         q, k, v = project(x_bhwc, self.qkv.unbind())
         return attend_planes(q, k, v, self.qkv_depthwise, self.temperature, self.project_out)
 
@@ -61,9 +61,9 @@ class ChannelAttention(nn.Module):
 class FeedForward(nn.Module):
     """Gated feed-forward: 1×1 to twice the hidden channels, depth-wise 3×3, gelu(a) · b, 1×1 back.
 
-    The two halves are computed apart, so that neither has to be cut out of a larger tensor; hidden
-    channels are padded to a multiple of 16 while computing (the parameters are not), which vector
-    units and tensor cores prefer over the odd counts that an expansion of 2.66 gives.
+    The two halves are computed separately, so that no tensor has to be split. Hidden channels are
+    padded to a multiple of 16 for the computation (the parameters are not), because vector units
+    and tensor cores are slow with the odd numbers that an expansion of 2.66 gives.
     """
 
     def __init__(self, channels: int, expansion: float) -> None:
@@ -133,9 +133,9 @@ class Upsample(nn.Module):
 
 
 class Merge(nn.Module):
-    """Two feature maps, concatenated and brought to `out` channels by a 1×1 convolution.
+    """1×1 convolution of two concatenated feature maps to `out` channels.
 
-    Computed as the sum of two products: nothing is concatenated.
+    Computed as the sum of two products, without concatenating.
     """
 
     def __init__(self, channels: int, out: int, *, bias: bool = False) -> None:

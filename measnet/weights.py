@@ -1,4 +1,4 @@
-"""How commands name trained weights: a file of ours or of the authors' program, or a run."""
+"""Loads trained weights: a file of this or of the authors' program, or a run."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from measnet.network import MEASNet
 from measnet.official.weights import load as load_official
 
 OF_A_RUN = "model.safetensors"
-"""What a finished training run leaves in its folder."""
+"""Weights in the folder of a finished training run."""
 
 
 def load_weights(path: str | Path) -> MEASNet:
@@ -16,13 +16,13 @@ def load_weights(path: str | Path) -> MEASNet:
 
     Args:
         path: a file of `MEASNet.save_pretrained`; a checkpoint of the authors' program (.ckpt, .pth
-            or .safetensors); or the folder of a finished run, which holds model.safetensors.
+            or .safetensors); or the folder of a finished run.
 
     Returns:
         The network in evaluation mode, on the CPU.
 
     Raises:
-        ValueError: none of these, with the reason.
+        ValueError: none of these; gives the reason.
         OSError: there is no such file, or it cannot be read.
     """
     file = _file(Path(path))
@@ -32,8 +32,7 @@ def load_weights(path: str | Path) -> MEASNet:
         return load_official(file)
     except ValueError as error:
         raise ValueError(
-            f"{file} holds neither weights that this program wrote nor those of the authors' "
-            f"program: {error}"
+            f"{file} has no weights of this or of the authors' program: {error}"
         ) from error
 
 
@@ -62,4 +61,4 @@ def _is_ours(file: Path) -> bool:
         with safe_open(file, framework="pt") as tensors:
             return "config" in (tensors.metadata() or {})
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error

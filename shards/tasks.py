@@ -23,10 +23,11 @@ DEGRADATIONS: dict[str, Degradation] = {
     "lowlight": Degradation("lowlight"),
     "mixed": Degradation("mixed"),
 }
-"""`mixed`: two or three of the others applied in sequence, stored as pairs."""
+"""`mixed`: two or three of the others applied in sequence, stored as pairs. New rows come last,
+because the order of samples and checkpoints refer to rows by their number."""
 
 TASKS: tuple[str, ...] = tuple(dict.fromkeys(row.task for row in DEGRADATIONS.values()))
 """All tasks in their fixed order; a batch's `task` indexes this."""
 
-PAPER_TASKS: tuple[str, ...] = tuple(task for task in TASKS if task != "mixed")
-"""denoise, derain, dehaze, deblur, lowlight: the tasks of the paper."""
+PAPER_TASKS: tuple[str, ...] = ("denoise", "derain", "dehaze", "deblur", "lowlight")
+"""The tasks of the paper."""

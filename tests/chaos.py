@@ -1,4 +1,4 @@
-"""Kill real runs at random moments and see that they end as if nothing had happened.
+"""Break real runs at random moments and check that their results are those of an uninterrupted run.
 
     python -m tests.chaos --trials 20 --seed 0 [--json]
 
@@ -46,7 +46,7 @@ LIMIT_S = 300.0
 
 @dataclass
 class Trial:
-    """One run that is disturbed."""
+    """One run that is broken once."""
 
     number: int
     point: str
@@ -119,7 +119,7 @@ class Run:
         return None
 
     def wait_for(self, ready: Callable[[], bool], pause: float = 0.02) -> bool:
-        """Wait until something is so; False where the run ends before."""
+        """Wait for a condition; False if the run ends first."""
         deadline = time.monotonic() + LIMIT_S
         while not ready():
             if self.process.poll() is not None:
@@ -130,11 +130,11 @@ class Run:
         return True
 
     def wait_for_step(self, step: int) -> bool:
-        """Wait until so many steps are made; False where the run ends before."""
+        """Wait for this many steps; False if the run ends first."""
         return self.wait_for(lambda: self.step() >= step)
 
     def wait_for_lines(self, count: int) -> bool:
-        """Wait until the log of consumed samples has so many lines."""
+        """Wait until the log of consumed samples has this many lines."""
         return self.wait_for(lambda: len(self.consumed()) >= count)
 
     def end(self) -> int:
@@ -167,7 +167,7 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What makes a command use it."""
+        """Environment variables with which a command uses this cluster."""
         return {"RAY_ADDRESS": self._cluster.address, "RAY_AUTH_MODE": "disabled"}
 
     def processes(self) -> list[psutil.Process]:
@@ -176,11 +176,11 @@ class Cluster:
         return [p for p in own if _is_ray(p)]
 
     def add_node(self) -> None:
-        """A node in the place of a lost one."""
+        """Start a node that replaces a lost one."""
         self._cluster.add_node(num_cpus=self._cpus, object_store_memory=80 * 2**20)
 
     def resize(self, nodes: int) -> None:
-        """So many nodes beside the head: others join, or some die."""
+        """Change the number of nodes beside the head: new ones join, or some die."""
         there = list(self._cluster.worker_nodes)
         for _ in range(len(there), nodes):
             self.add_node()
@@ -228,12 +228,12 @@ def worker(run: Run, cluster: Cluster | None, draw: random.Random) -> None:
 
 
 def hung_worker(run: Run, cluster: Cluster | None, draw: random.Random) -> None:
-    """One worker stops working, and does not die."""
+    """One worker is stopped, but its process stays."""
     draw.choice(_workers([run.process])).suspend()
 
 
 def collective(run: Run, cluster: Cluster | None, draw: random.Random) -> None:
-    """One worker never comes out of a collective, and the other one waits for it in there."""
+    """One worker hangs in a collective, and the other one waits for it."""
     run.hang.touch()
     run.wait_for(lambda: not run.hang.exists())
 
@@ -244,7 +244,7 @@ def all_workers(run: Run, cluster: Cluster | None, draw: random.Random) -> None:
 
 
 def driver(run: Run, cluster: Cluster | None, draw: random.Random) -> None:
-    """The command and all of its Ray die."""
+    """The command and all processes of its Ray die."""
     _kill([run.process, *run.process.children(recursive=True)])
 
 
@@ -263,7 +263,7 @@ def checkpoint_upload(run: Run, cluster: Cluster | None, draw: random.Random) ->
 
 
 def node(run: Run, cluster: Cluster | None, draw: random.Random) -> None:
-    """The raylet of a node with workers dies, and with it the node; another one is left."""
+    """The raylet of a node with workers dies, and so the node; another node is left."""
     assert cluster is not None
     raylets = [p for p in cluster.processes() if _command_line(p).split()[0].endswith("raylet")]
     _kill([draw.choice([raylet for raylet in raylets if _workers([raylet])])])
@@ -325,7 +325,7 @@ def disturb(trial: Trial, data: Path, draw: random.Random) -> None:
 
 def final_state(folder: Path) -> dict[str, Any]:
     """Everything that must be identical."""
-    newest = checkpoints.newest_whole(str(folder / "runs" / "demo"))
+    newest = checkpoints.newest_complete(str(folder / "runs" / "demo"))
     if newest is None:
         return {}
     state = newest.state()
@@ -334,7 +334,7 @@ def final_state(folder: Path) -> dict[str, Any]:
 
 
 def difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
-    """The first thing in which two final states differ; empty where nothing does."""
+    """The first difference between two final states; empty if there is none."""
     if expected.keys() != found.keys():
         return "there is no final checkpoint"
     for kind, value in expected.items():
@@ -351,7 +351,7 @@ def difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Kill real runs at random moments and compare their ends with an undisturbed run."""
+    """Break real runs at random moments and compare their results with an uninterrupted run."""
 
     trials: int = 20
     """Runs to disturb; the points take turns."""
@@ -366,7 +366,7 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the trials; 0 where all ends are identical."""
+    """Run the trials; returns 0 if all results are identical."""
     given = tyro.cli(Arguments, args=argv, prog="python -m tests.chaos")
     unknown = [point for point in given.points if point not in POINTS]
     if unknown:

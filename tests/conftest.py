@@ -1,4 +1,4 @@
-"""What several tests need: where the real pictures and reference outputs lie, and a quiet torch."""
+"""Fixtures of several tests: real pictures, reference outputs, devices, a small Ray."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def gpu() -> Iterator[torch.device]:
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Runs a test on the CPU and, among the tests marked `gpu`, on the card."""
+    """Runs a test on the CPU, and on the card as a test marked `gpu`."""
     if request.param == "cpu":
         return torch.device("cpu")
     chosen: torch.device = request.getfixturevalue("gpu")
@@ -100,7 +100,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.fixture(autouse=True)
 def _own_random_numbers() -> None:
-    """A test draws the same numbers whichever tests ran before it."""
+    """Same random numbers in a test, independent of the tests before it."""
     torch.manual_seed(0)
 
 
@@ -133,7 +133,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
-    """One small Ray for the whole test run; its four CPUs are a promise that two cores keep."""
+    """One small Ray for the whole test run, with four CPUs, also on machines with fewer cores."""
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] = "0"

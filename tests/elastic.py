@@ -1,4 +1,4 @@
-"""Give a run more and fewer nodes while it trains, and see what that costs.
+"""Change the number of nodes of a run while it trains, and measure the cost.
 
     python -m tests.elastic --minutes 10 --every-s 30 --seed 0 [--json]
 
@@ -38,10 +38,10 @@ WINDOW = 250
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Redraw the nodes of a running cluster, and report goodput and the curve."""
+    """Change the nodes of a running cluster at random; report goodput and the loss curve."""
 
     minutes: float = 10.0
-    """How long the nodes are redrawn; then the run goes on to its end."""
+    """How long the nodes change; after that the run trains to its end."""
     every_s: float = 30.0
     """Seconds between two draws."""
     nodes: int = 3
@@ -56,7 +56,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Goodput:
-    """Where the time of a run went."""
+    """How the time of a run was spent."""
 
     kept_s: float
     """Seconds of the steps that were kept."""
@@ -69,7 +69,7 @@ class Goodput:
 
     @property
     def share(self) -> float:
-        """Kept time of all time."""
+        """Share of the time that was spent on kept steps."""
         return self.kept_s / self.all_s
 
 
@@ -99,7 +99,7 @@ def goodput(lines: Sequence[dict[str, Any]]) -> Goodput:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far two curves are apart: differences of their means over `WINDOW` steps, as a share."""
+    """Distance of two curves: relative differences of their means over `WINDOW` steps."""
 
     largest: float
     average: float
@@ -117,7 +117,7 @@ def distance(one: Run, other: Run) -> Distance:
 
 
 def redraw(cluster: Cluster, run: Run, given: Arguments, console: Console) -> list[int]:
-    """Draw the number of nodes again and again; what was drawn."""
+    """Change the number of nodes at random again and again; returns the numbers."""
     draw, began = random.Random(given.seed), time.monotonic()
     drawn = [given.nodes]
     while time.monotonic() - began < 60 * given.minutes and run.process.poll() is None:
@@ -135,7 +135,7 @@ def redraw(cluster: Cluster, run: Run, given: Arguments, console: Console) -> li
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all; 0 where the disturbed run finished, on the samples of the undisturbed ones."""
+    """Run all; 0 if the changed run finished on the same samples as the unchanged ones."""
     given = tyro.cli(Arguments, args=argv, prog="python -m tests.elastic")
     os.environ["RAY_AUTH_MODE"] = "disabled"  # of the cluster started here
     console = Console(stderr=given.json)

@@ -25,7 +25,7 @@ FLAG = "MEASNET_TEST_HANG"
 
 
 def hang_on(flag: Path) -> None:
-    """In a worker: have its all-reduce look for the file first."""
+    """In a worker: make its all-reduce look for the file first."""
     all_reduce = dist.all_reduce
 
     def maybe_hang(*arguments: Any, **options: Any) -> Any:
@@ -50,7 +50,7 @@ class HangOn(WorkerGroupCallback):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the command line says; returns the exit code."""
+    """Train with the options of the command line; returns the exit code."""
     console = Console(soft_wrap=True)
     callback = HangOn(Path(os.environ[FLAG]))
     outcome = launch(parse(argv), console=console, callbacks=[callback])

@@ -1,12 +1,11 @@
-"""Shows without a GPU what a GPU would refuse or wait for: runs on torch's device `meta`.
+"""Finds without a GPU what a GPU would refuse or wait for: runs on torch's device `meta`.
 
 Tensors on `meta` have a shape and a type, but no numbers. `OneDevice` watches every operation on
-them; `MetaAutocast` is CUDA's autocast, which torch does not offer there.
+them. CUDA's autocast is `measnet.autocast.CudaAutocast`; `autocast_list` reads torch's lists of it.
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 COPIES = ("aten::_to_copy", "aten::copy_")
 FROM_DATA = (torch.tensor, torch.as_tensor)
-"""Make a tensor from numbers of Python: on the CPU, then copied. Not seen as an operation."""
+"""Make a tensor from Python numbers: on the CPU, then copied. Not seen as an operation."""
 
 UNREPEATABLE = {
     f"aten::{name}"
@@ -32,15 +31,13 @@ UNREPEATABLE = {
     )
 }
 """What CUDA refuses under `torch.use_deterministic_algorithms` (torch's documentation of it)."""
-INSIDE = {"square": "pow", "interpolate": "upsample_bilinear2d"}
-"""Composite operation -> the operation of autocast's lists that it calls."""
 
 
 class OneDevice(ExitStack):
-    """Refuses operations over two devices; counts what makes the processor wait for the device.
+    """Refuses operations on two devices; counts what makes the processor wait for the device.
 
-    meta itself refuses most mixtures, but accepts weights of a convolution, indices and operands of
-    in-place operations from the CPU. Numbers without dimensions may come from there, as on CUDA.
+    meta itself refuses most of them, but accepts weights of a convolution, indices and operands of
+    in-place operations from the CPU. 0-d tensors may come from the CPU, as on CUDA.
     """
 
     def __init__(self) -> None:
@@ -97,60 +94,20 @@ class _Creations(TorchFunctionMode):
         return out
 
 
-class MetaAutocast(TorchFunctionMode):
-    """`torch.autocast("cuda", dtype)` for tensors of any device, by the lists of torch's header.
+class Calls(TorchFunctionMode):
+    """Collects the names of the torch functions that are called, such as `linear`."""
 
-    Not seen is what a composite operation computes inside; those that the network uses are in
-    `INSIDE`.
-    """
-
-    def __init__(self, dtype: torch.dtype | None) -> None:
-        """None: no autocast."""
+    def __init__(self) -> None:
         super().__init__()
-        self._dtype = dtype
-        self._low = _listed("LOWER_PRECISION_FP")
-        self._full = _listed("FP32") | _listed("FP32_SET_OPT_DTYPE")
-        self._promoted = _listed("PROMOTE")
+        self.names: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = re.sub(r"^__r?(\w+)__$", r"\1", getattr(func, "__name__", ""))
-        name = INSIDE.get(name, name)
-        given = [t for t in tree_leaves((args, kwargs)) if _eligible(t)]
-        if self._dtype is None or not given:
-            return func(*args, **kwargs)
-        widest = torch.float32 if torch.float32 in {t.dtype for t in given} else self._dtype
-        for listed, target in (
-            (self._low, self._dtype),
-            (self._full, torch.float32),
-            (self._promoted, widest),
-        ):
-            if name in listed:
-                args, kwargs = _cast((args, kwargs), target)
-        return func(*args, **kwargs)
-
-    @contextmanager
-    def block(
-        self, device_type: str, dtype: torch.dtype | None = None, enabled: bool = True
-    ) -> Iterator[None]:
-        """Stands for `torch.autocast` inside the network, which switches it off in places."""
-        before, self._dtype = self._dtype, (dtype or self._dtype) if enabled else None
-        try:
-            yield
-        finally:
-            self._dtype = before
+        self.names.add(func.__name__.strip("_"))
+        return func(*args, **(kwargs or {}))
 
 
-def _cast(arguments: Any, dtype: torch.dtype) -> Any:
-    return tree_map(lambda value: value.to(dtype) if _eligible(value) else value, arguments)
-
-
-def _eligible(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
-
-
-def _listed(name: str) -> set[str]:
+def autocast_list(name: str) -> set[str]:
     """Operations in one of the lists that torch's autocast for CUDA is compiled from."""
     header = Path(torch.__file__).parent / "include" / "ATen" / "autocast_mode.h"
     (body,) = re.findall(rf"#define AT_FORALL_{name}\(_\)((?:.*\\\n)*.*)", header.read_text())
-    return set(re.findall(r"_\((\w+)", body))
+    return {operation.strip("_") for operation in re.findall(r"_\((\w+)", body)}

@@ -26,7 +26,7 @@ def write(run: Path, samples: int, score: float | None = None) -> checkpoints.Ch
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     write(tmp_path, 8)
     written = write(tmp_path, 16, score=30.5)
-    newest = checkpoints.newest_whole(str(tmp_path))
+    newest = checkpoints.newest_complete(str(tmp_path))
     assert newest is not None and newest.path == written.path
     assert newest.state().samples == 16
     assert newest.score == 30.5
@@ -78,18 +78,18 @@ def test_a_damaged_newest_falls_back_to_the_one_before(
             del listed["files"]["state.json"]
             marker.write_text(json.dumps(listed))
     said: list[str] = []
-    newest = checkpoints.newest_whole(str(tmp_path), said.append)
+    newest = checkpoints.newest_complete(str(tmp_path), said.append)
     assert newest is not None and newest.samples == 8
     assert len(said) == 1 and folder.name in said[0] and "going back" in said[0]
     assert told in said[0]
 
 
-def test_where_none_is_whole_the_run_begins_anew_and_says_so(tmp_path: Path) -> None:
+def test_without_a_complete_checkpoint_the_run_starts_again_and_says_so(tmp_path: Path) -> None:
     said: list[str] = []
-    assert checkpoints.newest_whole(str(tmp_path), said.append) is None
+    assert checkpoints.newest_complete(str(tmp_path), said.append) is None
     assert not said
     (Path(write(tmp_path, 8).path) / "weights.safetensors").unlink()
-    assert checkpoints.newest_whole(str(tmp_path), said.append) is None
+    assert checkpoints.newest_complete(str(tmp_path), said.append) is None
     assert "from the beginning" in said[-1]
 
 

@@ -185,7 +185,7 @@ def test_ui_command() -> None:
 
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `make demo` promises, on the packaged photographs."""
+    """`make demo` on the packaged photographs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     assert main([]) == 0

@@ -1,4 +1,4 @@
-"""The cluster files are what Ray accepts, and ask for what the README promises."""
+"""Ray accepts the cluster files, and they request what the README says."""
 
 import os
 import subprocess

@@ -179,7 +179,7 @@ def _load_foreign_state() -> None:
 
 
 def test_no_start_waits_for_torchs_compiler() -> None:
-    """Nothing of the engine, of a step and of its update imports it: that takes two seconds."""
+    """Engine, step and update do not import it, because that takes two seconds."""
     (steps,) = run_ranks(1, _compilers_after_steps)
     assert steps == {0: [], 1: [], 2: []}
 

@@ -1,8 +1,9 @@
-"""What is recorded of the machines: the workers', and only their own cards."""
+"""What is recorded about the workers' machines; no card but the worker's own is asked."""
 
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from distributed.environment import (
+    COMPILED,
     ENVIRONMENT,
     SystemMetrics,
     by_hardware,
@@ -22,6 +24,12 @@ from distributed.environment import (
 A100 = {"device": "cuda", "card": "NVIDIA A100", "driver": "550.54", "compiled": ["jpeg_decoder"]}
 H100 = {**A100, "card": "NVIDIA H100", "driver": "580.65"}
 CPU = {"device": "cpu", "processor": "AMD EPYC 7B13", "compiled": []}
+
+
+def test_all_compiled_parts_of_the_package_are_recorded() -> None:
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    extensions = tomllib.loads(text)["tool"]["setuptools"]["ext-modules"]
+    assert set(COMPILED.values()) == {extension["name"] for extension in extensions}
 
 
 def on(host: str, hardware: dict[str, Any]) -> dict[str, Any]:

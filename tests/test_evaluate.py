@@ -202,7 +202,7 @@ def test_command_line(
     ("arguments", "message"),
     [
         (["no.safetensors", "SHARDS"], "there is no file no.safetensors"),
-        (["TMP", "SHARDS"], "holds no whole checkpoint"),
+        (["TMP", "SHARDS"], "holds no complete checkpoint"),
         (["no.ckpt", "SHARDS"], "there is no file no.ckpt"),
         (["MODEL", "SHARDS", "--device", "cuda"], "device is cuda, but"),
         (["MODEL", "nowhere"], "nowhere"),

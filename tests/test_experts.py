@@ -1,4 +1,4 @@
-"""Per-pixel experts against a plain reading of Eq. 2-6; the dense and the sorted path alike."""
+"""Per-pixel experts against a plain version of Eq. 2-6, by the dense and the sorted path."""
 
 import pytest
 import torch

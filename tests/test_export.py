@@ -1,4 +1,4 @@
-"""Exported graphs compute what the network computes, at sizes that they have not seen."""
+"""Exported graphs give the network's results, also at sizes other than the exported one."""
 
 from pathlib import Path
 

@@ -2,10 +2,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from distributed import figures
 from distributed.figures import GridRow
+from measnet.metrics import FIELD
 
 
 def row(height: int, width: int) -> GridRow:
@@ -28,11 +29,27 @@ def test_large_pictures_are_scaled_down() -> None:
 
 def test_grid_stacks_panels(tmp_path: Path) -> None:
     panels = [figures.panel(row(64, 256)), figures.panel(row(32, 40))]
-    figures.grid(panels, tmp_path / "deep" / "grid.png", footer="protocol " * 100)
-    with Image.open(tmp_path / "deep" / "grid.png") as sheet:
-        assert sheet.size == (panels[0].width, panels[0].height + panels[1].height + 22)
+    heights = []
+    for footer in ("", "protocol", "protocol " * 100):
+        figures.grid(panels, tmp_path / "deep" / "grid.png", footer=footer)
+        with Image.open(tmp_path / "deep" / "grid.png") as sheet:
+            assert sheet.width == panels[0].width
+            heights.append(sheet.height)
+    line = heights[1] - heights[0]
+    assert line > 0 and heights[0] > panels[0].height + panels[1].height
+    lines, rest = divmod(heights[2] - heights[0], line)
+    assert lines > 3 and not rest
     with pytest.raises(ValueError, match="at least one picture"):
         figures.grid([], tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("width", [60, 200, 736])
+def test_a_footer_is_never_cut(width: int) -> None:
+    font, text = ImageFont.load_default(11), FIELD.describe()
+    lines = figures.wrap(text, font, width)
+    assert " ".join(lines) == text
+    assert all(font.getlength(line) <= width or " " not in line for line in lines)
+    assert len(lines) > 1 and not figures.wrap("", font, width)
 
 
 def test_eight_bit_is_rounded_and_clipped() -> None:

@@ -1,4 +1,4 @@
-"""Frequency decomposition and per-picture experts against a plain reading of Eq. 7-10."""
+"""Frequency decomposition and per-picture experts against a plain version of Eq. 7-10."""
 
 import copy
 
@@ -82,7 +82,7 @@ def test_norm_is_batch_norm(batch: int) -> None:
 
 
 def test_norm_trains_with_single_pictures() -> None:
-    """Gradients flow, and the running statistics find mean and variance of the pictures."""
+    """Gradients exist, and the running statistics approach mean and variance of the pictures."""
     norm = KernelNorm(2)
     spread, centre = torch.tensor([0.5, 3.0]), torch.tensor([-1.0, 4.0])
     means, variances = [], []

@@ -1,4 +1,4 @@
-"""`ray job submit` against a real head, as the README says, with and without a token."""
+"""`ray job submit` as in the README, on a real head, with and without a token."""
 
 import os
 import re
@@ -94,7 +94,7 @@ def head(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Head]:
 
 
 def training(packed: Path, folder: Path, *more: str) -> list[str]:
-    """A short training command with absolute places, as on a cluster."""
+    """A short training command with absolute paths, as on a cluster."""
     return [
         *("python", "-m", "distributed.train", "demo", "--storage", str(folder / "runs")),
         *("--tracking.uri", f"sqlite:///{folder}/mlflow.db"),
@@ -117,11 +117,11 @@ def test_a_job_runs_fails_stops_and_goes_on(head: Head, packed: Path, tmp_path: 
     assert job is not None
     run = str(tmp_path / "runs" / "demo")
     deadline = time.monotonic() + 200
-    while checkpoints.newest_whole(run) is None:
+    while checkpoints.newest_complete(run) is None:
         assert time.monotonic() < deadline, head.ray("job", "logs", job.group()).stdout
         time.sleep(0.5)
     assert head.ray("job", "stop", job.group()).returncode == 0
-    newest = checkpoints.newest_whole(run)
+    newest = checkpoints.newest_complete(run)
     assert newest is not None and newest.samples >= 40
 
     logs = head.ray("job", "logs", job.group()).stdout

@@ -146,7 +146,7 @@ def test_attention_of_given_planes_agrees_with_torch(shape) -> None:
 @compiled
 @pytest.mark.parametrize("size", [(2, 2), (3, 2), (2, 5), (32, 7), (33, 8), (34, 3), (70, 9)])
 def test_a_low_pass_agrees_with_torch(size) -> None:
-    """Small ones, where a row stands beyond both edges, and several parts."""
+    """Small ones, where a row is beyond both edges, and several parts."""
     x, taps = numbers((2, *size, 16), (2, 16, 9))
     assert_agree_with_torch(low_pass, [x, taps])
     low, high = low_pass(x, taps)

@@ -28,6 +28,6 @@ def test_without_other_nodes_the_run_says_what_it_waits_for_and_gives_up(
     told = (tmp_path / "log.txt").read_text()
     assert "no worker was heard for" in told
     assert "giving up in" in told
-    assert "the same command goes on" in told.splitlines()[-1], told
-    kept = checkpoints.newest_whole(str(run.folder))
+    assert "the same command resumes it" in told.splitlines()[-1], told
+    kept = checkpoints.newest_complete(str(run.folder))
     assert kept is not None and kept.samples >= 20

@@ -1,4 +1,4 @@
-"""Without a GPU: no part of a training step mixes devices, and few parts wait for the device."""
+"""Without a GPU: a training step never mixes devices and rarely waits for the device."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -11,14 +11,16 @@ from torch import Tensor
 from distributed.config import Recipe
 from distributed.engine import GuardedAdam, build_optimizer
 from distributed.sharded_state import WeightAverage
+from measnet import autocast
 from measnet import config as configs
+from measnet.autocast import CudaAutocast
 from measnet.config import ABLATION, ModelConfig, replace_dotted
 from measnet.frequency import commit_statistics
 from measnet.losses import Losses, restoration_loss
 from measnet.network import MEASNet, Restoration
 from measnet.ops.choice import torch_only
 from measnet.tiling import restore
-from tests.meta import UNREPEATABLE, MetaAutocast, OneDevice
+from tests.meta import UNREPEATABLE, Calls, OneDevice, autocast_list
 
 SHALLOW: dict[str, Any] = {
     "num_blocks": (1, 1, 1, 1),
@@ -36,18 +38,6 @@ CASES = [(name, SIZES[0]) for name in CONFIGS]
 CASES += [(name, size) for name in ("paper-full", "official") for size in SIZES[1:]]
 
 
-@pytest.fixture
-def autocast(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype | None], MetaAutocast]:
-    """CUDA's autocast to a type, or none, for the network on `meta`."""
-
-    def make(dtype: torch.dtype | None) -> MetaAutocast:
-        mode = MetaAutocast(dtype)
-        monkeypatch.setattr(torch, "autocast", mode.block)
-        return mode
-
-    return make
-
-
 def network(config: ModelConfig) -> MEASNet:
     return MEASNet(config).to("meta")
 
@@ -57,10 +47,17 @@ def picture(size: tuple[int, int, int]) -> Tensor:
     return torch.empty(batch, 3, height, width, device="meta")
 
 
-def train(model: MEASNet, image: Tensor) -> tuple[Losses, Restoration]:
-    restoration = model(image)
-    losses = restoration_loss(restoration, image, 1e-4)
-    losses.total.backward()
+def train(
+    model: MEASNet, image: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Losses, Restoration]:
+    """Forward pass under CUDA's autocast to `dtype`, or without one, and backward pass."""
+    with CudaAutocast():
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            restoration = model(image)
+            losses = restoration_loss(restoration, image, 1e-4)
+        # Not `total.backward()`: there `CudaAutocast` would not see the recomputed operations.
+        edge = torch.autograd.graph.get_gradient_edge(losses.total)
+        torch.autograd.backward(edge, torch.ones_like(losses.total))
     return losses, restoration
 
 
@@ -109,16 +106,26 @@ def test_numbers_without_dimensions_may_come_from_the_cpu() -> None:
     assert (device.reads, device.copies) == (0, 0)
 
 
-def test_autocast_is_that_of_a_gpu() -> None:
-    x, weight = torch.ones(2, 4, device="meta"), torch.ones(4, 4, device="meta")
-    mode = MetaAutocast(torch.bfloat16)
-    with mode:
-        low = torch.nn.functional.linear(x, weight)
-        assert low.dtype == (low @ weight).dtype == (low + low).dtype == torch.bfloat16
-        assert low.square().dtype == low.sum().dtype == low.softmax(-1).dtype == torch.float32
-        assert torch.nn.functional.layer_norm(low, (4,)).dtype == torch.float32
-        with mode.block("meta", enabled=False):
-            assert torch.nn.functional.linear(x, weight).dtype == torch.float32
+def test_autocast_has_the_lists_of_torch() -> None:
+    """Except composite operations, which are listed by the name that is called from Python."""
+    assert autocast.LOWER - {"rmatmul"} <= autocast_list("LOWER_PRECISION_FP")
+    assert autocast.FULL - {"square", "interpolate", "norm"} <= autocast_list("FP32")
+    assert autocast_list("FP32_SET_OPT_DTYPE") >= autocast.FULL_RESULT
+    assert autocast.WIDEST - {"cat", "stack"} <= autocast_list("PROMOTE")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_autocast_knows_all_operations_of_the_network(name: str) -> None:
+    with Calls() as calls:
+        train(network(CONFIGS[name]), picture((2, 64, 64)))
+    for ours, theirs in (
+        (autocast.LOWER, "LOWER_PRECISION_FP"),
+        (autocast.FULL, "FP32"),
+        (autocast.FULL_RESULT, "FP32_SET_OPT_DTYPE"),
+        (autocast.WIDEST, "PROMOTE"),
+    ):
+        assert calls.names & autocast_list(theirs) <= ours
+    assert {"linear", "layer_norm", "softmax"} <= calls.names
 
 
 # --- The network ---
@@ -126,12 +133,12 @@ def test_autocast_is_that_of_a_gpu() -> None:
 
 @pytest.mark.parametrize(("name", "size"), CASES, ids=str)
 def test_training_stays_on_the_device_and_never_waits(
-    name: str, size: tuple[int, int, int], autocast: Callable[..., MetaAutocast]
+    name: str, size: tuple[int, int, int]
 ) -> None:
     model, image = network(CONFIGS[name]), picture(size)
     model.defer_statistics = True
-    with autocast(torch.bfloat16), OneDevice() as device:
-        losses, restoration = train(model, image)
+    with OneDevice() as device:
+        losses, restoration = train(model, image, torch.bfloat16)
         commit_statistics(model, reduce=lambda summed: summed.mul_(2))
     assert (device.reads, device.copies) == (0, 0)
     assert losses.total.dtype == torch.float32 and restoration.image.shape == image.shape
@@ -139,23 +146,23 @@ def test_training_stays_on_the_device_and_never_waits(
         assert (parameter.grad is not None) == parameter.requires_grad
 
 
-# `MetaAutocast` is off in a backward pass, so what is computed there again is tested in fp32.
 @pytest.mark.parametrize(
     ("dtype", "checkpointing"),
-    [(None, False), (torch.bfloat16, False), (torch.float16, False), (None, True)],
+    [
+        (None, False),
+        (torch.bfloat16, False),
+        (torch.float16, False),
+        (None, True),
+        (torch.bfloat16, True),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("name", ["paper-full", "official"])
-def test_every_precision_trains(
-    name: str,
-    dtype: torch.dtype | None,
-    checkpointing: bool,
-    autocast: Callable[..., MetaAutocast],
-) -> None:
+def test_every_precision_trains(name: str, dtype: torch.dtype | None, checkpointing: bool) -> None:
     model = network(CONFIGS[name])
     model.activation_checkpointing = checkpointing
-    with autocast(dtype), OneDevice() as device:
-        train(model, picture((2, 64, 72)))
+    with OneDevice() as device:
+        train(model, picture((2, 64, 72)), dtype)
     assert (device.reads, device.copies) == (0, 0)
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
 
@@ -164,38 +171,33 @@ def test_every_precision_trains(
 @pytest.mark.parametrize("size", [SIZES[0], SIZES[-1]], ids=str)
 @pytest.mark.parametrize("name", ["paper-full", "official"])
 def test_inference_in_every_type_never_waits(
-    name: str,
-    size: tuple[int, int, int],
-    dtype: torch.dtype,
-    autocast: Callable[..., MetaAutocast],
+    name: str, size: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     model, image = network(CONFIGS[name]).to(dtype).eval(), picture(size)
-    with torch.no_grad(), autocast(None), OneDevice() as device:
+    with torch.no_grad(), OneDevice() as device:
         restoration = model(image)
     assert (device.reads, device.copies) == (0, 0)
     assert restoration.image.shape == image.shape
     assert {one.device.type for one in restoration.routing.values()} == {"meta"}
 
 
-def test_noise_is_drawn_where_its_generator_lives(autocast: Callable[..., MetaAutocast]) -> None:
-    """meta has no generators; one of the CPU costs a copy for each library, and mixes nothing."""
+def test_noise_is_drawn_where_its_generator_lives() -> None:
+    """meta has no generators; a generator of the CPU costs a copy per library."""
     model, image = network(CONFIGS["official"]), picture((1, 64, 64))
-    with autocast(None), OneDevice() as device:
+    with OneDevice() as device:
         model(image, generator=torch.Generator().manual_seed(0))
     assert (device.reads, device.copies) == (0, 3)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("name", ["paper-full", "official"])
-def test_a_gpu_can_repeat_a_step_exactly(
-    name: str, deterministic: bool, autocast: Callable[..., MetaAutocast]
-) -> None:
+def test_a_gpu_can_repeat_a_step_exactly(name: str, deterministic: bool) -> None:
     model, image = network(CONFIGS[name]), picture((2, 68, 67))
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(deterministic)
     try:
-        with autocast(torch.bfloat16), OneDevice() as device:
-            train(model, image)
+        with OneDevice() as device:
+            train(model, image, torch.bfloat16)
     finally:
         torch.use_deterministic_algorithms(before)
     assert bool(device.operations & UNREPEATABLE) != deterministic
@@ -203,16 +205,14 @@ def test_a_gpu_can_repeat_a_step_exactly(
 
 
 @pytest.mark.parametrize("variant", ["paper", pytest.param("official", marks=pytest.mark.slow)])
-def test_a_gpus_autocast_stays_near_fp32(
-    variant: str, autocast: Callable[..., MetaAutocast]
-) -> None:
-    """CUDA's lists of operations, with numbers: computed by the CPU."""
+def test_a_gpus_autocast_stays_near_fp32(variant: str) -> None:
+    """CUDA's autocast computed on the CPU, so with numbers."""
     changes = SHALLOW | {"variant": variant, "dim": 8}
     model = MEASNet(replace_dotted(configs.tiny(), changes))
     image = torch.rand(2, 3, 32, 40)
     losses = []
-    for precision in (None, torch.bfloat16):
-        with torch_only(), autocast(precision):
+    for on in (False, True):
+        with torch_only(), CudaAutocast(), torch.autocast("cpu", torch.bfloat16, enabled=on):
             restoration = model(image, generator=torch.Generator().manual_seed(0))
             losses.append(restoration_loss(restoration, image.flip(0), 1e-4))
     exact, rounded = losses
@@ -224,16 +224,13 @@ def test_a_gpus_autocast_stays_near_fp32(
 # --- The rest of a training step ---
 
 
-def test_the_update_waits_once_however_many_weights(
-    autocast: Callable[..., MetaAutocast],
-) -> None:
-    """For the one number that says whether all gradients of all ranks are finite."""
+def test_the_update_waits_once_however_many_weights() -> None:
+    """It waits for the number that says whether all gradients of all ranks are finite."""
     for blocks in (1, 2):
         changes = SHALLOW | {"dim": 8, "num_blocks": (blocks,) * 4}
         model = network(replace_dotted(configs.tiny(), changes))
         adam: GuardedAdam = build_optimizer(model, Recipe(optimizer="adamw"))
-        with autocast(None):
-            train(model, picture((1, 16, 16)))
+        train(model, picture((1, 16, 16)))
         with OneDevice() as device:
             adam.step()
         assert (device.reads, device.copies) == (1, 0)
@@ -258,7 +255,7 @@ def test_the_average_of_the_weights_never_waits() -> None:
     assert (device.reads, device.copies) == (0, 0)
 
 
-def test_counting_a_micro_batch_never_waits(autocast: Callable[..., MetaAutocast]) -> None:
+def test_counting_a_micro_batch_never_waits() -> None:
     from distributed.meter import Meter
     from shards.stream import Batch
 
@@ -268,8 +265,7 @@ def test_counting_a_micro_batch_never_waits(autocast: Callable[..., MetaAutocast
     numbers = torch.zeros(2, dtype=torch.int64)
     batch = Batch(crops, crops, numbers, numbers, numbers, keys=["derain/a", "derain/b"])
     meter = Meter(torch.device("meta"), counts=True)
-    with autocast(None):
-        losses, restoration = train(model, image)
+    losses, restoration = train(model, image)
     with OneDevice() as device:
         for _ in range(2):
             meter.add(losses, restoration, batch)
@@ -278,11 +274,9 @@ def test_counting_a_micro_batch_never_waits(autocast: Callable[..., MetaAutocast
 
 
 @pytest.mark.parametrize("tile", [None, 48])
-def test_a_picture_on_the_device_is_restored_there(
-    tile: int | None, autocast: Callable[..., MetaAutocast]
-) -> None:
+def test_a_picture_on_the_device_is_restored_there(tile: int | None) -> None:
     model = network(CONFIGS["paper-full"]).eval()
-    with autocast(None), OneDevice() as device:
+    with OneDevice() as device:
         restored = restore(model, torch.empty(3, 70, 90, device="meta"), tile=tile, overlap=16)
     assert restored.device.type == "meta" and restored.shape == (3, 70, 90)
     assert (device.reads, device.copies) == (0, 0)

@@ -1,4 +1,4 @@
-"""When a run counts as hung, and that a run that hangs in a collective goes on by itself."""
+"""When a run counts as hung; a run that hangs in a collective is restarted and continues."""
 
 import re
 import threading
@@ -125,7 +125,7 @@ def test_where_names_the_innermost_line_of_this_project() -> None:
 
 
 class Survivor(Reporter):
-    """Keeps the reason instead of ending its process, which is the test's here."""
+    """Keeps the reason, and does not end the process, because that runs the test."""
 
     reason = ""
 

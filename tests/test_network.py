@@ -300,7 +300,7 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
     good, bad = tmp_path / "good.safetensors", tmp_path / "bad.safetensors"
     network(TINY).save_pretrained(good)
     bad.write_bytes(good.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="whole safetensors"):
+    with pytest.raises(ValueError, match="complete safetensors"):
         MEASNet.from_pretrained(bad)
     save_file({"weight": torch.zeros(3)}, bad)
     with pytest.raises(ValueError, match=r"measnet\.official\.weights\.load"):

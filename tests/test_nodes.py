@@ -1,4 +1,4 @@
-"""Two nodes with addresses of their own, training across both; one is cut off, and the run goes on.
+"""Training on two nodes with different addresses; one loses its network, and the run continues.
 
 The nodes are network namespaces joined by a virtual cable, which takes root; where they cannot be
 made the test says so and skips.
@@ -118,7 +118,7 @@ def test_a_node_that_is_cut_off_is_done_without(
     def wait_for(samples: int, limit_s: float) -> float:
         started = time.monotonic()
         while True:
-            found = checkpoints.newest_whole(str(folder))
+            found = checkpoints.newest_complete(str(folder))
             if found is not None and found.samples >= samples:
                 return time.monotonic() - started
             assert run.poll() is None, log.read_text()
@@ -127,7 +127,7 @@ def test_a_node_that_is_cut_off_is_done_without(
 
     wait_for(64, 200)
     assert "/ 2 workers" in log.read_text()  # both nodes train
-    reached = checkpoints.newest_whole(str(folder))
+    reached = checkpoints.newest_complete(str(folder))
     assert reached is not None
     ip("-n", "measnet2", "link", "set", "ray0", "down")
     took = wait_for(reached.samples + 64, 200)

@@ -1,4 +1,4 @@
-"""The order of samples, tested over many worlds without starting a process."""
+"""The order of samples, tested for many world sizes without starting a process."""
 
 import numpy as np
 import pytest
@@ -122,7 +122,7 @@ def test_world_changes_neither_lose_nor_repeat_nor_reorder(
     changes: list[tuple[int, int]],
     seed: int,
 ) -> None:
-    """A run that goes on with other worlds reads the sequence of an undisturbed run."""
+    """A run resumed with other world sizes reads the samples of an uninterrupted run."""
     global_batch, micro = sizes
     micros = global_batch // micro
     possible = [world for world in range(1, micros + 1) if micros % world == 0]

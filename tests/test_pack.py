@@ -173,7 +173,7 @@ def test_tiles_give_the_same_pixels(photos: Path, tmp_path: Path) -> None:
 
 
 def run_and_kill(arguments: list[str], after: float) -> bool:
-    """Starts a packing and kills it and its processes; whether it was still at work."""
+    """Starts a packing and kills it and its processes; returns whether it was still running."""
     command = [sys.executable, "-m", "shards.pack", *arguments]
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
     try:
@@ -196,7 +196,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(photos: Path, tmp_pat
     if (killed / "manifest.json").exists():  # a fast machine
         assert tree(killed) == tree(whole)
         return
-    # Whatever stands under a shard's own name is whole.
+    # A file with a shard's final name is complete.
     for path in killed.glob("*.tar"):
         assert path.read_bytes() == (whole / path.name).read_bytes()
     assert main(arguments) == 0

@@ -1,4 +1,4 @@
-"""Picture files: nothing is lost on the way through, and what cannot be kept is named."""
+"""Picture files: what can be kept is kept, and the rest is named."""
 
 import io
 import struct
@@ -28,7 +28,7 @@ def values(kind: str, channels: int) -> np.ndarray:
 
 
 def save(path: Path, pixels: np.ndarray) -> Path:
-    """By the libraries alone, none of our code."""
+    """Written by the libraries alone, without our code."""
     if path.suffix == ".tif":
         colour = "rgb" if pixels.ndim == 3 and pixels.shape[2] > 2 else "minisblack"
         extra = ["unassalpha"] if pixels.ndim == 3 and pixels.shape[2] in (2, 4) else None

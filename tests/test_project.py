@@ -1,4 +1,4 @@
-"""What holds between files: import directions, names, light configuration, true documents."""
+"""Rules of the project: import directions, names, light configuration, correct documents."""
 
 import ast
 import importlib.util
@@ -54,7 +54,7 @@ def test_rooms_import_in_one_direction(room: str) -> None:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_packages_hold_a_docstring_only(room: str) -> None:
-    """joblib and others import packages by their bare name: that must cost nothing."""
+    """joblib and others import packages by name; that must be cheap."""
     (only,) = ast.parse((ROOT / room / "__init__.py").read_text()).body
     assert isinstance(only, ast.Expr) and isinstance(only.value, ast.Constant)
 
@@ -68,7 +68,7 @@ def test_distributed_is_ours_and_not_that_of_dask() -> None:
 
 @pytest.mark.parametrize("module", CONFIGURATION)
 def test_configuration_imports_nothing_heavy(module: str) -> None:
-    """So a wrong field is answered in a fraction of a second."""
+    """So that a wrong field is reported in a fraction of a second."""
     program = (
         f"import sys, {module}\n"
         f"sys.exit(' '.join(name for name in {HEAVY!r} if name in sys.modules) or None)"

@@ -1,4 +1,4 @@
-"""The page of a search, from records whose answer is known."""
+"""The report of a search, from records with a known answer."""
 
 import math
 import re

@@ -211,7 +211,7 @@ def test_wrong_inputs_are_one_line(
         (picture, "out", ["--tile", "32"], "overlap is 32"),
         (picture, "out", ["--force", "--skip-existing"], "exclude each other"),
         (picture, "out", ["--weights", "nowhere.ckpt"], "no file"),
-        (picture, "out", ["--weights", str(tmp_path / "bad.safetensors")], "whole safetensors"),
+        (picture, "out", ["--weights", str(tmp_path / "bad.safetensors")], "complete safetensors"),
     ):
         assert run(tmp_path / source, tmp_path / out, weights, *options) == 2
         message = capsys.readouterr().err
@@ -251,7 +251,7 @@ def test_weights_of_another_network_are_named(tmp_path: Path) -> None:
         path = tmp_path / name
         entries = {"conv.weight": torch.zeros(1)}
         save_file(entries, path) if name.endswith("s") else torch.save(entries, path)
-        with pytest.raises(ValueError, match=f"{name} holds neither"):
+        with pytest.raises(ValueError, match=f"{name} has no weights of this or of the authors"):
             load_weights(path)
 
 

@@ -216,7 +216,7 @@ def test_what_cannot_run_is_refused_before_a_trial_starts(
 
 
 def test_ray_is_not_imported_before_its_token_is_set() -> None:
-    """Ray reads at its import whether it must ask for a token."""
+    """Ray reads at its import whether it needs a token."""
     code = (
         "import sys; import tune.search, tune.results, tune.registry; "
         "from distributed.internals import ray_tune; print(ray_tune.configure()); "
@@ -268,11 +268,11 @@ def test_taking_over_hands_weights_on_and_keeps_the_own_recipe(tmp_path: Path) -
 
 def test_taking_over_falls_back_to_the_donors_newest(tmp_path: Path) -> None:
     own = dataclasses.replace(demo(), name="own", storage=str(tmp_path))
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="no complete checkpoint"):
         take_over(str(tmp_path / "donor"), "pruned", own)
     saved(tmp_path / "donor", demo(), samples=1_000, value=7.0)
     take_over(str(tmp_path / "donor"), "pruned", own)
-    assert checkpoints.newest_whole(str(tmp_path / "own")).samples == 1_000  # type: ignore[union-attr]
+    assert checkpoints.newest_complete(str(tmp_path / "own")).samples == 1_000  # type: ignore[union-attr]
 
 
 def test_pbt_varies_the_recipe_inside_its_range_and_keeps_the_network() -> None:
@@ -326,7 +326,7 @@ def test_asha_remembers_the_trials_of_an_earlier_launch() -> None:
 
 
 def test_asha_gives_a_trial_that_goes_on_its_place_in_the_rungs_it_has_passed() -> None:
-    """Its next figure, lower and at more samples, is not held against its rivals' early ones."""
+    """Its next figure, at more samples, is not compared with others' figures at fewer samples."""
     rows = [TrialRecord(number=0, name="s-000", changes={})]
     rows += [
         TrialRecord(
@@ -512,7 +512,7 @@ def test_a_toy_search_does_not_take_the_place_of_a_better_champion(tmp_path: Pat
     assert client.get_model_version_by_alias("measnet", "champion").tags[PSNR] == "26.0"
 
 
-# ---- whole searches, slow ------------------------------------------------------------------------
+# ---- complete searches, slow ---------------------------------------------------------------------
 
 
 def start(packed: Path, folder: Path, *more: str) -> subprocess.Popen[bytes]:
@@ -614,6 +614,6 @@ def test_ctrl_c_keeps_everything_and_ends_soon(packed: Path, tmp_path: Path) -> 
     assert time.monotonic() - asked < 60
     (trial,) = (t for t in read(tmp_path)["trials"] if t["curve"])
     assert trial["state"] == "waiting"
-    newest = checkpoints.newest_whole(trial["folder"])
+    newest = checkpoints.newest_complete(trial["folder"])
     assert newest is not None and newest.samples >= trial["samples"]
     assert "resume    python -m tune.search" in (tmp_path / "log.txt").read_text()

@@ -1,4 +1,4 @@
-"""What a search may change, how the command line says it, and what is proposed."""
+"""The search space: what may change, its command line, and the proposed trials."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_the_papers_point_is_told_to_the_searcher_even_outside_of_the_range() ->
 
 
 def test_what_is_proposed_follows_from_the_record_alone() -> None:
-    """A search that is killed after each trial proposes what an undisturbed one does."""
+    """A search that is killed after each trial proposes the trials of an uninterrupted one."""
     config = parse(["demo", "--trials", "12"])
     undisturbed = rows_of(config, ["finished", "stopped", "failed"] * 4)
     space = build(config.space, config.vary, config.base())

@@ -255,7 +255,7 @@ def test_chains_are_trained_on_and_evaluated_as_mixed(packed: Path, tmp_path: Pa
 
 
 def test_the_samples_of_today_are_those_of_tomorrow(packed: Path) -> None:
-    """A run that goes on after an update of this program shall read what it would have read."""
+    """A run resumed after an update of this program must read the same samples."""
     stream = TrainStream(config(packed), 1234)
     drawn = stream.plan.draws(np.array([0, 1, 2, 62, 63, 1000, 10**9]))
     assert drawn.degradation.tolist() == [6, 3, 0, 0, 0, 2, 0]

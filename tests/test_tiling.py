@@ -1,4 +1,4 @@
-"""Pictures whole and in tiles: what is given back, on which device, and in how much memory."""
+"""Restoring whole and in tiles: the results, their device, and the memory."""
 
 import logging
 import os
@@ -77,7 +77,7 @@ def test_at_once_is_the_network_clamped(model: MEASNet) -> None:
 
 @pytest.mark.parametrize(("tile", "overlap"), [(32, 8), (32, 0), (17, 16), (64, 20)])
 def test_tiles_cover_the_picture_once(tile: int, overlap: int) -> None:
-    """With a network that gives back its input, blended tiles are the picture itself."""
+    """With a network that returns its input, blended tiles give the picture itself."""
     network, image = Same(), torch.rand(2, 3, 75, 50)
     out = restore(network, image, tile=tile, overlap=overlap)  # type: ignore[arg-type]
     torch.testing.assert_close(out, image)
@@ -289,7 +289,7 @@ def test_predicting_leaves_random_numbers_alone() -> None:
 
 @pytest.mark.parametrize("experts", [4, 16])
 def test_memory_on_a_gpu_does_not_grow_with_the_experts(experts: int) -> None:
-    """All of them are computed there, but for a bounded number of pixels at once."""
+    """All experts are computed there, but for a limited number of pixels at a time."""
     changed = replace_dotted(configs.tiny(), {"pixel_experts": experts, "expert_path": "dense"})
     few = inference(configs.tiny(), "cuda")
     assert inference(changed, "cuda").per_pixel == pytest.approx(few.per_pixel, rel=0.1)

@@ -213,7 +213,7 @@ def test_where_runs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (
         mlflow_tracker.tracking_uri(TrackingConfig(uri="sqlite:////x/y.db")) == "sqlite:////x/y.db"
     )
-    with pytest.raises(ValueError, match="no longer keeps runs in plain folders"):
+    with pytest.raises(ValueError, match="no longer supports plain folders"):
         mlflow_tracker.tracking_uri(TrackingConfig(uri="./mlruns"))
 
 
@@ -272,7 +272,7 @@ print(" ".join(sorted(names - sys.stdlib_module_names - {"measnet"})))
 
 
 def test_the_exported_model_stands_alone(tmp_path: Path) -> None:
-    """It loads without the repository, and names all that it needs by versions that PyPI has."""
+    """It loads without the repository, and requires only versions that PyPI has."""
     from measnet.config import tiny
     from measnet.network import MEASNet
 

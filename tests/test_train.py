@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def command(packed: Path, *more: str) -> list[str]:
-    """A run of 12 steps of 4 samples on the smallest network, on one worker if not told more."""
+    """A run of 12 steps of 4 samples on the smallest network, by default on one worker."""
     return [
         "demo",
         *(() if "--scaling.workers" in more else ("--scaling.workers", "1")),
@@ -100,7 +100,7 @@ def test_ray_listens_on_this_machine_only(ray_local: None) -> None:
 
 def test_a_run_leaves_what_is_needed(finished: Path) -> None:
     run = finished / "runs" / "demo"
-    newest = checkpoints.newest_whole(str(run))
+    newest = checkpoints.newest_complete(str(run))
     assert newest is not None and newest.samples == 48
     assert newest.state().finished and newest.state().updates == 12
     assert MEASNet.from_pretrained(run / "model.safetensors").config.dim == 8
@@ -160,7 +160,7 @@ def test_a_number_of_workers_that_does_not_divide_learns_the_same(
     packed: Path, ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    three = ("--recipe.global-batch", "6")  # three micro-batches: of two workers, one stands by
+    three = ("--recipe.global-batch", "6")  # three micro-batches: one of two workers is idle
     assert main(command(packed, *three, "--name", "one")) == 0
     assert main(command(packed, *three, "--name", "two", "--scaling.workers", "1..2")) == 0
     one, two = (losses(tmp_path / "runs" / name) for name in ("one", "two"))
@@ -168,7 +168,7 @@ def test_a_number_of_workers_that_does_not_divide_learns_the_same(
     states = [
         found.state().consumed
         for name in ("one", "two")
-        if (found := checkpoints.newest_whole(str(tmp_path / "runs" / name))) is not None
+        if (found := checkpoints.newest_complete(str(tmp_path / "runs" / name))) is not None
     ]
     assert len(states) == 2 and states[0] == states[1]
 
@@ -229,7 +229,7 @@ def test_one_then_two_then_four_then_three_workers_make_one_run(
         assert code == (0 if workers == 3 else 130)
     one, many = (losses(tmp_path / "runs" / name) for name in ("one", "many"))
     assert many == pytest.approx(one, rel=1e-5)
-    ends = [checkpoints.newest_whole(str(tmp_path / "runs" / name)) for name in ("one", "many")]
+    ends = [checkpoints.newest_complete(str(tmp_path / "runs" / name)) for name in ("one", "many")]
     consumed = [end.state().consumed for end in ends if end is not None]
     assert len(consumed) == 2 and consumed[0] == consumed[1]
 
@@ -252,7 +252,7 @@ def test_every_zero_stage_and_number_of_workers_learns_the_same(
             name = f"zero{stage}-{workers}"
             scale = ("--engine.zero-stage", str(stage), "--scaling.workers", str(workers))
             assert main(command(packed, *twenty, *scale, "--name", name)) == 0
-            newest = checkpoints.newest_whole(str(tmp_path / "runs" / name))
+            newest = checkpoints.newest_complete(str(tmp_path / "runs" / name))
             assert newest is not None and newest.state().updates == 20
             ends[name] = (losses(tmp_path / "runs" / name), newest.tensors("weights"))
     curve, weights = ends["zero0-1"]
@@ -316,7 +316,7 @@ def test_ctrl_c_keeps_the_last_step_and_the_same_command_goes_on(
         os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to every process of the command
         assert run.wait(60) == 130
         assert time.monotonic() - asked < 15
-        newest = checkpoints.newest_whole(str(tmp_path / "runs" / "demo"))
+        newest = checkpoints.newest_complete(str(tmp_path / "runs" / "demo"))
         assert newest is not None and newest.samples > 0 and newest.samples % 4 == 0
         assert f"after {newest.samples:,} samples" in log.read_text()
         assert runs_in_mlflow(tmp_path) == [("demo", "KILLED")]

@@ -1,4 +1,4 @@
-"""Validation by two ranks: the report of one rank, and nothing where one of them shall stop."""
+"""Validation by two ranks gives the report of one rank; no report if one of them is to stop."""
 
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,7 @@
 """How many trials run at once on the cluster: a pure function, used before anything starts.
 
-A trial itself takes no CPU or GPU, only its training workers do. So trials cannot hold what their
-own workers wait for.
+A trial itself takes no CPU or GPU; only its training workers do. So a trial never holds resources
+that its own workers wait for.
 """
 
 from collections.abc import Mapping, Sequence

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from distributed.config import TrainConfig
+from distributed.options import option_names, unknown_options
 from distributed.presets import PRESETS, starting_point
 from shards.config import MAY_CHANGE
 
@@ -20,7 +21,7 @@ Register = Literal["if-better", "always", "never"]
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """One search. The fields of a training run beside these hold for all trials."""
+    """Settings of a search. The fields of a training run hold for all trials."""
 
     trials: int = field(default=20, metadata=MAY_CHANGE)
     """Trials in all; the same command with a larger number adds trials. Fixed lists (ablation,
@@ -40,9 +41,9 @@ class SearchConfig:
     scheduler: Literal["asha", "pbt", "none"] = "asha"
     """`asha` stops trials that are behind, except trial 0. With `pbt` such trials take over the
     weights of better ones, and the searched recipe.* fields are varied. `none` trains all trials to
-    the end; fixed lists always are."""
+    the end, as is always done with fixed lists."""
     cost: Cost = "none"
-    """A second objective beside PSNR, which should be low: `multiply_adds` (of 256x256 pixels),
+    """A second objective, to be low while PSNR is high: `multiply_adds` (of 256x256 pixels),
     `parameters` or measured `latency`. K alone changes the multiply-adds by about 2 %: search the
     width too (`--space experts width`) if the cost matters."""
     reduction: int = 3
@@ -110,7 +111,7 @@ class SearchConfig:
         return self.train.folder
 
     def base(self) -> TrainConfig:
-        """What all trials have in common: a shorter recipe, validated and saved at intervals."""
+        """What all trials have in common: a recipe of `budget` samples, validated at `interval`."""
         train, batch = self.train, self.train.recipe.global_batch
         share = self.budget / train.recipe.samples
         recipe = dataclasses.replace(
@@ -156,13 +157,19 @@ def parse(argv: Sequence[str] | None = None) -> SearchConfig:
         if not own_file:
             scaling = dataclasses.replace(scaling, workers="1", device="auto")
         named = dataclasses.replace(train, name=f"{train.name}-search", scaling=scaling)
-        return tyro.cli(
+        prog = "python -m tune.search"
+        config, unknown = tyro.cli(
             SearchConfig,
             default=SearchConfig(train=named),
             args=arguments,
-            prog="python -m tune.search",
+            prog=prog,
             description=_DESCRIPTION,
+            return_unknown_args=True,
         )
+        if unknown:
+            names = [name.removeprefix("train.") for name in option_names(config)]
+            raise ValueError(unknown_options(unknown, names, prog))
+        return config
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error

@@ -30,7 +30,7 @@ VALIDATION_PSNR = "validation PSNR (dB)"
 
 
 def cost_plot(record: SearchRecord, cost: str) -> str | None:
-    """PSNR against a cost, with the front; None where nothing is known."""
+    """PSNR against a cost, with the front; None if there is nothing to plot."""
     done = [t for t in record.finished if is_number(t.costs.get(cost))]
     if not done:
         return None
@@ -130,7 +130,7 @@ def bars(
 
 
 def usage(trials: Sequence[tuple[str, TrialRecord]], library: str) -> str | None:
-    """How much each task uses each expert of a library: a heat map per trial, side by side."""
+    """Use of each expert of a library by each task: a heat map per trial, side by side."""
     tables = [
         (title, {task: shares[library] for task, shares in t.routing.items() if library in shares})
         for title, t in trials
@@ -173,7 +173,7 @@ def _colour(record: SearchRecord, trial: TrialRecord) -> str:
 
 
 def _best_last(record: SearchRecord, trials: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """In the order of drawing."""
+    """In the order of drawing: the best trial is drawn last, above the others."""
     order = [STOPPED, FAILED, FINISHED, PAPER, BEST]
     return sorted(trials, key=lambda t: order.index(_colour(record, t)))
 
@@ -189,7 +189,7 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _figure(width: float, height: float, ratios: Sequence[float]) -> tuple[Any, list[Any]]:
-    """A figure with axes side by side; not from pyplot, which would look for a display."""
+    """A figure with axes side by side; not from pyplot, which needs a display."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")

@@ -1,7 +1,7 @@
-"""`search.json`: all that is known about a search, written after each event.
+"""`search.json`: the state of a search, written after each event.
 
-The states of Optuna and Ray Tune are not stored: what comes next follows from this record alone. So
-a search that was killed resumes from it, and the report is made from it.
+A killed search resumes from this file, and the report is made from it. The states of Optuna and
+Ray Tune are not stored; they are built again from this file.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class TrialRecord:
     number: int
     """Counts from 0; 0 is the paper's point."""
     name: str
-    """Of its folder below `trials/`, and of its run in MLflow."""
+    """Name of its folder in `trials/`, and of its run in MLflow."""
     changes: Changes
     """Dotted field -> value."""
     label: str = ""
@@ -46,12 +46,12 @@ class TrialRecord:
     tasks: dict[str, float] = field(default_factory=dict)
     """Task -> PSNR of the last validation in dB."""
     costs: dict[str, float] = field(default_factory=dict)
-    """`parameters`, `multiply_adds` (256x256), and `latency` in ms where it was asked for."""
+    """`parameters`, `multiply_adds` (256x256), and `latency` in ms if it is the cost."""
     curve: list[tuple[int, float]] = field(default_factory=list)
     """(samples, PSNR) of each validation."""
     inherited: list[dict[str, Any]] = field(default_factory=list)
-    """PBT: `from` which trial it took over the weights, at how many `samples`, and its `changes`
-    from there on."""
+    """PBT: each time that it took over weights: `from` which trial, at how many `samples`, and its
+    `changes` after that."""
     routing: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     """Task -> expert library -> mean share per expert."""
     seconds: float = 0.0
@@ -61,16 +61,16 @@ class TrialRecord:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more happens to it."""
+        """Whether it finished, was stopped, or failed."""
         return self.state in ("finished", "stopped", "failed")
 
     @property
     def title(self) -> str:
-        """PSNR in words."""
+        """PSNR as text."""
         return "no validation" if self.psnr is None else f"{self.psnr:.2f} dB"
 
     def validated(self, samples: int, psnr: float) -> bool:
-        """Add a validation; False where it is known."""
+        """Add a validation; False if it is known already."""
         if self.curve and samples <= self.curve[-1][0]:
             return False
         self.curve.append((samples, psnr))
@@ -105,7 +105,7 @@ class SearchRecord:
     trials: list[TrialRecord] = field(default_factory=list)
     state: Literal["running", "finished", "stopped"] = "running"
     front: list[int] = field(default_factory=list)
-    """Numbers of the finished trials that no other beats in PSNR and cost, cheapest first."""
+    """Numbers of the finished trials on the Pareto front of PSNR and cost, cheapest first."""
     champion: int | None = None
     """Number of the finished trial with the best PSNR."""
     best_command: str = ""
@@ -143,7 +143,7 @@ class SearchRecord:
 
     @property
     def counts(self) -> str:
-        """How many trials are in which state, in words."""
+        """Number of trials in each state, as text."""
         states = [trial.state for trial in self.trials]
         return ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states)) or "no trial yet"
 
@@ -162,7 +162,7 @@ class SearchRecord:
         return {trial.number for trial in ordered[: max(count, len(self.front))]}
 
     def save(self) -> None:
-        """Write the file; a reader sees the old one or the new one."""
+        """Write the file; a reader never sees a half-written one."""
         self.rank()
         fs, root = open_folder(self.folder)
         fs.makedirs(root, exist_ok=True)
@@ -170,7 +170,7 @@ class SearchRecord:
 
 
 def load(folder: str) -> SearchRecord | None:
-    """The record of the search in `folder`; None where there is none.
+    """The record of the search in `folder`; None if there is none.
 
     Raises:
         ValueError: a file that this version cannot read.
@@ -190,8 +190,8 @@ def load(folder: str) -> SearchRecord | None:
 
 
 def front(trials: list[TrialRecord], cost: str) -> list[TrialRecord]:
-    """The trials that no other beats in PSNR (up) and cost (down), cheapest first; with cost `none`
-    the best alone."""
+    """The Pareto front of PSNR (high) and cost (low), cheapest first; with cost `none` the best
+    trial only."""
     known = [t for t in trials if cost == "none" or is_number(t.costs.get(cost))]
     price = {t.number: 0.0 if cost == "none" else t.costs[cost] for t in known}
 
@@ -204,7 +204,7 @@ def front(trials: list[TrialRecord], cost: str) -> list[TrialRecord]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is there, and finite."""
+    """Whether it is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 

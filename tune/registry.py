@@ -11,7 +11,7 @@ from tune.record import SearchRecord, TrialRecord
 
 ALIAS = "champion"
 PSNR, DATA, PROTOCOL = "measnet.psnr", "measnet.validation_data", "measnet.protocol"
-"""Tags of a registered version: what it reached, on which shards, and how it was measured."""
+"""Tags of a registered version: its PSNR in dB, its validation shards and the protocol."""
 
 
 def decide(
@@ -64,7 +64,7 @@ def validation_fingerprint(config: SearchConfig) -> str:
 def register_champion(
     config: SearchConfig, record: SearchRecord, best: TrialRecord, weights: Path, card: str
 ) -> None:
-    """Register the best trial's model if it is to be, and note in the record why or why not."""
+    """Register the best trial's model if `decide` allows it; write the reason into the record."""
     model = f"{config.model_name}@{ALIAS}"
     if record.registration.startswith(f"{best.name} is {model}"):
         return
@@ -85,4 +85,4 @@ def register_champion(
         mlflow_tracker.finish(run, "FINISHED")
         record.registration = f"{best.name} is {model} now: {decision.reason}"
     else:
-        record.registration = "MLflow did not take the model; the same command tries again"
+        record.registration = "MLflow did not accept the model; the same command tries again"

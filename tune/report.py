@@ -1,8 +1,8 @@
 """The report of a search: `python -m tune.report SEARCH [--out FILE.html]`.
 
-One HTML file that loads nothing: table, front, learning curves, parallel coordinates, importance,
-expert usage, cost, and the command that trains the best at full length. All of it is made from
-search.json.
+One HTML file without external files: table, front, learning curves, parallel coordinates,
+importance, expert usage, cost, and the command that trains the best trial at full length. It is
+made from search.json alone.
 """
 
 import dataclasses
@@ -91,9 +91,9 @@ def page(record: SearchRecord) -> str:
 
 
 def importance(record: SearchRecord, config: SearchConfig, space: Space) -> dict[str, float]:
-    """Share of each parameter in what makes trials good, by Optuna's PED-ANOVA, largest first.
+    """Importance of each parameter for the PSNR by Optuna's PED-ANOVA, in [0, 1], largest first.
 
-    Empty where too little is known. Trials are compared at equal length, see `comparable_trials`.
+    Empty if there are too few trials. Trials are compared at equal length, see `comparable_trials`.
     """
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
@@ -106,8 +106,8 @@ def importance(record: SearchRecord, config: SearchConfig, space: Space) -> dict
 
 
 def comparable_trials(record: SearchRecord) -> list[tuple[TrialRecord, float]]:
-    """Trials with their PSNR at the same length: at the end if 8 or more ran to it, else at the
-    first validation that all reached."""
+    """Trials with their PSNR at the same length: at the end if 8 or more finished, else at
+    the first validation that all reached."""
     if len(record.finished) >= 8:
         return [(trial, trial.psnr or 0.0) for trial in record.finished]
     alive = [t for t in record.trials if t.state != "failed" and t.curve]
@@ -243,7 +243,7 @@ def _plots(record: SearchRecord, config: SearchConfig, space: Space) -> list[str
         _section(
             "PSNR against cost",
             f'<div class="pair">{"".join(fronts)}</div>' if fronts else "",
-            "Trials that ran to the end. Dashed: trials that no other beats in both.",
+            "Trials that ran to the end. Dashed: the Pareto front.",
         ),
         _section("Learning curves", plots.curves(record)),
         _section("Parallel coordinates", lines, "Each line is a trial: the darker, the better."),
@@ -257,7 +257,7 @@ def _importance(record: SearchRecord, config: SearchConfig, space: Space) -> str
 
     shares = importance(record, config, space)
     if not shares:
-        return _section("Importance", "<p>Too few trials for an answer.</p>")
+        return _section("Importance", "<p>Too few trials.</p>")
     trials = comparable_trials(record)
     scores = [psnr for _, psnr in trials]
     notes = {}

@@ -1,5 +1,5 @@
-"""What happens when trials end: their figures are read, checkpoints that nobody needs are deleted,
-the best is kept, and MLflow and the report get the result."""
+"""What happens when trials end: read their figures, delete checkpoints that are not needed, keep
+the best trial, and send the result to MLflow and the report."""
 
 import dataclasses
 import shlex
@@ -24,10 +24,10 @@ CHAMPION = "champion.safetensors"
 
 
 def refresh(trial: TrialRecord) -> None:
-    """Read from the trial's newest checkpoint how far it came and what was measured.
+    """Read the trial's samples and figures from its newest checkpoint.
 
-    Every validation is in the checkpoint that follows it. So nothing is lost where the search was
-    killed before it heard of one.
+    Each checkpoint has all validations before it, so none is lost if the search was killed before
+    the trial reported one.
     """
     state = checkpoints.newest_state(trial.folder)
     if state is None:
@@ -44,7 +44,7 @@ def refresh(trial: TrialRecord) -> None:
 
 
 def open_summary(config: SearchConfig, record: SearchRecord) -> mlflow_tracker.Run:
-    """The search's own run in MLflow; without an id where MLflow does not answer."""
+    """The search's own run in MLflow; its id is empty if MLflow does not answer."""
     run = mlflow_tracker.prepare(
         config.train.tracking,
         name=record.name,
@@ -76,7 +76,7 @@ def prune_losers(record: SearchRecord, keep: int) -> None:
 
 
 def write_results(config: SearchConfig, record: SearchRecord, console: "Console") -> None:
-    """Complete the record, the best trial's files, MLflow and the report; may be done again."""
+    """Complete the record, the best trial's files, MLflow and the report; may be called again."""
     for trial in record.trials:
         if trial.ended:
             refresh(trial)
@@ -140,7 +140,7 @@ def _write_best(config: SearchConfig, record: SearchRecord) -> None:
     write_whole(fs, f"{root}/{BEST_CONFIG}", to_yaml(best_config(config, record.best)).encode())
     path = shlex.quote(f"{record.folder}/{BEST_CONFIG}")
     record.best_command = f"python -m distributed.train --config {path}"
-    newest = checkpoints.newest_whole(record.best.folder)
+    newest = checkpoints.newest_complete(record.best.folder)
     if newest is not None:
         newest.export(fs, f"{root}/{CHAMPION}")
 
@@ -150,7 +150,7 @@ def _send_to_mlflow(
 ) -> mlflow_tracker.Run | None:
     """How the trials ended, the summary, and the best model; returns the run of the summary.
 
-    Where MLflow does not answer, everything is on disk, and the same command sends it later.
+    If MLflow does not answer, everything is on disk, and the same command sends it later.
     """
     summary = open_summary(config, record)
     if not summary.id:
@@ -182,7 +182,7 @@ def _send_to_mlflow(
 
 
 def _finish_trial(config: SearchConfig, record: SearchRecord, trial: TrialRecord) -> bool:
-    """End one trial's run in MLflow; False where MLflow does not answer."""
+    """End one trial's run in MLflow; False if MLflow does not answer."""
     key = mlflow_tracker.run_key(trial.folder)
     run = mlflow_tracker.prepare(config.train.tracking, name=trial.name, key=key)
     if not run.id:
@@ -218,7 +218,7 @@ def _show_summary(record: SearchRecord, console: "Console") -> None:
 
 
 def noise_warning(best: TrialRecord) -> str:
-    """A sentence where the best trial is not clearly better than the degraded pictures."""
+    """A warning if the best trial is not clearly better than the degraded pictures; else empty."""
     known = best.gain()
     if known is None or known[1]:
         return ""

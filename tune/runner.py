@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Search:
-    """A search that is running: what it consists of, and where its events go."""
+    """A running search."""
 
     config: SearchConfig
     space: Space
@@ -50,7 +50,7 @@ class Search:
     console: "Console"
     capacity: Capacity
     stop_file: Path
-    """This file appears when the user stops the search."""
+    """This file is created when the user stops the search."""
 
     def __post_init__(self) -> None:
         """Queue the trials that an earlier launch left unfinished."""
@@ -112,13 +112,13 @@ class TrialSource(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next trial, or that there is none."""
+        """The next trial, or `FINISHED`."""
         stopped = self._search.stop_file.exists()
         trial = None if stopped else self._search.next_trial()
         return Searcher.FINISHED if trial is None else {SPEC: _spec(trial)}
 
     def on_trial_complete(self, *_args: Any, **_kwargs: Any) -> None:
-        """The record knows it from `EventWriter`."""
+        """Nothing; `EventWriter` writes it into the record."""
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing, since the record is the state."""
@@ -140,7 +140,7 @@ class EventWriter(Callback):
         return {}
 
     def on_trial_start(self, *, trial: Any, **_info: Any) -> None:
-        """It starts; in PBT perhaps with the values and the weights of a better one."""
+        """A trial starts; with PBT it may have the values and weights of a better one."""
         entry = self._entry(trial)
         entry.changes = dict(trial.config[SPEC]["changes"])
         if entry.state == "waiting":
@@ -151,7 +151,7 @@ class EventWriter(Callback):
         self._search.record.save()
 
     def on_trial_result(self, *, trial: Any, result: dict[str, Any], **_info: Any) -> None:
-        """It was validated, or it ended."""
+        """A trial was validated, or has ended."""
         entry = self._entry(trial)
         entry.costs |= result.get("costs", {})
         if taken := result.get("took_over"):
@@ -162,7 +162,7 @@ class EventWriter(Callback):
         self._search.record.save()
 
     def on_trial_complete(self, *, trial: Any, **_info: Any) -> None:
-        """It ran to its end, failed, or was stopped by the scheduler or by the user."""
+        """A trial ran to its end, failed, or was stopped by the scheduler or by the user."""
         entry, result, config = self._entry(trial), trial.last_result, self._search.config
         refresh(entry)
         if result.get("interrupted"):
@@ -181,7 +181,7 @@ class EventWriter(Callback):
         self._end(entry)
 
     def on_trial_error(self, *, trial: Any, **_info: Any) -> None:
-        """Its process was lost; the search goes on."""
+        """A trial's process was lost; the search continues."""
         entry = self._entry(trial)
         refresh(entry)
         self._failed(entry, "worker lost", f"the trial's process was lost; {free_resources()}")
@@ -198,7 +198,7 @@ class EventWriter(Callback):
     def _end(self, entry: TrialRecord) -> None:
         entry.seconds += time.monotonic() - self._since.pop(entry.name, time.monotonic())
         record, config = self._search.record, self._search.config
-        if config.scheduler != "pbt":  # where a running trial may still take over the weights
+        if config.scheduler != "pbt":  # with PBT a running trial may still take over weights
             prune_losers(record, config.keep)
         record.save()
 
@@ -243,10 +243,10 @@ def make_tuner(search: Search, node: str) -> Tuner:
 
 
 def trial_share(parallel: int) -> float:
-    """The part of the node's own resource that a trial takes, so that `parallel` trials fit.
+    """Part of the node's own resource for one trial, so that `parallel` trials fit.
 
-    It takes no CPU, or trials would hold what their own workers wait for. Ray counts in steps of
-    1/10,000.
+    A trial takes no CPU; otherwise it would hold CPUs that its own workers wait for. Ray
+    counts in steps of 1/10,000.
     """
     return (10_000 // parallel) / 10_000
 

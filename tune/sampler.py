@@ -1,7 +1,7 @@
-"""Which values the next trial takes: a pure function of the space, the seed and the trials so far.
+"""Values of the next trial: a pure function of the space, the seed and the trials so far.
 
-Optuna's study is built again from the record for each trial, which takes milliseconds. So a search
-that was killed takes the trials that it would have taken anyway.
+Optuna's study is built again from the record for each trial, which takes milliseconds. So a killed
+search continues with the same trials as an uninterrupted one.
 """
 
 import warnings
@@ -30,7 +30,7 @@ def next_changes(space: Space, trials: Sequence[TrialRecord], config: SearchConf
     study = build_study(
         space, trials, base, cost=config.cost, sampler=_optuna_sampler(config, number)
     )
-    for _ in range(20):  # to train the same values twice teaches nothing
+    for _ in range(20):  # do not train the same values twice
         changes = space.suggest(study, base)
         if all(changes != trial.changes for trial in trials):
             break
@@ -48,8 +48,8 @@ def build_study(
 ) -> "optuna.Study":
     """An Optuna study that knows these trials.
 
-    A stopped trial counts as pruned at its last PSNR. With a cost, where Optuna has no pruning, it
-    counts as complete. `whole` takes each K from its full range, to compare ranges.
+    A stopped trial counts as pruned at its last PSNR. With a cost it counts as complete, because
+    Optuna has no pruning for two objectives. `whole`: each K has its full range.
     """
     import optuna
 

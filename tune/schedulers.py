@@ -75,9 +75,9 @@ class ResumableAsha(ASHAScheduler):
 
 
 def explore(trial_config: dict[str, Any], ranges: Mapping[str, Parameter]) -> dict[str, Any]:
-    """PBT: the values of the better trial, with those of the recipe a fifth up or down.
+    """PBT: the values of the better trial; those of the recipe are multiplied by 0.8 or 1.25.
 
-    What shapes the network comes with the weights and stays.
+    Values that shape the network stay, because they belong to the weights.
     """
     spec = trial_config[SPEC]
     changes: Changes = dict(spec["changes"])

@@ -1,7 +1,7 @@
 """Search: `python -m tune.search [PRESET | --config FILE.yaml] [--option value ...]`.
 
-Each trial is a full training run of `distributed.launch` under Ray Tune. Everything that is known
-is in STORAGE/NAME/search.json; the same command resumes the search from it.
+Each trial is a full training run of `distributed.launch` under Ray Tune. The state of the search is
+in STORAGE/NAME/search.json; the same command resumes the search from it.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Search as the command line says; returns the exit code."""
+    """Run the search of the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     config = parse(arguments)
     from rich.console import Console
@@ -169,8 +169,8 @@ def _run_trials(
             """The first signal lets the trials write a checkpoint; the second does not wait."""
             signals.append(name)
             stop_file.touch()
-            line = f"{name}: trials write a last checkpoint; once more ends at once\n"
-            os.write(1, line.encode())  # the interrupted code may hold the console's lock
+            line = f"{name}: trials write a last checkpoint; repeat it to end at once\n"
+            os.write(1, line.encode())  # not the console: the interrupted code may hold its lock
 
         # In a thread of its own, because Ray Tune handles Ctrl-C differently in a main thread.
         thread = threading.Thread(target=run, name="tune", daemon=True)

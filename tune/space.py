@@ -87,7 +87,7 @@ class Parameter:
         return BOUND_BY.get(self.field)
 
     def distribution(self, *, most: int | None = None, value: Any = None) -> "BaseDistribution":
-        """Optuna's description of the range, cut at `most`, and widened to include `value`."""
+        """The range for Optuna, cut at `most` and widened to include `value`."""
         from optuna.distributions import (
             CategoricalDistribution,
             FloatDistribution,
@@ -164,7 +164,7 @@ class Space:
     def distributions(
         self, changes: Mapping[str, Any], base: TrainConfig, *, whole: bool = False
     ) -> "dict[str, BaseDistribution]":
-        """The range that each value of a trial was drawn from; `whole` does not cut K at N."""
+        """The range that each value of a trial was drawn from; with `whole`, K is not cut at N."""
         return {
             p.field: p.distribution(
                 most=None if whole else self._most(p, changes, base), value=changes[p.field]
@@ -307,7 +307,7 @@ def _tasks(base: TrainConfig) -> tuple[Point, ...]:
     if len(tasks) < 2:
         raise ValueError(
             f"--space tasks compares tasks, but data.repeats uses only {tasks[0]}; "
-            "take a preset with several"
+            "use a preset with several"
         )
     single = [
         Point(

@@ -28,11 +28,11 @@ from tune.lock import exclusive
 from tune.space import apply
 
 SPEC = "trial"
-"""Key of a trial in Tune's configuration; below it its `name`, `changes`, and known `costs`."""
+"""Key of a trial in Tune's configuration; its value has `name`, `changes` and known `costs`."""
 POLL_S = 0.5
-"""Seconds between two looks for a validation."""
+"""Seconds between two checks for a validation."""
 LOCK_WAIT_S = 2 * GRACE_S + 30
-"""Tune starts a trial again while its last actor still writes a checkpoint."""
+"""Seconds to wait for a trial's last actor, which may still write a checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class TrialSettings:
     cpus: int
     """CPUs of a worker."""
     latency_on: str
-    """`cpu` or `cuda` where the latency is a cost of the search, else empty."""
+    """`cpu` or `cuda` if the latency is a cost of the search, else empty."""
     stop_file: str
     """The search makes this file to stop all trials."""
     tags: Mapping[str, str]
@@ -51,7 +51,7 @@ class TrialSettings:
 
 
 class Trial(Trainable):
-    """A run that Tune can watch, stop, pause, and have take over another trial's weights."""
+    """A run that Tune can watch, stop and pause; with PBT it can take over other weights."""
 
     def setup(self, config: dict[str, Any], settings: TrialSettings) -> None:
         """Note what to run; the first `step` starts it."""
@@ -74,7 +74,7 @@ class Trial(Trainable):
         """
         try:
             result = self._next_result()
-        except Exception as error:  # whatever it is, the search continues and shows the reason
+        except Exception as error:  # the search continues and shows the reason
             lines = str(error).strip().splitlines() or [""]
             result = self._failure(cause_of(error), f"{type(error).__name__}: {lines[-1]}")
         if self._took_over:
@@ -86,15 +86,15 @@ class Trial(Trainable):
         self._stop("stopped by the search")
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Point at the run's own newest checkpoint; nothing is copied."""
+        """Name the run's own newest checkpoint; nothing is copied."""
         there = checkpoints.listed(self._config.folder)
         name = there[-1].name if there else ""
         return {"folder": self._config.folder, "name": name, "costs": self._costs}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        """Go on from the own checkpoint, or take over the weights of another trial (PBT)."""
+        """Resume from its own checkpoint, or take over the weights of another trial (PBT)."""
         if checkpoint:
-            self._costs = checkpoint["costs"]  # the network comes with the weights
+            self._costs = checkpoint["costs"]  # the network is that of the weights
             if checkpoint["folder"] != self._config.folder:
                 self._donor = checkpoint
 
@@ -110,7 +110,7 @@ class Trial(Trainable):
             if self._search_stops():
                 self._stop("the search was stopped")
                 return {"interrupted": True, "done": True}
-            alive = self._running  # looked up first: what ended has written all its validations
+            alive = self._running  # asked first, because an ended run has written all validations
             state = checkpoints.newest_state(self._config.folder)
             curve = state.validations if state else []
             for samples, psnr in curve:
@@ -193,17 +193,17 @@ class Trial(Trainable):
 
 
 def take_over(donor: str, name: str, config: TrainConfig) -> checkpoints.Checkpoint:
-    """Replace the checkpoints of the run `config` by one of another run, under its own recipe.
+    """Replace the checkpoints of the run `config` by one of another run; its recipe stays.
 
-    Where that checkpoint was pruned meanwhile, the donor's newest one is taken.
+    If that checkpoint was pruned meanwhile, use the donor's newest one.
 
     Raises:
-        ValueError: the donor has no whole checkpoint.
+        ValueError: the donor has no complete checkpoint.
     """
-    whole = [c for c in checkpoints.listed(donor) if c.name == name and c.problem() is None]
-    found = whole[0] if whole else checkpoints.newest_whole(donor)
+    named = [c for c in checkpoints.listed(donor) if c.name == name and c.problem() is None]
+    found = named[0] if named else checkpoints.newest_complete(donor)
     if found is None:
-        raise ValueError(f"{donor} has no whole checkpoint to take over")
+        raise ValueError(f"{donor} has no complete checkpoint to take over")
     own = checkpoints.listed(config.folder)
     state = found.state()
     changed: dict[str, Any] = {"config": to_dict(config), "best": None, "finished": False}

@@ -17,19 +17,19 @@ TESTED = "0.19"
 
 
 def version_warning() -> str:
-    """What to say where DeepSpeed has another version than the tested one; else empty."""
+    """A warning if DeepSpeed has another version than the tested one; else empty."""
     return untested("deepspeed", TESTED, "pytest tests/test_engine.py")
 
 
 @contextmanager
 def light_deepspeed(device_type: str) -> Iterator[Any]:
-    """DeepSpeed's module; within it DeepSpeed imports and builds only what training uses.
+    """DeepSpeed's module; inside the block it imports and builds only what training uses.
 
-    * DeepSpeed would import an optimizer that compiles itself, and with it torch's compiler, and
-      MLflow for a tuner: seconds of each start, also after the loss of a worker. No option leaves
-      them out. test_engine.py::test_no_start_waits_for_torchs_compiler.
-    * On a CPU it would compile a shared-memory kernel for inference at the start, and stop where
-      there is no compiler. No option leaves it out. tests/test_engine.py stops without a compiler.
+    * DeepSpeed imports an optimizer that needs torch's compiler, and MLflow for a tuner. This costs
+      seconds at each start, also after the loss of a worker. No option prevents it.
+      test_engine.py::test_no_start_waits_for_torchs_compiler.
+    * On a CPU it compiles a shared-memory kernel for inference at the start, and fails without a
+      compiler. No option prevents it. tests/test_engine.py fails without a compiler.
 
     Args:
         device_type: `cpu` or `cuda`.
@@ -55,22 +55,22 @@ def _not_compiled(function: Any = None, **options: Any) -> Any:
 
 
 class Part(NamedTuple):
-    """What one rank holds of one parameter: elements [start, start + numel) of it, flattened."""
+    """One rank's part of one parameter: its flattened elements [start, start + numel)."""
 
     name: str
     start: int
     weight: Tensor
     flat: Tensor
-    """The optimizer's own parameter that this part lies in."""
+    """The optimizer's own parameter, which contains this part."""
     flat_start: int
 
 
 def parts(engine: Any) -> Iterator[Part]:
-    """What this rank holds of each trained parameter, in the order of the network.
+    """This rank's part of each trained parameter, in the order of the network.
 
-    DeepSpeed's `safe_get_full_optimizer_state` gathers one parameter after the other with a
-    collective call each, and gives it to all ranks; and there is no public way to set the state on
-    a rank that holds only a part of a parameter.
+    DeepSpeed's `safe_get_full_optimizer_state` makes one collective call per parameter and gives
+    the result to all ranks. There is no public way to set the state on a rank that holds only a
+    part of a parameter.
     test_engine.py::test_resume_is_bit_identical_in_every_stage.
     """
     stage = engine.zero_optimization_stage()

@@ -18,20 +18,20 @@ from distributed.internals.versions import untested
 TESTED = "2.60"
 """Ray's version that everything here was tested with."""
 COUNT_S = 5.0
-"""Seconds that a count of the resources may take before a start goes on without it."""
+"""Seconds that a count of the resources may take; after that a start uses the last count."""
 
 
 def version_warning() -> str:
-    """What to say where Ray has another version than the tested one; else empty."""
+    """A warning if Ray has another version than the tested one; else empty."""
     return untested("ray", TESTED, "make test-slow")
 
 
 @contextmanager
 def bound_to_loopback() -> Iterator[None]:
-    """Within it a Ray that is started with the address 127.0.0.1 listens there.
+    """Inside the block, a Ray started with the address 127.0.0.1 listens there.
 
-    Ray replaces 127.0.0.1 by the machine's outward address, and then listens there. No argument of
-    `ray.init` changes that. test_train.py::test_ray_listens_on_this_machine_only.
+    Ray replaces 127.0.0.1 by the machine's outward address and listens on that. No argument of
+    `ray.init` changes this. test_train.py::test_ray_listens_on_this_machine_only.
     """
     outward = services.resolve_ip_for_localhost
     services.resolve_ip_for_localhost = lambda host: host
@@ -42,11 +42,11 @@ def bound_to_loopback() -> Iterator[None]:
 
 
 class ShardTrainer(TorchTrainer):
-    """A `TorchTrainer` that starts no manager of Ray datasets: samples come from shards.
+    """A `TorchTrainer` without the manager of Ray datasets, because samples come from shards.
 
     The manager is a process whose imports take seconds at each start, also after the loss of a
-    worker. No argument leaves it out. test_train.py::test_a_run_leaves_what_is_needed fails where
-    the class it overrides has gone; bench/overhead.py shows the seconds.
+    worker. No argument switches it off. test_train.py::test_a_run_leaves_what_is_needed fails if
+    the overridden method is gone; bench/overhead.py shows the seconds.
     """
 
     def _create_default_callbacks(self) -> list[RayTrainCallback]:
@@ -55,10 +55,10 @@ class ShardTrainer(TorchTrainer):
 
 
 def _recount() -> ray.ObjectRef:
-    """Have Ray count what it may give to runs; the result itself is not needed.
+    """Make Ray count its free resources now; the result itself is not needed.
 
-    Ray counts every 20 s, and no public call makes it count now. Until then a run that lost a node
-    would wait for workers on the dead one. tests/test_lost_nodes.py.
+    Ray counts every 20 s, and no public call makes it count earlier. Until then a run that lost a
+    node would wait for workers on the dead node. tests/test_lost_nodes.py.
     """
     coordinator = get_or_create_autoscaling_coordinator()
     counted: ray.ObjectRef = coordinator.get_reserved_resources.remote("", recompute=True)
@@ -66,32 +66,32 @@ def _recount() -> ray.ObjectRef:
 
 
 class NodeWatch:
-    """Has Ray count anew when nodes come or go."""
+    """Makes Ray count its resources when nodes come or go."""
 
     def __init__(self) -> None:
         """No node is known yet."""
         self._alive: set[str] = set()
 
     def look(self) -> None:
-        """Compare the nodes with those of the last look."""
+        """Compare the nodes with those of the last call."""
         try:
             alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         except ray.exceptions.RayError:
-            return  # the head does not answer; the run itself says what happened to it
+            return  # the head does not answer; the run itself reports that
         if alive != self._alive:
             self._alive = alive
             _recount()
 
 
 class RecountBeforeStart(WorkerGroupCallback):
-    """Has Ray count anew between the end of a run's workers and the start of the next ones.
+    """Makes Ray count its resources after a run's workers have ended and before new ones start.
 
-    Ray Train has no public callback at that moment. tests/test_nodes.py.
+    Ray Train has no public callback at this point. tests/test_nodes.py.
     """
 
     def after_worker_group_shutdown(self, worker_group_context: WorkerGroupContext) -> None:
-        """Wait for the count: the number of the next workers follows from it."""
+        """Wait for the count, which determines the number of the next workers."""
         try:
             ray.get(_recount(), timeout=COUNT_S)
         except ray.exceptions.RayError:
-            return  # the start goes on with the last count
+            return  # the start uses the last count

@@ -3,7 +3,7 @@
 Each entry says what it does, why the documented way is not enough, and which test fails when Ray
 changes it.
 
-Imports no Ray: Ray reads at its import whether it must ask for a token.
+Does not import Ray, because Ray reads at its import whether it needs a token.
 """
 
 import os
@@ -18,11 +18,12 @@ ENVIRONMENT = {
     # trial has several small processes that mostly wait, and would start them one after the other.
     # No argument of ray.init sets it. test_a_killed_search_goes_on_and_loses_nothing gets slow.
     "RAY_worker_maximum_startup_concurrency": "8",
-    # No result.json, progress.csv and TensorBoard files per trial: search.json and MLflow hold all
-    # of it. No argument of RunConfig does this. test_a_search_leaves_what_is_needed.
+    # No result.json, progress.csv and TensorBoard files per trial: search.json and MLflow have all
+    # of this. No argument of RunConfig does this. test_a_search_leaves_what_is_needed.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    # Accept a result without `psnr`: a trial may fail before its first validation. The only other
-    # way is an invented figure. test_asha_stops_what_lags_and_what_diverges_fails_with_its_reason.
+    # Accept a result without `psnr`: a trial may fail before its first validation. Otherwise a
+    # trial would have to report an invented figure.
+    # test_asha_stops_what_lags_and_what_diverges_fails_with_its_reason.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     # Print no table of trials: the search prints a line per event. `verbose=0` leaves its header.
     # Looks only; no test.
@@ -41,10 +42,10 @@ def configure() -> str:
 
 
 def this_node() -> str:
-    """Ray's resource that only this process's node has.
+    """Ray's resource that only the node of this process has.
 
-    A trial takes a part of it, so that it runs beside the search, where its lock, its log and a
-    SQLite database are. A placement group, which Tune needs, knows no node affinity. Ray's manual
+    A trial takes a part of it, so that it runs on the node of the search, where its lock, its log
+    and a SQLite database are. Tune needs a placement group, which cannot name a node. Ray's manual
     shows this resource in examples only. test_a_search_leaves_what_is_needed.
     """
     import ray

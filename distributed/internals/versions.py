@@ -4,7 +4,7 @@ import importlib.metadata
 
 
 def untested(library: str, tested: str, check: str) -> str:
-    """What to say where `library` has another version than `tested`; empty where it has that one.
+    """A warning if `library` has another version than `tested`; else empty.
 
     Args:
         library: name of the distribution.

@@ -34,19 +34,19 @@ from measnet.ops.convolution import (
 from measnet.transformer import Merge, weight
 
 OFFICIAL_MIN_SIDE = 64
-"""Pixels a side: level 3 is shrunk twice by 4 in `RankExperts`."""
+"""Smallest side in pixels: `RankExperts` reduces level 3 twice by 4."""
 NOISE_FLOOR = 1e-2
 LOG_FLOOR = math.log(2.220446049250313e-16)
-"""Stands for the log of an exact 0."""
+"""Used as the log of an exact 0."""
 LOG_UNDERFLOW = math.log(2.0) * -150
 """Below this, exp is an exact 0 in fp32."""
 RECTANGLE = 128
-"""A map has one frequency of rectangle per this many pixels."""
+"""The rectangle of low frequencies grows by one per this many pixels."""
 MINING_HEADS = 4
 
 
 def replacements(config: ModelConfig) -> dict[str, nn.Module]:
-    """The parts of `MEASNet` that the released program computes in another way, by their names."""
+    """Parts of `MEASNet` that the released program computes in another way, by name."""
     width1, width2, width3, _ = config.widths
     return {
         "experts1": NoisyPixelExperts(width1, config, used=True),
@@ -59,7 +59,7 @@ def replacements(config: ModelConfig) -> dict[str, nn.Module]:
 
 
 def additions(config: ModelConfig) -> dict[str, nn.Module]:
-    """The blocks that the paper does not have, by the part of the network that they follow."""
+    """Blocks that the paper does not have, by the part of the network that they follow."""
     _, width2, width3, width4 = config.widths
     return {
         "latent": FrequencyMining(width4),
@@ -75,7 +75,7 @@ class LogExpertBank(ExpertBank):
     """An ensemble in log space: log Σ_k g_k · exp(E_k(x)), as a stable log-sum-exp in fp32."""
 
     def _mixed(self, path: str, x_pc: Tensor, gate_pk: Tensor, index_pk: Tensor) -> Tensor:
-        """As the paper's bank, but `gate_pk` are the logarithms of the gates."""
+        """As `ExpertBank`, but `gate_pk` are the logarithms of the gates."""
         if path == "sorted":
             terms = self.chosen(x_pc, index_pk).float() + gate_pk.unsqueeze(-1)
         else:
@@ -92,7 +92,7 @@ class NoisyPixelExperts(nn.Module):
     """Noisy top-K gating over per-pixel experts; softmax over the chosen K only."""
 
     def __init__(self, channels: int, config: ModelConfig, *, used: bool) -> None:
-        """`used` False: the library serves its balance loss alone, so it needs no experts."""
+        """`used` False: only the balance loss is needed, so there are no experts."""
         super().__init__()
         self.experts, self.top_k = config.pixel_experts, config.pixel_top_k
         self.path: ExpertPath = config.expert_path
@@ -147,7 +147,7 @@ class NoisyGate(PromptGate):
 
 
 def draw_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal numbers, drawn where the generator lives."""
+    """Standard normal numbers, drawn on the generator's device."""
     if generator is None:
         return torch.randn_like(like)
     return torch.randn(like.shape, generator=generator, device=generator.device).to(like)
@@ -156,10 +156,10 @@ def draw_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
 def expected_load(
     clean_pn: Tensor, noisy_pn: Tensor, spread_pn: Tensor, top: Tensor, top_k: int
 ) -> Tensor:
-    """The probability under fresh noise that an expert is among the K, summed over pixels, (N,).
+    """The probability under new noise that an expert is among the K, summed over pixels, (N,).
 
-    An expert that is in competes with the (K+1)-th noisy logit, one that is out with the K-th
-    (Shazeer et al. 2017, appendix A).
+    A chosen expert is compared with the (K+1)-th noisy logit, another one with the K-th (Shazeer et
+    al. 2017, appendix A).
     """
     to_stay, to_enter = top[:, top_k : top_k + 1], top[:, top_k - 1 : top_k]
     threshold = torch.where(noisy_pn > to_stay, to_stay, to_enter)
@@ -200,7 +200,7 @@ class RankExperts(nn.Module):
         self.smooth_bias = weight(channels, fan_in=9)
         self.calibrate = nn.Linear(channels, channels)
         self.gate = weight(len(self.ranks), channels, fan_in=channels)
-        # All experts side by side: `total` columns are one narrow matrix product.
+        # All experts together: `total` columns are one narrow matrix product.
         self.from_x = weight(total, channels, fan_in=channels)
         self.from_x_bias = weight(total, fan_in=channels)
         self.from_k = weight(total, channels, fan_in=channels)
@@ -220,7 +220,7 @@ class RankExperts(nn.Module):
         gate_bk, index_bk = self._choose(x)
         gate_bn = scatter_gates(gate_bk, index_bk, len(self.ranks)).to(x.dtype)
         columns = [gate_bn[:, n : n + 1].expand(-1, rank) for n, rank in enumerate(self.ranks)]
-        missing = preferred_padding(x, len(self.from_x))  # while computing; not of the parameters
+        missing = preferred_padding(x, len(self.from_x))  # not of the parameters
         gate_br = F.pad(torch.cat(columns, dim=1), (0, missing))
         from_x, from_k = (F.pad(one, (0, 0, 0, missing)) for one in (self.from_x, self.from_k))
         mixed = pointwise(x, from_x, F.pad(self.from_x_bias, (0, missing)))
@@ -232,7 +232,7 @@ class RankExperts(nn.Module):
         return self.project(x) + x_bhwc, chosen_bn
 
     def _calibrated(self, k_bhwc: Tensor) -> Tensor:
-        """Plus its own summary: shrunk twice by 4 with the same weights, and spread out again."""
+        """Add its summary: reduced twice by 4 with the same weights, and upsampled again."""
         small = k_bhwc.permute(0, 3, 1, 2)
         for _ in range(2):
             groups = len(self.shrink)
@@ -273,7 +273,7 @@ class RankFrequencyExperts(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Channel attention whose query is one feature map, key and value another."""
+    """Channel attention with the query from one feature map, key and value from another."""
 
     def __init__(self, channels: int, heads: int = MINING_HEADS) -> None:
         """`heads` divides `channels`."""
@@ -286,7 +286,7 @@ class CrossAttention(nn.Module):
         self.project_out = weight(channels, channels, fan_in=channels)
 
     def forward(self, query_bhwc: Tensor | None, y_bhwc: Tensor) -> Tensor:
-        """Two of (B, H, W, C) -> same; a query of None is one of zeros."""
+        """Two of (B, H, W, C) -> same; a query of None means zeros."""
         if query_bhwc is None:
             return self._uniform(y_bhwc)
         q, (k, v) = pointwise(query_bhwc, self.q), project(y_bhwc, self.kv.unbind())
@@ -294,14 +294,14 @@ class CrossAttention(nn.Module):
         return attend_planes(q, k, v, depthwise, self.temperature, self.project_out)
 
     def _uniform(self, y_bhwc: Tensor) -> Tensor:
-        """A query of zeros attends to all channels alike: a head gives the mean of its values."""
+        """With a query of zeros, all channels weigh the same: a head gives their mean."""
         heads = len(self.temperature)
         to_v, depthwise = self.kv[1], self.kv_depthwise[1]
         v = convolve(pointwise(y_bhwc, to_v), depthwise, groups=len(depthwise))
         mean = v.unflatten(-1, (heads, -1)).mean(-1)
         out = pointwise(mean, self.project_out.unflatten(1, (heads, -1)).sum(-1))
         if torch.is_grad_enabled():
-            # Their gradient is zero, not missing: a sharded engine waits for every parameter.
+            # Gradients of zero, not None: a sharded engine waits for every parameter.
             untouched = (self.q, self.q_depthwise, self.temperature)
             out = out + 0 * sum(p.sum() for p in untouched).to(out.dtype)  # type: ignore[union-attr]
         return out
@@ -329,13 +329,13 @@ class Modulate(nn.Module):
 
 
 class FrequencyMining(nn.Module):
-    """Attention to the low and high frequencies of the picture; the identity at first."""
+    """Attention to the low and high frequencies of the picture; initially the identity."""
 
     def __init__(self, channels: int) -> None:
         """`channels` is a multiple of 16."""
         super().__init__()
         self.embed = weight(channels, 3, 3, 3, fan_in=27)
-        # Behind an int(): no gradient reaches them.
+        # An int() follows, so they get no gradient.
         self.rate_in = nn.Parameter(torch.empty(channels // 8, channels), requires_grad=False)
         self.rate_out = nn.Parameter(torch.empty(2, channels // 8), requires_grad=False)
         for rate in (self.rate_in, self.rate_out):
@@ -360,9 +360,9 @@ class FrequencyMining(nn.Module):
     def bands(self, x_bhwc: Tensor) -> tuple[Tensor | None, Tensor]:
         """Magnitudes of the low and the high frequencies; None for a low band that is 0 everywhere.
 
-        Low are the frequencies -h ... h-1 of each axis, with h = int(size // 128 · t) and a rate
-        `t` per picture and axis. There are so few that a product with their cosines and sines
-        costs less than an FFT; high is the (complex) rest.
+        Low frequencies are -h ... h-1 of each axis, with h = int(size // 128 · t) and a rate `t`
+        per picture and axis. They are few, so a product with their cosines and sines is cheaper
+        than an FFT. The high band is the (complex) rest.
         """
         most_y, most_x = (size // RECTANGLE for size in x_bhwc.shape[1:3])
         if most_y == 0 or most_x == 0:
@@ -409,7 +409,7 @@ def rectangle_low_pass(x_bhwc: Tensor, keep_y: Tensor, keep_x: Tensor) -> tuple[
 
 
 def _waves(size: int, keep_bk: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of each kept frequency at each place, (B, size, K); zeros where not kept."""
+    """Cosine and sine of each kept frequency at each position, (B, size, K); zeros if not kept."""
     most = keep_bk.shape[1] // 2
     place = torch.arange(size, device=keep_bk.device, dtype=torch.float32)
     frequency = torch.arange(-most, most, device=keep_bk.device, dtype=torch.float32)

@@ -1,6 +1,6 @@
 """Reads checkpoints of the authors' released program into our network.
 
-Each entry of a checkpoint is used, known to be without effect, or refused by its name.
+Each entry of a checkpoint is used, or known to have no effect, or refused by its name.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ def load(path: str | PathLike[str]) -> MEASNet:
         The network in evaluation mode, on the CPU, fp32.
 
     Raises:
-        ValueError: not such a file; an entry that is missing, unknown or misshapen, by its name.
+        ValueError: another kind of file; or an entry (named) is missing, unknown or misshapen.
     """
     entries = strip_prefix(_read(Path(path)))
     model = MEASNet(infer_config(entries))
@@ -48,21 +48,21 @@ def _read(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # each format has error types of its own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{path} is no checkpoint that can be read safely (weights only): {reason}"
+            f"{path} cannot be read safely as a checkpoint (weights only): {reason}"
         ) from error
     for wrapper in ("state_dict", "params", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{path} holds no state dict")
+        raise ValueError(f"{path} has no state dict")
     wrong = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
     if wrong:
-        raise ValueError(f"{path} has entries that are no tensors: {', '.join(wrong[:5])}")
+        raise ValueError(f"{path} has entries that are not tensors: {', '.join(wrong[:5])}")
     return dict(content)
 
 
 def strip_prefix(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Entries without what a wrapper put before their names (`net.`, `module.net.`, ...)."""
+    """Entries without the prefix of a wrapper (`net.`, `module.net.`, ...)."""
     anchor = "patch_embed.proj.weight"
     found = [key for key in entries if key == anchor or key.endswith("." + anchor)]
     if len(found) != 1:
@@ -123,7 +123,7 @@ def _expansion(widths: list[int], hidden: list[int]) -> float:
 
 
 class _Entries:
-    """The program's entries, each to be taken once."""
+    """The program's entries; each is taken once."""
 
     def __init__(self, entries: Mapping[str, Tensor]) -> None:
         self.left = dict(entries)
@@ -138,7 +138,7 @@ class _Entries:
         return value.reshape(shape)
 
     def drop(self, *keys: str) -> None:
-        """Forget entries that the program stores and never uses."""
+        """Drop entries that the program stores but never uses."""
         for key in keys:
             self.left.pop(key, None)
 
@@ -146,10 +146,10 @@ class _Entries:
 def convert(entries: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """The program's entries (without prefix) as our state dict, strictly.
 
-    Made of differentiable operations, so that gradients can be compared by the program's names.
+    Uses differentiable operations, so that gradients can be compared by the program's names.
 
     Raises:
-        ValueError: an entry is missing, has another shape, or is not known; by its name.
+        ValueError: an entry is missing, unknown or has a wrong shape; names it.
     """
     source = _Entries(entries)
     state: dict[str, Tensor] = {}
@@ -205,7 +205,7 @@ def convert(entries: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Ten
     state["output.weight"] = source.take("output.weight", 3, width2, 3, 3)
     if source.left:
         names = ", ".join(sorted(source.left)[:5])
-        raise ValueError(f"{len(source.left)} entries are not known: {names}")
+        raise ValueError(f"{len(source.left)} entries are unknown: {names}")
     return state
 
 
@@ -247,7 +247,7 @@ def _pixel_experts(
         bank["bias_in"].append(source.take(expert + "fc1.bias", hidden))
         bank["weight_out"].append(source.take(expert + "fc2.weight", width, hidden))
         bank["bias_out"].append(source.take(expert + "fc2.bias", width))
-    if level == 1:  # the program drops what the experts of levels 2 and 3 give
+    if level == 1:  # the program discards the output of the experts of levels 2 and 3
         state |= {f"bank.{name}": torch.stack(values) for name, values in bank.items()}
     return state
 
@@ -337,7 +337,7 @@ def _mining(source: _Entries, at: str, width: int) -> dict[str, Tensor]:
         "alpha": source.take(f"{at}.param_alpha", width),
         "beta": source.take(f"{at}.param_beta", width),
     }
-    # The program attends the high band by the weights that it calls low, and the reverse.
+    # The program uses the weights that it calls low for the high band, and vice versa.
     for ours, theirs in (("high", "low"), ("low", "high"), ("both", "agg")):
         attend = _cross_attention(source, f"{at}.cross_layer_{theirs}.", width)
         state |= _prefixed(f"attend_{ours}", attend)

@@ -1,0 +1,61 @@
+"""The message about unknown options of a command, with the options that were probably meant."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+MOST = 3
+"""Options that a message suggests at most."""
+
+
+def option_names(config: Any, prefix: str = "") -> Iterator[str]:
+    """The options of a configuration, a dataclass: `recipe.micro-batch` for each field."""
+    for field in dataclasses.fields(config):
+        name, value = f"{prefix}{field.name.replace('_', '-')}", getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from option_names(value, f"{name}.")
+        else:
+            yield name
+
+
+def similar(option: str, names: Iterable[str]) -> list[str]:
+    """The names that are most similar to `option`, the best first.
+
+    Only the last parts are compared. They are similar if they are spelt almost the same, share a
+    word, or one is the initials of the other: `learning-rate` finds `recipe.lr`.
+    """
+    leaf = option.replace("_", "-").lower().rpartition(".")[2]
+    words = leaf.split("-")
+    initials = "".join(word[:1] for word in words) if len(words) > 1 else ""
+
+    def likeness(name: str) -> float:
+        own = name.rpartition(".")[2]
+        spelling = difflib.SequenceMatcher(None, leaf, own).ratio()
+        shared = len(set(words) & set(own.split("-"))) / len(words)
+        return max(spelling if spelling > 0.75 else 0.0, shared, float(own == initials))
+
+    found = [(likeness(name), name) for name in names]
+    best = max((score for score, _ in found), default=0.0)
+    return [name for score, name in found if score == best and best >= 0.5][:MOST]
+
+
+def unknown_options(arguments: Sequence[str], names: Iterable[str], prog: str) -> str:
+    """One message about the arguments that a command does not know.
+
+    Args:
+        arguments: the unknown ones, with their values.
+        names: all options of the command, without dashes.
+        prog: the command, for the hint to its help.
+    """
+    names = list(names)
+    options = [a.partition("=")[0] for a in arguments if re.match("--?[A-Za-z]", a)]
+    messages = []
+    for option in options:
+        near = similar(option.lstrip("-"), names)
+        hint = f"; did you mean {' or '.join(f'--{name}' for name in near)}?" if near else "."
+        messages.append(f"unknown option {option}{hint}")
+    if not options:
+        messages = [f"unknown argument {arguments[0]!r}."]
+    return f"{' '.join(messages)} {prog} --help lists all options"
