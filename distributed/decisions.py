@@ -214,7 +214,7 @@ def decide(
         kernels: what computes the network's operations on this device.
     """
     engine = config.engine
-    kernels = kernels or Decision("torch", "nothing else is known of")
+    kernels = kernels or Decision("torch", "the device is not known yet")
     compile_ = choose_compile(engine.compile)
     checkpointing = choose_checkpointing(
         engine.activation_checkpointing, config.recipe.micro_batch, predicted
