@@ -1,5 +1,4 @@
-"""Benchmarks as they lie on disk: genuine pictures where there are some, empty files for the
-counts."""
+"""Folders of benchmarks: with real pictures if available, else with empty files for the counts."""
 
 from pathlib import Path
 
