@@ -1,4 +1,4 @@
-"""torch.compile for training: block by block, or not at all where this machine cannot build."""
+"""torch.compile for training, block by block; off if this machine cannot compile."""
 
 import torch
 from torch import nn
@@ -7,18 +7,18 @@ from measnet.hardware import Decision
 from measnet.transformer import TransformerBlock
 
 SHAPES = 64
-"""Most shapes that torch compiles for one block's code; its own limit, 8, is below what the levels
-of the network need."""
+"""Shapes that torch may compile for one block's code. Its default, 8, is too low for the levels of
+the network."""
 
 
 def compile_blocks(model: nn.Module, device: torch.device) -> Decision:
-    """Have each transformer block of `model` compile itself at its first forward pass.
+    """Compile each transformer block of `model` at its first forward pass.
 
-    Whole blocks repeat with the same shapes, so they compile in a minute; the network as a whole
-    takes several. Where a trial compilation fails, the model stays as it is.
+    Many blocks have the same shapes, so this takes about one minute; compiling the network as one
+    piece takes several. If a trial compilation fails, the model does not change.
 
     Returns:
-        `on`, or `off` with what the compiler said.
+        `on`, or `off` with the compiler's message.
     """
     try:
         trial = torch.compile(_trial, dynamic=False)
@@ -27,8 +27,8 @@ def compile_blocks(model: nn.Module, device: torch.device) -> Decision:
         lines = str(error).strip().splitlines() or [""]
         return Decision(
             "off",
-            f"torch.compile cannot build here ({type(error).__name__}: {lines[0]}); training goes "
-            "on without it. It needs a C compiler and Python's headers (apt-get install gcc "
+            f"torch.compile cannot build here ({type(error).__name__}: {lines[0]}); training "
+            "continues without it. It needs a C compiler and Python's headers (apt-get install gcc "
             "python3-dev)",
         )
     torch._dynamo.config.recompile_limit = SHAPES

@@ -1,9 +1,9 @@
-"""What a run will cost, before it starts: hours and samples/s from a measured step.
+"""Estimates the hours, samples/s and price of a run from a measured step.
 
     python -m distributed.cost paper-5task --price 1.2
 
-Times some optimizer steps of the preset on this machine's device, without Ray and data, and
-multiplies. More workers share the same global batch; their exchange of gradients is not counted.
+It times some micro-batches of the preset on this machine's device, without Ray and without data.
+More workers share the same global batch; the time to exchange gradients is not included.
 """
 
 import statistics
@@ -24,17 +24,17 @@ class Arguments:
     """Hours, samples per second and price of a preset, from a step measured on this machine."""
 
     preset: tyro.conf.Positional[str] = "local-4090"
-    """The preset that is to be run."""
+    """The preset."""
     steps: int = 3
-    """Micro-batches that are timed, after one to warm up."""
+    """Micro-batches to time, after one warm-up."""
     step_seconds: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 0.0
-    """Seconds per micro-batch measured elsewhere; 0 measures here."""
+    """Seconds per micro-batch, if measured elsewhere; 0 measures it on this machine."""
     price: float = 0.0
-    """Price of one worker for an hour, in any currency."""
+    """Price of one worker per hour, in any currency."""
 
 
 def measure(config: TrainConfig, steps: int) -> tuple[float, str]:
-    """Seconds per micro-batch of forward, backward and update (median), and on what."""
+    """Median seconds per micro-batch (forward, backward and update), and the device as text."""
     import torch
 
     from distributed.decisions import decide
@@ -67,7 +67,7 @@ def measure(config: TrainConfig, steps: int) -> tuple[float, str]:
 
 
 def worker_counts(config: TrainConfig, most: int = 64) -> list[int]:
-    """Numbers of workers that share the global batch evenly."""
+    """Numbers of workers that can share the global batch evenly."""
     micro_batches = config.recipe.micro_batches
     return [n for n in range(1, min(micro_batches, most) + 1) if micro_batches % n == 0]
 

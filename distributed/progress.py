@@ -1,9 +1,9 @@
-"""Between the workers and the person who watches: progress and words one way, the wish to stop the
-other.
+"""Progress of a run: the workers report to an actor, and the command on the terminal shows it.
 
-Workers run on other machines and their prints arrive late and prefixed; so rank 0 tells a small
-actor where the run stands, and the command that started it reads the actor and draws the bar. All
-ranks tell the actor what they do, so that it notices a hang.
+Workers may run on other machines, and what they print arrives late and with a prefix. So rank 0
+sends its progress to a small actor; the command that started the run reads the actor and draws the
+bar. All ranks send what they are doing, so that the actor notices a hang. In its answer the actor
+asks the workers to stop.
 """
 
 import faulthandler
@@ -35,53 +35,52 @@ PLAIN_INTERVAL_S = 10.0
 """Seconds between two lines of progress where the output is a file or a job's log."""
 
 FIRST_STEPS, RECENT_STEPS = 3, 32
-"""Steps of a worker that are not measured, for they may compile and tune; and how many of the
-latest ones are."""
+"""The first steps of a worker are not timed, because they may compile and tune kernels. The step
+time is the median of the most recent steps after them."""
 
 PAUSE_S = 5.0
-"""Most seconds that one round of a reporter counts as spent without progress. A longer one says
-that the process itself was paused, with its container for instance, and no hang."""
+"""Seconds without progress that one round of a reporter adds at most. A longer round means that the
+process was paused, for example with its container; this is not a hang."""
 
 WHERE_AFTER_S = 5.0
-"""Seconds without progress after which a rank also tells the line of code that it is at."""
+"""Seconds without progress after which a rank also reports the line of code that it executes."""
 
 HUNG = 70
 """Exit code of a worker that ends itself because the run hangs."""
 
 PACKAGES = Path(__file__).resolve().parent.parent
 OWN = ("distributed", "measnet", "shards")
-"""Packages whose line of code says the most about where a rank is."""
+"""Packages whose code is shown as the place where a rank waits."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """What a worker tells the actor, twice a second."""
+    """What a worker sends to the actor, twice a second."""
 
     worker: str
-    """Identity of the process: a restarted rank has another one."""
+    """Id of the process; a restarted rank has a new one."""
     rank: int
     world: int
     activity: Activity
     progress: dict[str, Any] | None = None
-    """Where the run stands; None if unchanged, or not this rank's task to tell."""
+    """Progress of the run; only rank 0 sends it. None: nothing to report."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the actor answers."""
+    """The actor's answer to a message."""
 
     stop: str = ""
-    """Why to write a checkpoint and end; empty while nobody has asked."""
+    """Why the workers should write a checkpoint and stop; empty: they should not stop."""
     hang: str = ""
-    """Why the run counts as hung, so that this worker has to end itself; empty while it does
-    not."""
+    """Why the run counts as hung; then this worker ends itself. Empty: the run is not hung."""
 
 
 class Monitor:
-    """The actor's side: holds the latest progress, the lines to show, and the reason to stop."""
+    """The actor: holds the latest progress, the lines to show, and the reason to stop."""
 
     def __init__(self, patience: ScalingConfig) -> None:
-        """Nothing is known yet; `patience` says when a run counts as hung."""
+        """Start without messages; `patience` has the limits for a hang."""
         self._patience = patience
         self._least_limit_s = min(patience.health_timeout_s, patience.collective_timeout_s)
         self._progress: dict[str, Any] = {}
@@ -92,7 +91,7 @@ class Monitor:
         self._hung: dict[str, str] = {}
 
     def exchange(self, message: Message) -> Answer:
-        """Take what a worker tells; answers what it has to do."""
+        """Receive a worker's message; returns what the worker has to do."""
         now = time.monotonic()
         self._progress = message.progress or self._progress
         self._heard = now
@@ -104,54 +103,55 @@ class Monitor:
     def _look_for_hang(self, world: int, now: float) -> None:
         activities = {}
         for rank, (message, heard) in self._ranks.items():
-            told, silent = message.activity, now - heard
-            activities[rank] = replace(told, idle_s=told.idle_s + silent, silent_s=silent)
+            activity, silent_s = message.activity, now - heard
+            idle_s = activity.idle_s + silent_s
+            activities[rank] = replace(activity, idle_s=idle_s, silent_s=silent_s)
         reason = find_hang(activities, world, self._patience)
         if reason:
             self._lines.append(reason)
-            # Each of these workers ends, also one that goes on at this very moment: its group is
-            # restarted as a whole. Workers that come later are others.
+            # All of these workers end, even one that has just continued, because Ray restarts the
+            # whole group. The new workers have new ids.
             self._hung |= {message.worker: reason for message, _ in self._ranks.values()}
 
     def say(self, line: str) -> None:
-        """Take a line for the person who watches."""
+        """Add a line to show on the terminal."""
         self._lines.append(line)
 
     def request_stop(self, reason: str) -> None:
-        """Ask the workers to write a checkpoint and end after the present step."""
+        """Ask the workers to write a checkpoint and stop after the current step."""
         self._stop = self._stop or reason
 
     def read(self, shown: int) -> tuple[dict[str, Any], list[str], float]:
-        """Progress, the lines after the first `shown`, seconds since a worker was last heard."""
+        """Progress, the lines after the first `shown`, seconds since the last worker's message."""
         return self._progress, self._lines[shown:], time.monotonic() - self._heard
 
 
 def start_monitor(patience: ScalingConfig) -> Any:
     """Start the actor; it ends with the process that started it.
 
-    It lives on that process's node: on another one it could die with a node while the run goes on.
+    It runs on that process's node. On another node it could be lost while the run continues.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0, scheduling_strategy=here)(Monitor).remote(patience)
 
 
 class Reporter:
-    """A worker's side: a thread tells the actor twice a second that it lives, and where it stands.
+    """The reporter of a worker: a thread sends its progress to the actor twice a second.
 
-    In a thread, so that a long step, validation or compilation is not taken for a lost worker, and
-    so that the loop never waits for the actor. The thread also ends the process where the actor
-    says that the run hangs: the loop's own thread cannot, it waits in a collective. Ray sees a
-    dead worker, and restarts all of them.
+    It is a thread so that a long step, validation or compilation does not look like a lost worker,
+    and so that the training loop never waits for the actor. If the actor reports a hang, this
+    thread ends the process: the training thread cannot, because it waits in a collective. Ray then
+    sees a dead worker and restarts all workers.
     """
 
     def __init__(
         self, monitor: Any, rank: int, world: int, *, on_hang: Callable[[str], object]
     ) -> None:
-        """Talk to this actor; to be made in the thread that trains.
+        """Start the thread; call this in the thread that trains.
 
         Args:
             monitor: the actor.
-            rank: this worker's rank; rank 0 also shows progress and lines.
+            rank: this worker's rank; rank 0 also sends progress and lines to show.
             world: number of ranks.
             on_hang: called with the reason, just before the process ends because of a hang.
         """
@@ -167,22 +167,22 @@ class Reporter:
         self._step_s: float | None = None
         self._closed = threading.Event()
         self.stop_reason = ""
-        """Why to stop; empty while nobody has asked."""
+        """Why this worker should stop; empty: it should not stop."""
         self._thread = threading.Thread(target=self._talk, name="reporter", daemon=True)
         self._thread.start()
 
     def enter(self, phase: Phase, step: int | None = None) -> None:
-        """Note what this rank does from now on, and for which step (from 1) if that is another."""
+        """Record the phase that begins now, and its step (from 1) if the step is a new one."""
         self._phase = phase
         self._step = self._step if step is None else step
         self._marks += 1
 
     def made_progress(self) -> None:
-        """Note that a part of the present phase is done."""
+        """Record that a part of the current phase is done."""
         self._marks += 1
 
     def step_made(self) -> None:
-        """Note that a step is done, and how long it took."""
+        """Record that a step is done, and how long it took."""
         now = time.monotonic()
         self._marks += 1
         self._steps += 1
@@ -192,11 +192,11 @@ class Reporter:
         self._step_ended = now
 
     def update(self, progress: dict[str, Any]) -> None:
-        """Note where the run stands; the thread sends it."""
+        """Record the progress of the run; the thread sends it."""
         self._progress = progress
 
     def say(self, line: str, *, from_any_rank: bool = False) -> None:
-        """Show a line to the person who watches."""
+        """Show a line on the terminal; by default only rank 0 does."""
         if self._rank == 0 or from_any_rank:
             self._monitor.say.remote(line)
 
@@ -212,13 +212,13 @@ class Reporter:
             now = time.monotonic()
             idle_s = 0.0 if marks != self._marks else idle_s + min(now - before, PAUSE_S)
             marks, before = self._marks, now
-            told = self._monitor.exchange.remote(self._message(idle_s))
+            pending = self._monitor.exchange.remote(self._message(idle_s))
             try:
-                answer = ray.get(told, timeout=30)
+                answer = ray.get(pending, timeout=30)
             except ray.exceptions.GetTimeoutError:
                 continue  # the machine that shows the run is busy
             except ray.exceptions.RayError:
-                return  # whoever started the run has gone, and Ray ends its workers
+                return  # the command that started the run has ended, and Ray ends its workers
             self.stop_reason = answer.stop or self.stop_reason
             if answer.hang:
                 self._end(answer.hang)
@@ -235,20 +235,20 @@ class Reporter:
         return Message(self._worker, self._rank, self._world, activity, progress)
 
     def _end(self, reason: str) -> None:
-        """End this process; Ray's log of the worker gets the stacks of all threads."""
+        """End this process; the stacks of all threads go to the worker's log in Ray."""
         try:
-            # In a thread, for the disk it writes to may be what hangs.
+            # In a thread, because it writes to a disk, and the disk may be what hangs.
             threading.Thread(target=self._on_hang, args=(reason,), daemon=True).start()
             faulthandler.dump_traceback(file=2)
-            time.sleep(2 * POLL_INTERVAL_S)  # the line is shown before Ray tells of lost workers
+            time.sleep(2 * POLL_INTERVAL_S)  # show the line before Ray reports lost workers
         finally:
             os._exit(HUNG)  # no clean-up: it would wait for the thread that hangs
 
 
 def where(thread: int) -> str:
-    """`distributed/session.py:316, _agree`: the innermost line of this project that a thread is at.
+    """The innermost line of this project that a thread executes; empty if there is none.
 
-    Empty if the thread is at none.
+    For example `distributed/session.py:316, _agree`.
     """
     frame = sys._current_frames().get(thread)
     for entry in reversed(traceback.extract_stack(frame) if frame else []):
@@ -259,13 +259,13 @@ def where(thread: int) -> str:
 
 
 class Display:
-    """The watcher's side: lines, and below them a bar on a terminal or a line now and then
-    elsewhere."""
+    """Shows lines, and below them a progress bar. If the output is not a terminal, it prints a line
+    of progress every `PLAIN_INTERVAL_S` instead."""
 
     def __init__(
         self, monitor: Any, console: Console, total: int, patience: ScalingConfig, wanted: str
     ) -> None:
-        """Show a run of `total` samples whose workers need `wanted`, resources in words."""
+        """Show a run of `total` samples; `wanted`: the resources of its workers, as text."""
         self._monitor, self._console, self._total = monitor, console, total
         self._patience, self._wanted = patience, wanted
         self._shown = 0
@@ -284,7 +284,7 @@ class Display:
         )
 
     def run_until(self, finished: Callable[[], bool]) -> None:
-        """Show what happens until `finished` says so, or no worker was heard for too long."""
+        """Show the run until `finished()`, or until no worker has sent a message for too long."""
         task = self._bar.add_task("train", total=self._total, text="starting workers")
         with self._bar:
             while not finished() and not self.given_up:
@@ -294,7 +294,7 @@ class Display:
 
     @property
     def given_up(self) -> bool:
-        """Whether no worker was heard for longer than the limit."""
+        """Whether no worker has sent a message for longer than `scaling.give_up_s`."""
         return self._silent_s > self._patience.give_up_s
 
     def _due(self) -> bool:
@@ -311,7 +311,7 @@ class Display:
             )
         except (ray.exceptions.RayError, TimeoutError):
             self._silent_s = time.monotonic() - self._heard
-            return  # the run itself says what happened to it
+            return  # if the actor is lost, the run itself fails and says why
         self._heard = time.monotonic() - self._silent_s
         self._shown += len(lines)
         for line in lines:
@@ -326,8 +326,9 @@ class Display:
             self._complain_after_s += self._patience.start_timeout_s
             left = self._patience.give_up_s - self._silent_s
             self._print(
-                f"no worker was heard for {self._silent_s:.0f} s; waiting for {self._wanted}, the "
-                f"cluster has {free_resources()}; giving up in {max(0.0, left):.0f} s"
+                f"no message from a worker for {self._silent_s:.0f} s; waiting for {self._wanted}; "
+                f"the cluster has {free_resources()}; the run fails in {max(0.0, left):.0f} s "
+                "(scaling.give_up_s)"
             )
         elif self._silent_s < self._patience.start_timeout_s:
             self._complain_after_s = self._patience.start_timeout_s
@@ -337,11 +338,11 @@ class Display:
 
 
 def free_resources() -> str:
-    """Free and all CPUs and GPUs of the cluster, in words."""
+    """Free and total CPUs and GPUs of the cluster, as text."""
     total, free = ray.cluster_resources(), ray.available_resources()
     kinds = [kind for kind in ("CPU", "GPU") if total.get(kind)]
     there = " and ".join(f"{free.get(kind, 0):g} of {total[kind]:g} {kind}s free" for kind in kinds)
-    return there or "neither CPUs nor GPUs"
+    return there or "no CPUs and no GPUs"
 
 
 def progress_line(progress: dict[str, Any], total: int) -> str:

@@ -1,5 +1,6 @@
 """A cluster that loses all of its nodes and gets no others."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,8 @@ def test_without_other_nodes_the_run_says_what_it_waits_for_and_gives_up(
     finally:
         cluster.close()
     told = (tmp_path / "log.txt").read_text()
-    assert "no worker was heard for" in told
-    assert "giving up in" in told
+    assert re.search(r"no message from a worker for \d+ s; waiting for 2 workers", told)
+    assert "the run fails in" in told
     assert "the same command resumes it" in told.splitlines()[-1], told
     kept = checkpoints.newest_complete(str(run.folder))
     assert kept is not None and kept.samples >= 20
