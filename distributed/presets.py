@@ -142,7 +142,7 @@ def parse(
             return_unknown_args=True,
         )
         if unknown:
-            raise ValueError(unknown_options(unknown, option_names(config), prog))
+            raise ValueError(unknown_options(unknown, ["dry-run", *option_names(config)], prog))
         return config
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

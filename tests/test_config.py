@@ -54,6 +54,8 @@ def test_a_yaml_file_is_a_starting_point(tmp_path: Path) -> None:
         (["--batch-size", "4"], ["did you mean --recipe.global-batch or --recipe.micro-batch?"]),
         (["demo", "--recipe.learning-rate=1"], ["did you mean --recipe.lr?"]),
         (["--recipe.global_bach", "8"], ["did you mean --recipe.global-batch?"]),
+        (["demo", "--dryrun"], ["unknown option --dryrun; did you mean --dry-run?"]),
+        (["demo", "--dry_run"], ["did you mean --dry-run?"]),
         (["--scaling.gpus", "8"], ["unknown option --scaling.gpus. python"]),
         (["demo", "more"], ["unknown argument 'more'"]),
         (["demo", "--recipe.micro-batch", "3"], ["must be a multiple of recipe.micro_batch 3"]),
