@@ -1,10 +1,12 @@
 """`--dry-run`: what is printed can be run, and nothing is started."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from distributed.config import ScalingConfig, TrainConfig, from_yaml
 from distributed.dry_run import dry_run
@@ -50,16 +52,21 @@ def test_the_command_starts_nothing_and_prints_a_configuration(
     assert config.recipe.lr == 1e-4 and config.model == PRESETS["demo"]().model
     assert config.storage == str(tmp_path / "runs")
     assert not list(tmp_path.iterdir())
-    assert main(["demo", "--dry-run", "--scaling.device", "gpu"]) == 2 or _has_gpu()
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_the_command_imports_no_ray_and_refuses_a_missing_gpu(device: str) -> None:
+    """In a process of its own: other tests start a Ray in this one, which counts as a cluster."""
     code = (
-        "import sys; from distributed.train import main; main(['demo', '--dry-run']); "
-        "sys.exit('ray' in sys.modules)"
+        "import sys; from distributed.train import main; "
+        f"status = main(['demo', '--dry-run', '--scaling.device', '{device}']); "
+        "sys.exit(status + ('ray' in sys.modules))"
     )
     root = Path(__file__).parent.parent
-    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True)
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True
+    )
+    refused = device == "gpu" and not torch.cuda.is_available()
+    assert run.returncode == (2 if refused else 0), run.stderr
+    assert ("scaling.device" in run.stderr) == refused
