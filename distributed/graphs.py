@@ -184,5 +184,7 @@ def graph_micro_batches(
             loss_weight=loss_weight / int(decisions.accumulation.choice),
         )
     except GraphError as error:
-        return None, Decision("off", f"it cannot be captured here ({error}); training goes on")
+        return None, Decision(
+            "off", f"it cannot be captured here ({error}); training continues without it"
+        )
     return graph, decisions.graphs
