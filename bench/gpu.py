@@ -35,8 +35,6 @@ from measnet.ops.choice import torch_only
 
 Section = Literal["network", "inference", "operations", "system", "counts", "tune"]
 GIB = 2**30
-BASELINE_MEMORY = 64 * GIB
-"""Cards with less skip torch's own step of the largest batch, which takes 60 GiB."""
 STARTED = time.perf_counter()
 
 
