@@ -58,6 +58,12 @@ def layout(widths: tuple[int, ...], tile: int, device: torch.device) -> Layout:
 
 
 @triton.jit
+def any_chosen(gate):
+    """Whether a pixel of the tile has a gate other than 0. NaN is other: damage is not hidden."""
+    return tl.max((gate != 0.0).to(tl.int32), 0) > 0
+
+
+@triton.jit
 def _forward(
     x, gates, residual, w_in, b_in, w_out, b_out, starts, out, pixels, span,
     C: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr,
@@ -73,7 +79,7 @@ def _forward(
     sums = tl.load(residual + at, mask=known, other=0.0).to(tl.float32)
     for n in range(N):
         gate = tl.load(gates + (rows // span) * N + n, mask=inside, other=0.0)
-        if tl.max(gate, 0) > 0.0:
+        if any_chosen(gate):
             bias = tl.load(b_out + n * C + c, mask=c < C, other=0.0).to(tl.float32)
             sums += gate[:, None] * bias[None, :]
             for tile in range(tl.load(starts + n), tl.load(starts + n + 1)):
@@ -107,7 +113,7 @@ def _backward(
     for n in range(N):
         gate = tl.load(gates + (rows // span) * N + n, mask=inside, other=0.0)
         of_gate = tl.zeros([BM], tl.float32)
-        if tl.max(gate, 0) > 0.0:
+        if any_chosen(gate):
             bias = tl.load(b_out + n * C + c, mask=c < C, other=0.0).to(tl.float32)
             of_gate += tl.sum(wanted.to(tl.float32) * bias[None, :], 1)
             for tile in range(tl.load(starts + n), tl.load(starts + n + 1)):
@@ -151,7 +157,7 @@ def _weights_backward(
         rows = start.to(tl.int64) + step + tl.arange(0, BM)
         inside = (rows < pixels) & (rows < start + part)
         gate = tl.load(gates + (rows // span) * N + n, mask=inside, other=0.0)
-        if tl.max(gate, 0) > 0.0:
+        if any_chosen(gate):
             known = inside[:, None] & (c < C)[None, :]
             at = rows[:, None] * C + c[None, :]
             features = tl.load(x + at, mask=known, other=0.0)
