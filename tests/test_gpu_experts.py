@@ -43,7 +43,9 @@ def trained(module: nn.Module, x: Tensor, *others: Tensor) -> list[Tensor]:
     total = (features * wanted.view(features.shape)).sum()
     if rest[0].requires_grad:
         total = total + rest[0]
-    gradients = torch.autograd.grad(total, (x, *module.parameters()))
+    gradients = torch.autograd.grad(
+        total, (x, *(p for p in module.parameters() if p.requires_grad))
+    )
     return [features.detach(), *(one.detach() for one in rest), *gradients]
 
 
