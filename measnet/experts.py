@@ -107,10 +107,15 @@ class ExpertBank(nn.Module):
         """Eq. 3 on a GPU, plus `residual`, by one kernel; `gate_pn` is 0 for the not chosen."""
         from measnet.ops.gpu.experts import mixture
 
-        experts, hidden = self.bias_in.shape
+        return mixture(x, gate_pn, residual, self._widths(), *self._side_by_side())
+
+    def _widths(self) -> tuple[int, ...]:
+        return (self.bias_in.shape[1],) * len(self.bias_in)
+
+    def _side_by_side(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The weights with all experts' hidden channels in the first dimension."""
         weight_out = self.weight_out.transpose(1, 2).flatten(0, 1)
-        weights = (self.weight_in.flatten(0, 1), self.bias_in.flatten(), weight_out, self.bias_out)
-        return mixture(x, gate_pn, residual, (hidden,) * experts, *weights)
+        return self.weight_in.flatten(0, 1), self.bias_in.flatten(), weight_out, self.bias_out
 
     def all(self, x_pc: Tensor) -> Tensor:
         """Every expert's output for every pixel, (P, N, C)."""

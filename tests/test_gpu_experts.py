@@ -43,7 +43,9 @@ def trained(module: nn.Module, x: Tensor, *others: Tensor) -> list[Tensor]:
     total = (features * wanted.view(features.shape)).sum()
     if rest[0].requires_grad:
         total = total + rest[0]
-    gradients = torch.autograd.grad(total, (x, *module.parameters()))
+    gradients = torch.autograd.grad(
+        total, (x, *(p for p in module.parameters() if p.requires_grad))
+    )
     return [features.detach(), *(one.detach() for one in rest), *gradients]
 
 
@@ -79,6 +81,23 @@ def test_an_expert_that_no_pixel_chooses_has_a_gradient_of_zero() -> None:
         assert weight.grad is not None
         assert weight.grad[0].abs().sum() > 0
         assert weight.grad[1:].abs().sum() == 0
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("experts", [3, 4])  # with and without a padded lane
+def test_damaged_gates_are_not_hidden(experts: int) -> None:
+    x, prompt = torch.randn(1, 3, 3, 16), torch.randn(1, 8)
+    pixels = pixel_experts(16, experts, 2)
+    pictures = PictureExperts(16, experts=experts, top_k=2, path="dense")
+    for weight in (pixels.gate.weight, pictures.gate):
+        nn.init.constant_(weight, float("nan"))
+    with gpu_library.stand_in("cpu"):
+        for module, others in ((pixels, [prompt]), (pictures, [])):
+            features, *rest = trained(module, x, *others)
+            assert features.isnan().all()
+            of_x, *of_weights = rest[2 if module is pixels else 1 :]
+            assert of_x.isnan().all()
+            assert all(one.isnan().any() for one in of_weights)
 
 
 def test_experts_under_autocast_agree_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +154,15 @@ def test_low_pass_agrees_with_torch(shape: tuple[int, int, int, int]) -> None:
         ours = trained(module, x)
     assert len(launches) == 2  # forward and backward, for all pictures
     assert_close(ours, exact, 1e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 5), (5, 1)])
+def test_a_single_row_or_column_has_nothing_to_reflect(size: tuple[int, int]) -> None:
+    with (
+        gpu_library.stand_in("cpu"),
+        pytest.raises(ValueError, match=f"{size[0]}x{size[1]} pixels .* needs 2x2"),
+    ):
+        low_pass(torch.randn(1, *size, 16), torch.randn(1, 16, 9))
 
 
 WIDTHS = {48: 128, 96: 64, 192: 32}

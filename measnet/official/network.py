@@ -23,6 +23,7 @@ from measnet.experts import (
     scatter_gates,
 )
 from measnet.frequency import FrequencySplit
+from measnet.ops import gpu_library
 from measnet.ops.attention import attend_planes
 from measnet.ops.convolution import (
     Pointwise,
@@ -87,6 +88,14 @@ class LogExpertBank(ExpertBank):
         floor = torch.full_like(out_pc, LOG_FLOOR)
         return torch.where(out_pc < LOG_UNDERFLOW, floor, out_pc).to(x_pc.dtype)
 
+    def fused(self, x: Tensor, gate_pn: Tensor, residual: Tensor) -> Tensor:
+        """As the paper's bank, but `gate_pn` are logarithms, -inf for the not chosen."""
+        from measnet.ops.gpu.log_experts import log_mixture
+
+        limits = (LOG_UNDERFLOW, LOG_FLOOR)
+        given = (x, gate_pn, residual, self._widths())
+        return log_mixture(*given, *self._side_by_side(), limits)
+
 
 class NoisyPixelExperts(nn.Module):
     """Noisy top-K gating over per-pixel experts; softmax over the chosen K only."""
@@ -118,6 +127,11 @@ class NoisyPixelExperts(nn.Module):
         shares_bn = counts_bn / x_bhwc.shape[1:3].numel()
         if self.bank is None:
             return Routed(x_bhwc, balance, shares_bn)
+        bank = self.bank
+        weights = (bank.weight_in, bank.bias_in, bank.weight_out, bank.bias_out)
+        if gpu_library.fits_experts(x_bhwc, self.experts, *weights):
+            log_gate_pn = torch.full_like(gate_pn, -torch.inf).scatter(1, index_pk, log_gate_pk)
+            return Routed(bank.fused(x_bhwc, log_gate_pn, x_bhwc), balance, shares_bn)
         path = resolve_path(self.path, self.experts, self.top_k, x_bhwc.device)
         out_pc = self.bank(x_bhwc.flatten(0, 2), log_gate_pk, index_pk, path)
         return Routed(x_bhwc + out_pc.view(x_bhwc.shape), balance, shares_bn)

@@ -57,6 +57,28 @@ def layout(widths: tuple[int, ...], tile: int, device: torch.device) -> Layout:
     return Layout(*short, *long)
 
 
+def pack(
+    dtype: torch.dtype,
+    where: Layout,
+    weight_in: Tensor,
+    bias_in: Tensor,
+    weight_out: Tensor,
+    bias_out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The weights as the kernels read them: padded to whole tiles, matrices in `dtype`."""
+    into, bias, back = (
+        torch.cat([one, one.new_zeros(1, *one.shape[1:])]).index_select(0, where.packed)
+        for one in (weight_in, bias_in, weight_out)
+    )
+    return into.to(dtype), bias.float(), back.to(dtype), bias_out.float().contiguous()
+
+
+@triton.jit
+def any_chosen(gate):
+    """Whether a pixel of the tile has a gate other than 0. NaN is other: damage is not hidden."""
+    return tl.max((gate != 0.0).to(tl.int32), 0) > 0
+
+
 @triton.jit
 def _forward(
     x, gates, residual, w_in, b_in, w_out, b_out, starts, out, pixels, span,
@@ -73,7 +95,7 @@ def _forward(
     sums = tl.load(residual + at, mask=known, other=0.0).to(tl.float32)
     for n in range(N):
         gate = tl.load(gates + (rows // span) * N + n, mask=inside, other=0.0)
-        if tl.max(gate, 0) > 0.0:
+        if any_chosen(gate):
             bias = tl.load(b_out + n * C + c, mask=c < C, other=0.0).to(tl.float32)
             sums += gate[:, None] * bias[None, :]
             for tile in range(tl.load(starts + n), tl.load(starts + n + 1)):
@@ -107,7 +129,7 @@ def _backward(
     for n in range(N):
         gate = tl.load(gates + (rows // span) * N + n, mask=inside, other=0.0)
         of_gate = tl.zeros([BM], tl.float32)
-        if tl.max(gate, 0) > 0.0:
+        if any_chosen(gate):
             bias = tl.load(b_out + n * C + c, mask=c < C, other=0.0).to(tl.float32)
             of_gate += tl.sum(wanted.to(tl.float32) * bias[None, :], 1)
             for tile in range(tl.load(starts + n), tl.load(starts + n + 1)):
@@ -132,6 +154,7 @@ def _backward(
 @triton.jit
 def _weights_backward(
     x, gates, gradient, w_in, b_in, w_out, owners, of_w_in, of_b_in, of_w_out, pixels, span, part,
+    apart,
     C: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -146,15 +169,17 @@ def _weights_backward(
     bias = tl.load(b_in + h)[None, :]
     weight_in = tl.load(w_in + h[None, :] * C + c[:, None], mask=(c < C)[:, None], other=0.0)
     weight_out = tl.load(w_out + h[None, :] * C + c[:, None], mask=(c < C)[:, None], other=0.0)
+    gradient += n.to(tl.int64) * apart
     start = tl.program_id(1) * part
     for step in range(0, part, BM):
         rows = start.to(tl.int64) + step + tl.arange(0, BM)
         inside = (rows < pixels) & (rows < start + part)
         gate = tl.load(gates + (rows // span) * N + n, mask=inside, other=0.0)
-        if tl.max(gate, 0) > 0.0:
+        if any_chosen(gate):
             known = inside[:, None] & (c < C)[None, :]
             at = rows[:, None] * C + c[None, :]
             features = tl.load(x + at, mask=known, other=0.0)
+            known = known & (gate != 0.0)[:, None]
             wanted = tl.load(gradient + at, mask=known, other=0.0)
             hidden = tl.dot(features, weight_in, input_precision=PRECISION) + bias
             of_hidden = tl.dot(wanted, weight_out, input_precision=PRECISION)
@@ -215,14 +240,10 @@ class _Mixture(torch.autograd.Function):
     ) -> Tensor:
         x, gates, residual = x.contiguous(), gates.contiguous(), residual.contiguous()
         where = layout(widths, HIDDEN[x.dtype], x.device)
-        into, bias, back = (
-            torch.cat([one, one.new_zeros(1, *one.shape[1:])]).index_select(0, where.packed)
-            for one in (weight_in, bias_in, weight_out)
-        )
-        weights = (into.to(x.dtype), bias.float(), back.to(x.dtype), bias_out.float().contiguous())
+        weights = pack(x.dtype, where, weight_in, bias_in, weight_out, bias_out)
         out = torch.empty_like(x)
         pixels = x.numel() // x.shape[-1]
-        sizes = _sizes(x, len(widths), 64) | ({"num_warps": 4} if x.shape[-1] <= 64 else {})
+        sizes = tile_sizes(x, len(widths), 64) | ({"num_warps": 4} if x.shape[-1] <= 64 else {})
         launch(
             _forward,
             (ceil_div(pixels, sizes["BM"]),),
@@ -243,7 +264,7 @@ class _Mixture(torch.autograd.Function):
         span = pixels // len(gates)
         of_x = torch.empty_like(x)
         of_gates = x.new_empty(pixels, experts, dtype=torch.float32)
-        sizes = _sizes(x, experts, 32)
+        sizes = tile_sizes(x, experts, 32)
         given = (x, gates, gradient, into, bias, back)
         launch(
             _backward,
@@ -251,24 +272,50 @@ class _Mixture(torch.autograd.Function):
             *(*given, bias_out, where.starts, of_x, of_gates, pixels, span),
             **sizes,
         )
-        tiles = len(where.owners)
-        sizes = _sizes(x, experts, 32)
-        parts = max(1, min(PROGRAMS // tiles, ceil_div(pixels, 4 * sizes["BM"])))
-        part = ceil_div(ceil_div(pixels, parts), sizes["BM"]) * sizes["BM"]
-        parts = ceil_div(pixels, part)
-        of_in, of_out = (x.new_empty(parts, *into.shape, dtype=torch.float32) for _ in range(2))
-        of_bias = bias.new_empty(parts, *bias.shape)
-        launch(
-            _weights_backward,
-            (tiles, parts),
-            *(*given, where.owners, of_in, of_bias, of_out, pixels, span, part),
-            **sizes,
-        )
-        of_weights = (one.sum(0)[where.places] for one in (of_in, of_bias, of_out))
+        of_weights = weight_gradients(x, gates, gradient, (into, bias, back), where, experts)
         of_bias_out = _bias_gradient(gates, gradient)
         if span > 1:
             of_gates = of_gates.view(len(gates), span, experts).sum(1)
         return of_x, of_gates, gradient, None, *of_weights, of_bias_out
+
+
+def weight_gradients(
+    x: Tensor,
+    gates: Tensor,
+    gradient: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor],
+    where: Layout,
+    experts: int,
+    apart: int = 0,
+) -> tuple[Tensor, ...]:
+    """Gradients of `weight_in`, `bias_in` and `weight_out`, as `mixture` takes them, in fp32.
+
+    Args:
+        x: what the experts see, (..., C), contiguous.
+        gates: see `mixture`.
+        gradient: of the weighted sum; or of each expert's output, one after the other.
+        weights: the first three of `pack`.
+        where: their layout.
+        experts: N.
+        apart: elements from one expert's gradient to the next; 0: all have the same. Where a gate
+            is 0 the gradient is not read.
+    """
+    into, bias, _ = weights
+    pixels, tiles = x.numel() // x.shape[-1], len(where.owners)
+    sizes = tile_sizes(x, experts, 32)
+    parts = max(1, min(PROGRAMS // tiles, ceil_div(pixels, 4 * sizes["BM"])))
+    part = ceil_div(ceil_div(pixels, parts), sizes["BM"]) * sizes["BM"]
+    parts = ceil_div(pixels, part)
+    of_in, of_out = (x.new_empty(parts, *into.shape, dtype=torch.float32) for _ in range(2))
+    of_bias = bias.new_empty(parts, *bias.shape)
+    launch(
+        _weights_backward,
+        (tiles, parts),
+        *(x, gates, gradient, *weights, where.owners, of_in, of_bias, of_out),
+        *(pixels, pixels // len(gates), part, apart),
+        **sizes,
+    )
+    return tuple(one.sum(0)[where.places] for one in (of_in, of_bias, of_out))
 
 
 def _bias_gradient(gates: Tensor, gradient: Tensor) -> Tensor:
@@ -281,7 +328,7 @@ def _bias_gradient(gates: Tensor, gradient: Tensor) -> Tensor:
     return (gates.t().to(flat.dtype) @ flat).float()
 
 
-def _sizes(x: Tensor, experts: int, rows: int) -> dict[str, Any]:
+def tile_sizes(x: Tensor, experts: int, rows: int) -> dict[str, Any]:
     """Constants of a kernel; `rows` pixels of 128 channels in a tile, more of fewer."""
     channels = x.shape[-1]
     block = power_of_two(channels)

@@ -153,7 +153,13 @@ def low_pass(x_bhwc: Tensor, taps_bc9: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Two of (B, H, W, C), whose sum is the input.
+
+    Raises:
+        ValueError: H or W is 1.
     """
+    height, width = x_bhwc.shape[1:3]
+    if min(height, width) < 2:
+        raise ValueError(f"{height}x{width} pixels have none to reflect; a low-pass needs 2x2")
     result: tuple[Tensor, Tensor] = _LowPass.apply(x_bhwc.to(feature_dtype(x_bhwc)), taps_bc9)
     return result
 

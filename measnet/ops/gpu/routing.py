@@ -71,7 +71,8 @@ def _route(
         best = tl.argmax(left, 1, tie_break_left=True)
         left = tl.where(n[None, :] == best[:, None], -2.0, left)
     chosen = (left == -2.0) & inside[:, None]
-    gate = tl.where(chosen, probability, 0.0)
+    # NaN has no order: it goes on, whichever experts were chosen, so that damage is not hidden.
+    gate = tl.where(chosen | (probability != probability), probability, 0.0)
     known = inside[:, None] & (n < N)[None, :]
     tl.store(gates + rows[:, None] * N + n[None, :], gate, mask=known)
     part = (picture * tl.num_programs(0) + tl.program_id(0)) * N + n
