@@ -41,6 +41,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
                 restoration = engine(degraded, generator=noise)
                 losses = restoration_loss(restoration, clean, config.recipe.balance_weight)
                 engine.backward(losses.total * session.loss_weight)
+            session.meter.clock.begin("update")
             engine.step()  # DeepSpeed updates the weights at the last micro-batch of the step
             session.meter.add(losses, restoration, batch)
         commit_statistics(engine.module, reduce=session.sum_statistics)

@@ -108,6 +108,11 @@ def test_a_run_leaves_what_is_needed(finished: Path) -> None:
     curve = losses(run)
     assert list(curve) == list(range(4, 49, 4))
     assert all(0 < loss < 1 for loss in curve.values())
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    metrics = {name: value for r in records for name, value in r["metrics"].items()}
+    assert "speed/peak_share" not in metrics  # a CPU is in no table
+    for name in ("model_tflops", "forward_backward_s", "update_s", "validate_s", "save_s"):
+        assert metrics[f"speed/{name}"] > 0
     (worker,) = json.loads((run / "environment.json").read_text())["workers"]
     assert worker["ranks"] == [0] and worker["device"] == "cpu"
     assert len(list(finished.rglob("artifacts/environment/000000000000.json"))) == 1
