@@ -7,6 +7,7 @@ import torch
 
 from distributed.engine import set_learning_rate
 from distributed.exchange import to_device
+from distributed.profiling import Profiling
 from distributed.schedule import learning_rate
 from distributed.session import Session
 from measnet.frequency import commit_statistics
@@ -27,6 +28,8 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """
     session = Session(settings)
     config, engine, device = session.config, session.engine, session.device
+    steps = config.profile if session.rank == 0 else 0
+    profiling = Profiling(steps, config.folder, device, session.note)
     batches = session.batches()
     while not session.over:
         lr = learning_rate(config.recipe, session.samples)
@@ -47,6 +50,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
         commit_statistics(engine.module, reduce=session.sum_statistics)
         session.count_step()  # the average of the weights follows
         session.report(lr)
+        profiling.after_step(last=session.over)
         if session.validation_is_due:
             session.validate()
         if session.checkpoint_is_due:

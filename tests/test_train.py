@@ -154,10 +154,14 @@ def test_two_workers_learn_what_one_learns(
     finished: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(command(packed, "--scaling.workers", "2")) == 0
+    assert main(command(packed, "--scaling.workers", "2", "--profile", "2")) == 0
     one = losses(finished / "runs" / "demo")
     two = losses(tmp_path / "runs" / "demo")
     assert two == pytest.approx(one, rel=1e-4)
+    run = tmp_path / "runs" / "demo"
+    trace = json.loads((run / "profile" / "trace.json").read_text())
+    assert any("conv" in event.get("name", "") for event in trace["traceEvents"])
+    assert f"profile of 2 steps of rank 0: open {run}" in (run / "events.log").read_text()
 
 
 @pytest.mark.slow
