@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from distributed.config import TrainConfig
 from distributed.internals.torch import start_memory_history, write_memory_history
 from shards.storage import join, open_folder, upload
 
@@ -21,21 +22,22 @@ TRACE, MEMORY = "trace.json", "memory.pickle"
 
 
 class Profiling:
-    """Records steps of one process once, after `WARM_STEPS`; with 0 steps it does nothing."""
+    """Records `config.profile` steps of rank 0 once, after `WARM_STEPS`."""
 
     def __init__(
-        self, steps: int, run: str, device: torch.device, note: Callable[[str], object]
+        self, config: TrainConfig, rank: int, device: torch.device, note: Callable[[str], object]
     ) -> None:
         """Wait for the warm steps.
 
         Args:
-            steps: to record.
-            run: folder or URI of the run.
+            config: of the run.
+            rank: of this process; others than 0 record nothing.
             device: that this process computes on.
             note: takes the line that says where the files are.
         """
-        self._steps, self._run, self._note = steps, run, note
-        self._device = device
+        self._steps = config.profile if rank == 0 else 0
+        self._folder = join(config.folder, FOLDER)
+        self._device, self._note = device, note
         self._done = 0
         self._profile: profile | None = None
 
@@ -66,20 +68,20 @@ class Profiling:
         """Write the files; where that fails, say so and go on training."""
         recorded.stop()
         shown = {TRACE: "https://ui.perfetto.dev"}
-        target = join(self._run, FOLDER)
         with tempfile.TemporaryDirectory() as temporary:
             local = Path(temporary)
             try:
-                recorded.export_chrome_trace(str(local / TRACE))
-                if self._device.type == "cuda":
+                if self._device.type == "cuda":  # first: it also ends the recording of memory
                     write_memory_history(local / MEMORY)
                     shown[MEMORY] = "https://pytorch.org/memory_viz"
-                fs, path = open_folder(target)
+                recorded.export_chrome_trace(str(local / TRACE))
+                fs, path = open_folder(self._folder)
                 fs.makedirs(path, exist_ok=True)
                 for name in shown:
-                    upload(str(local / name), join(target, name))
+                    upload(str(local / name), join(self._folder, name))
             except OSError as error:
-                self._note(f"warning: the profile could not be written to {target}: {error}")
+                self._note(f"warning: the profile could not be written to {self._folder}: {error}")
                 return
-        files = "; ".join(f"open {join(target, name)} at {page}" for name, page in shown.items())
+        opened = (f"open {join(self._folder, name)} at {page}" for name, page in shown.items())
+        files = "; ".join(opened)
         self._note(f"profile of {self._done - WARM_STEPS} steps of rank 0: {files}")

@@ -28,8 +28,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """
     session = Session(settings)
     config, engine, device = session.config, session.engine, session.device
-    steps = config.profile if session.rank == 0 else 0
-    profiling = Profiling(steps, config.folder, device, session.note)
+    profiling = Profiling(config, session.rank, device, session.note)
     batches = session.batches()
     while not session.over:
         lr = learning_rate(config.recipe, session.samples)
