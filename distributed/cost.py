@@ -114,7 +114,7 @@ def choose_rate(config: TrainConfig, machine: Machine, steps: int) -> Rate:
 
 
 def worker_counts(config: TrainConfig, most: int = 64) -> list[int]:
-    """Numbers of workers that share the global batch evenly."""
+    """Numbers of workers that can share the global batch evenly."""
     micro_batches = config.recipe.micro_batches
     return [n for n in range(1, min(micro_batches, most) + 1) if micro_batches % n == 0]
 
