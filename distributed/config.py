@@ -250,6 +250,9 @@ class TrainConfig:
     """Folder or URI of runs, reachable from all nodes; the run is in STORAGE/NAME."""
     seed: int = 0
     """Seed of weights, order, crops, flips, noise and gates."""
+    profile: int = field(default=0, metadata=MAY_CHANGE)
+    """Optimizer steps that are recorded with torch's profiler, after three to warm up, into the
+    run's folder `profile`; 0 records none."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     recipe: Recipe = field(default_factory=Recipe)
@@ -267,6 +270,8 @@ class TrainConfig:
             )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed is {self.seed}, but must lie in [0, 2^63)")
+        if self.profile < 0:
+            raise ValueError(f"profile is {self.profile} steps, but must be 0 or more")
         workers, _ = self.scaling.bounds
         if not self.scaling.elastic and self.recipe.micro_batches % workers:
             fits = [

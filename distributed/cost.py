@@ -1,45 +1,70 @@
-"""Estimates the hours, samples/s and price of a run from a measured step.
+"""Estimates the time, samples/s and price of a run from a measured step.
 
     python -m distributed.cost paper-5task --price 1.2
 
 It times some micro-batches of the preset on this machine's device, without Ray and without data.
-More workers share the same global batch; the time to exchange gradients is not included.
+If the preset is for a GPU and this machine has none, it uses a measurement from `MEASURED`.
+More GPUs share the same global batch; the time to exchange gradients is not included. Workers on
+one CPU machine share its cores, so more of them are not faster.
 """
 
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import tyro
 
 from distributed.config import TrainConfig
 from distributed.presets import PRESETS
+from measnet.hardware import Machine, this_machine
+
+
+class Rate(NamedTuple):
+    """Samples per second of one GPU, or of one CPU machine."""
+
+    low: float
+    high: float
+    source: str
+    """What was measured, in words."""
+    cpu: bool = False
+    """Whether it is the rate of a CPU machine, whose workers share its cores."""
+
+
+MEASURED = {
+    "NVIDIA H100 80GB": Rate(
+        24.0,
+        28.0,
+        "the system trained 24 to 28 samples/s at 8x128 bf16 before the Triton kernels; "
+        "not measured since",
+    )
+}
+"""Card -> what `distributed.train` reached on it with the network `paper`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Hours, samples per second and price of a preset, from a step measured on this machine."""
+    """Time, samples per second and price of a preset, from a step measured on this machine."""
 
     preset: tyro.conf.Positional[str] = "local-4090"
     """The preset."""
     steps: int = 3
     """Micro-batches to time, after one warm-up."""
     step_seconds: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 0.0
-    """Seconds per micro-batch, if measured elsewhere; 0 measures it on this machine."""
+    """Seconds per micro-batch on one GPU, if measured elsewhere; 0 measures it on this machine."""
     price: float = 0.0
-    """Price of one worker per hour, in any currency."""
+    """Price of one GPU, or of one CPU machine, per hour, in any currency."""
 
 
-def measure(config: TrainConfig, steps: int) -> tuple[float, str]:
-    """Median seconds per micro-batch (forward, backward and update), and the device as text."""
+def measure(config: TrainConfig, steps: int) -> Rate:
+    """The median of some micro-batches: forward, backward and update on this machine's device."""
     import torch
 
     from distributed.decisions import decide
     from distributed.engine import build_optimizer
-    from measnet.hardware import card_of, choose_device, this_machine
+    from measnet.hardware import card_of, choose_device
     from measnet.losses import restoration_loss
     from measnet.network import MEASNet
 
@@ -63,13 +88,74 @@ def measure(config: TrainConfig, steps: int) -> tuple[float, str]:
         seconds.append(time.perf_counter() - started)
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    return statistics.median(seconds[1:]), f"{name}, {decisions.precision.choice}"
+    return rate_of(
+        statistics.median(seconds[1:]),
+        config,
+        f"measured on {name}, {decisions.precision.choice}",
+        cpu=not on_gpu,
+    )
+
+
+def rate_of(seconds: float, config: TrainConfig, source: str, *, cpu: bool = False) -> Rate:
+    """Samples per second, where a micro-batch takes `seconds`."""
+    crops, side = config.recipe.micro_batch, config.data.crop
+    step = f"a micro-batch of {crops} crops of {side} takes {seconds:.3g} s"
+    return Rate(crops / seconds, crops / seconds, f"{step}, {source}", cpu)
+
+
+def choose_rate(config: TrainConfig, machine: Machine, steps: int) -> Rate:
+    """Measured here; from `MEASURED` if the preset is for a GPU and this machine has none."""
+    if config.scaling.device == "cpu" or machine.cards:
+        return measure(config, steps)
+    card, known = next(iter(MEASURED.items()))
+    return known._replace(
+        source=f"no GPU here, so by an earlier measurement on {card}: {known.source}"
+    )
 
 
 def worker_counts(config: TrainConfig, most: int = 64) -> list[int]:
     """Numbers of workers that can share the global batch evenly."""
     micro_batches = config.recipe.micro_batches
     return [n for n in range(1, min(micro_batches, most) + 1) if micro_batches % n == 0]
+
+
+def span(low: float, high: float, show: Callable[[float], str]) -> str:
+    """`low to high`; one number if both are shown alike."""
+    ends = list(dict.fromkeys((show(low), show(high))))
+    return " to ".join(ends)
+
+
+def duration(low: float, high: float) -> str:
+    """Hours as `3.4 min` below one hour, else as `12.5 h`; `12.5 to 14.0 h` for a range."""
+    if high < 1:
+        return f"{span(low * 60, high * 60, '{:.1f}'.format)} min"
+    return f"{span(low, high, '{:,.1f}'.format)} h"
+
+
+def amount(price: float) -> str:
+    """A price with at least two digits that are not zero."""
+    if price >= 100:
+        return f"{price:,.0f}"
+    return f"{price:.2f}" if price >= 0.1 or price == 0 else f"{price:.2g}"
+
+
+def rows(config: TrainConfig, rate: Rate, price: float) -> list[tuple[str, ...]]:
+    """Per number of workers: it, samples/s, duration, hours to pay, price."""
+    found: list[tuple[str, ...]] = []
+    for workers in worker_counts(config):
+        paid = 1 if rate.cpu else workers  # GPUs, or the one machine
+        low, high = rate.low * paid, rate.high * paid
+        long, short = (config.recipe.samples / one / 3600 for one in (low, high))
+        found.append(
+            (
+                str(workers),
+                span(low, high, "{:,.1f}".format),
+                duration(short, long),
+                duration(short * paid, long * paid),
+                span(short * paid * price, long * paid * price, amount) if price else "-",
+            )
+        )
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,23 +174,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = PRESETS[given.preset]()
     recipe = config.recipe
     if given.step_seconds:
-        seconds, where = given.step_seconds, "as given"
+        rate = rate_of(given.step_seconds, config, "as given")
     else:
-        seconds, where = measure(config, given.steps)
+        rate = choose_rate(config, this_machine(), given.steps)
     console = Console(soft_wrap=True)
-    console.print(
-        f"{given.preset}: {recipe.samples:,} samples; a micro-batch of {recipe.micro_batch} crops "
-        f"of {config.data.crop} takes {seconds:.3f} s ({where})",
-        highlight=False,
-    )
-    table = Table("workers", "samples/s to deliver", "hours", "worker-hours", "price")
-    for workers in worker_counts(config):
-        rate = workers * recipe.micro_batch / seconds
-        hours = recipe.samples / rate / 3600
-        price = f"{hours * workers * given.price:,.0f}" if given.price else "-"
-        table.add_row(
-            str(workers), f"{rate:,.1f}", f"{hours:,.1f}", f"{hours * workers:,.1f}", price
-        )
+    console.print(f"{given.preset}: {recipe.samples:,} samples; {rate.source}", highlight=False)
+    if rate.cpu:
+        console.print("workers on one CPU machine share its cores: more of them are not faster")
+    unit = "machine" if rate.cpu else "GPU"
+    table = Table("workers", "samples/s to deliver", "time", f"{unit} time", "price")
+    for row in rows(config, rate, given.price):
+        table.add_row(*row)
     console.print(table)
     return 0
 

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distributed.speed import Mark
+
 
 class StepSums(NamedTuple):
     """Sums over all ranks."""
@@ -47,6 +49,8 @@ class Step:
     """Samples of all ranks since the last point."""
     seconds: float
     """Since then."""
+    marks: Sequence[Mark] = ()
+    """When its parts began."""
 
 
 class Exchange:

@@ -6,7 +6,7 @@ Also the log of consumed samples. All ranks have the same values here, so all de
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -155,6 +155,20 @@ class RateWatch:
             not all(g["lr"] for g in self._optimizer.param_groups),
         )
         return self._at_zero and not before
+
+
+def idle_experts(usage: Mapping[str, Sequence[float]]) -> list[str]:
+    """A warning per library with experts that no picture chose; `usage`: library -> per expert."""
+    idle = {
+        library: [str(n) for n, chosen in enumerate(experts) if chosen == 0]
+        for library, experts in usage.items()
+    }
+    return [
+        f"warning: experts {', '.join(names)} of {library} were not chosen once since the last "
+        "validation"
+        for library, names in idle.items()
+        if names
+    ]
 
 
 def describe_samples(keys: Sequence[str], most: int = 8) -> str:

@@ -152,12 +152,12 @@ def launch(
         config.tracking, name=config.name, key=mlflow_tracker.run_key(config.folder), tags=tags
     )
     local_folder = Path(root) if "file" in fs.protocol else _scratch(run.key)
-    _describe(run, config, manifest)
+    cost = _describe(run, config, manifest)
 
     try:
         with ray_cluster(config, console):
             requests = [] if stop_requests is None else stop_requests
-            ended = _fit(config, machine, run, local_folder, console, callbacks, requests)
+            ended = _fit(config, machine, run, local_folder, console, callbacks, requests, cost)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
         mlflow_tracker.finish(run, "KILLED" if stopped else "FAILED", local_folder)
@@ -202,6 +202,7 @@ def _fit(
     console: Console,
     callbacks: Sequence[Any],
     signals: list[str],
+    cost: Mapping[str, float],
 ) -> Outcome:
     """Start the workers and watch them; one signal asks them to stop, a second one ends them."""
     import ray
@@ -237,6 +238,7 @@ def _fit(
             "tracking": run,
             "tracking_folder": str(local_folder),
             "driver_process": driver_process(),
+            "multiply_adds": cost["multiply_adds"],
         },
         torch_config=TorchConfig(
             backend="nccl" if use_gpu else "gloo", timeout_s=int(scaling.collective_timeout_s)
@@ -360,11 +362,12 @@ def _show_plan(console: Console, config: TrainConfig, plan: Plan) -> None:
     )
 
 
-def _describe(run: Any, config: TrainConfig, manifest: Manifest) -> None:
+def _describe(run: Any, config: TrainConfig, manifest: Manifest) -> dict[str, float]:
+    """Tell MLflow what the run is made of; the network's cost."""
     from distributed import mlflow_tracker
     from measnet.complexity import network_cost
 
-    validation = read_manifest(config.data.validation)
+    validation, cost = read_manifest(config.data.validation), network_cost(config.model)
     mlflow_tracker.describe(
         run,
         config,
@@ -372,8 +375,9 @@ def _describe(run: Any, config: TrainConfig, manifest: Manifest) -> None:
             "training": (config.data.train, manifest.fingerprint),
             "validation": (config.data.validation, validation.fingerprint),
         },
-        cost=network_cost(config.model),
+        cost=cost,
     )
+    return cost
 
 
 def _export(config: TrainConfig, run: Any) -> None:

@@ -2,11 +2,14 @@
 
 import time
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distributed.speed import StepClock
 from measnet.losses import Losses
 from measnet.network import Restoration
 from shards.stream import Batch
@@ -19,6 +22,7 @@ class Meter:
         """Start at zero. `counts` is False for an idle rank: its work has no weight."""
         self._device, self._counts = device, counts
         self._usage: dict[str, Tensor] = {}
+        self.clock = StepClock(device)
         self.step_keys: list[str] = []
         self.step_digests: list[int] = []
         self.damage: list[str] = []
@@ -32,9 +36,14 @@ class Meter:
         self.wait_s = 0.0
         self.started = time.perf_counter()
 
-    def waited(self, seconds: float) -> None:
-        """Count time spent waiting for a batch."""
-        self.wait_s += seconds
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within it the rank waits for a batch; then it computes with it."""
+        self.clock.begin("data")
+        since = time.perf_counter()
+        yield
+        self.wait_s += time.perf_counter() - since
+        self.clock.begin("forward_backward")
 
     def add(self, losses: Losses, restoration: Restoration, batch: Batch) -> None:
         """Count one micro-batch on the device, without waiting for it."""

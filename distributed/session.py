@@ -37,6 +37,7 @@ from distributed.guard import (
     SpikeDetector,
     chain,
     describe_samples,
+    idle_experts,
     log_line,
     watch_unused,
 )
@@ -50,6 +51,7 @@ from distributed.sharded_state import (
     optimizer_state,
     weights,
 )
+from distributed.speed import Speed, flops_per_sample, timed
 from distributed.validation import agree_on_tiling, validate
 from measnet.config import from_dict, to_dict
 from measnet.hardware import card_of
@@ -141,6 +143,8 @@ class Session:
         self._mlflow_run_id = settings["tracking"].id or None
 
         self.meter = Meter(self.device, counts=not self._idle)
+        flops = flops_per_sample(settings["multiply_adds"], self.config.data.crop)
+        self._speed = Speed(flops, self.world, card)
         self._late = self.device.type == "cuda"
         self._exchange = Exchange(self.device, late=self._late)
         self._losses_before = [0.0] * Exchange.LOSSES
@@ -152,15 +156,13 @@ class Session:
         if self.rank == 0:
             self._writer = CheckpointWriter(self._folder, self.config.every.keep_checkpoints)
             first_s = RESUMED_S if found else None
-            own_card = self.device if self.device.type == "cuda" else None
-            self._tracker = Tracker(
-                self._local, settings["tracking"], first_s=first_s, card=own_card
-            )
+            own = self.device if card else None
+            self._tracker = Tracker(self._local, settings["tracking"], first_s=first_s, card=own)
         self._say_start(decisions._asdict(), found)
         driver = settings["driver_process"]
         environment, changes = record_environment(self.device, driver, self._folder)
         if changes:
-            self._note(f"resumed on other hardware: {', '.join(changes)}")
+            self.note(f"resumed on other hardware: {', '.join(changes)}")
         if self._tracker:
             kept = keep_environment(environment, self._local, self.samples)
             self._tracker.artifact(kept, "environment")  # with those of earlier starts
@@ -205,9 +207,8 @@ class Session:
         """Note what this rank does: wait for a batch, then compute with it."""
         while True:
             self._reporter.enter("data", self.step + 1)
-            waiting_since = time.perf_counter()
-            batch = next(batches, None)
-            self.meter.waited(time.perf_counter() - waiting_since)
+            with self.meter.waiting():
+                batch = next(batches, None)
             self._reporter.enter("step")
             if batch is None:
                 return
@@ -266,10 +267,10 @@ class Session:
         self._guard(step, sums)
         skipped = step.samples // self.config.recipe.global_batch - self.updates
         metrics = curve_point(step, sums, world=self.world, skipped=skipped)
+        metrics |= self._speed.after_step(metrics, step.marks, last=step.ends_point)
         self._reporter.update({"samples": step.samples, **metrics})
         if step.ends_point or self.stop_reason:
-            if self._tracker:
-                self._tracker.metrics(metrics, step.samples)
+            self.keep_metrics(metrics, step.samples)
             self._losses_before = [0.0] * Exchange.LOSSES
 
     @property
@@ -322,14 +323,14 @@ class Session:
         return self.samples // interval > before // interval
 
     def _agree_on_checkpoint(self) -> Checkpoint | None:
-        found = [newest_complete(self._folder, self._note) if self.rank == 0 else None]
+        found = [newest_complete(self._folder, self.note) if self.rank == 0 else None]
         dist.broadcast_object_list(found, src=0)
         return found[0]
 
     def _start_exchange(self, lr: float) -> None:
         meter, recipe = self.meter, self.config.recipe
         for what in meter.damage:
-            self._note(f"rank {self.rank}: replaced a corrupt sample: {what}", from_any_rank=True)
+            self.note(f"rank {self.rank}: replaced a corrupt sample: {what}", from_any_rank=True)
         damaged = len(meter.damage)
         keys, own = meter.end_step()
         digests = [0] * recipe.micro_batches
@@ -339,7 +340,7 @@ class Session:
         seen = meter.micro_batches * self._sharing * recipe.micro_batch
         seconds = time.perf_counter() - meter.started
         self._exchange.start(
-            Step(self.samples, lr, keys, ends_point, seen, seconds),
+            Step(self.samples, lr, keys, ends_point, seen, seconds, meter.clock.end_step()),
             meter.sums(),
             guarded_optimizer(self.engine).applied,
             wait_s=meter.wait_s,
@@ -373,9 +374,9 @@ class Session:
             unused = self._name_unused()
             self._name_unused = None
             if unused:
-                self._note(f"warning: no gradient ever reaches {describe_samples(unused)}")
+                self.note(f"warning: no gradient ever reaches {describe_samples(unused)}")
         if self._rates.falls_to_zero():
-            self._note(
+            self.note(
                 f"warning: the learning rate is 0 at {step.samples:,} samples, though the recipe "
                 f"asks for up to {self.config.recipe.lr:g} (recipe.lr) until its end"
             )
@@ -391,10 +392,10 @@ class Session:
         named = describe_samples([key for part in gathered for key in part])
         first = step.samples - self.config.recipe.global_batch
         if spike:
-            self._note(f"loss {loss:.4f} stands out at {step.samples:,} samples: {named}")
+            self.note(f"loss {loss:.4f} stands out at {step.samples:,} samples: {named}")
         if sums.updated:
             return
-        self._note(
+        self.note(
             f"update skipped on all ranks at {step.samples:,} samples, a gradient is not finite: "
             f"{named}"
         )
@@ -405,12 +406,12 @@ class Session:
         reason = f"{self.config.guard.skips_in_a_row} updates in a row were skipped"
         if self.rank == 0:
             first, behind = self._skips.pass_over(samples)
-            self._note(f"{reason}; going back, leaving out samples {first:,} to {behind:,}")
+            self.note(f"{reason}; going back, leaving out samples {first:,} to {behind:,}")
             time.sleep(1.0)  # until the line is on its way
         dist.barrier()
         raise GoBackError(f"{reason} up to {samples:,} samples (guard.skips_in_a_row)")
 
-    def _note(self, line: str, *, from_any_rank: bool = False) -> None:
+    def note(self, line: str, *, from_any_rank: bool = False) -> None:
         """Show a line, and keep it among the events that MLflow gets."""
         self._reporter.say(line, from_any_rank=from_any_rank)
         self._keep_event(line, from_any_rank=from_any_rank)
@@ -426,12 +427,18 @@ class Session:
         for name, decision in decisions.items():
             self._reporter.say(f"{name}: {decision.choice} ({decision.reason})")
         if found:
-            self._note(f"resumed from checkpoint {found.name}: {self.samples:,} samples")
+            self.note(f"resumed from checkpoint {found.name}: {self.samples:,} samples")
 
     def _averaged_weights(self) -> dict[str, Tensor]:
         with self.average.in_place():
             return weights(self.engine)
 
+    def keep_metrics(self, metrics: Mapping[str, float], samples: int) -> None:
+        """Record metrics after this many samples."""
+        if self._tracker:
+            self._tracker.metrics(metrics, samples)
+
+    @timed("speed/validate_s")
     def validate(self) -> None:
         """Restore held-out pictures with the averaged weights; each rank takes a part of them."""
         self._reporter.enter("validation")
@@ -451,9 +458,10 @@ class Session:
         self._best = mean if self._best is None else max(self._best, mean)
         self._validations.append((self.samples, mean))
         self._validation = {"at": self.samples, "psnr": mean, "report": report.as_dict()}
-        self._warn_of_idle_experts()
+        for warning in idle_experts(self.meter.take_usage()):
+            self.note(warning)
+        self.keep_metrics(report.metrics(), self.samples)
         if self._tracker:
-            self._tracker.metrics(report.metrics(), self.samples)
             folder = self._local / "validation" / f"{self.samples:012d}"
             write(report, grids, folder)
             self._tracker.artifact(folder, f"validation/{self.samples:012d}")
@@ -466,14 +474,7 @@ class Session:
         self._reporter.made_progress()
         return bool(self._reporter.stop_reason)
 
-    def _warn_of_idle_experts(self) -> None:
-        for library, usage in self.meter.take_usage().items():
-            if idle := [str(n) for n, chosen in enumerate(usage) if chosen == 0]:
-                self._note(
-                    f"warning: experts {', '.join(idle)} of {library} were not chosen once "
-                    "since the last validation"
-                )
-
+    @timed("speed/save_s")
     def save(self) -> None:
         """Take a snapshot, which is written while training goes on; a collective call."""
         self._reporter.enter("checkpoint")
@@ -495,6 +496,5 @@ class Session:
         snapshot = Snapshot(
             state, weights(self.engine), self._averaged_weights(), optimizer_state(self.engine)
         )
-
         if self._writer:
             self._writer.submit(snapshot)

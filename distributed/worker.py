@@ -7,6 +7,7 @@ import torch
 
 from distributed.engine import set_learning_rate
 from distributed.exchange import to_device
+from distributed.profiling import Profiling
 from distributed.schedule import learning_rate
 from distributed.session import Session
 from measnet.frequency import commit_statistics
@@ -27,6 +28,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """
     session = Session(settings)
     config, engine, device = session.config, session.engine, session.device
+    profiling = Profiling(config, session.rank, device, session.note)
     batches = session.batches()
     while not session.over:
         lr = learning_rate(config.recipe, session.samples)
@@ -41,11 +43,13 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
                 restoration = engine(degraded, generator=noise)
                 losses = restoration_loss(restoration, clean, config.recipe.balance_weight)
                 engine.backward(losses.total * session.loss_weight)
+            session.meter.clock.begin("update")
             engine.step()  # DeepSpeed updates the weights at the last micro-batch of the step
             session.meter.add(losses, restoration, batch)
         commit_statistics(engine.module, reduce=session.sum_statistics)
         session.count_step()  # the average of the weights follows
         session.report(lr)
+        profiling.after_step(last=session.over)
         if session.validation_is_due:
             session.validate()
         if session.checkpoint_is_due:

@@ -116,6 +116,7 @@ def test_no_file_is_too_long(room: str) -> None:
 
 PRIVATE = re.compile(
     r"ray\._private|ray\.[a-z0-9_.]*_internal|_hp_mapping|grad_position|__compatible_ops__"
+    r"|_record_memory_history|_dump_snapshot"
 )
 
 

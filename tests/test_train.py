@@ -108,6 +108,11 @@ def test_a_run_leaves_what_is_needed(finished: Path) -> None:
     curve = losses(run)
     assert list(curve) == list(range(4, 49, 4))
     assert all(0 < loss < 1 for loss in curve.values())
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    metrics = {name: value for r in records for name, value in r["metrics"].items()}
+    assert "speed/peak_share" not in metrics  # a CPU is in no table
+    for name in ("model_tflops", "forward_backward_s", "update_s", "validate_s", "save_s"):
+        assert metrics[f"speed/{name}"] > 0
     (worker,) = json.loads((run / "environment.json").read_text())["workers"]
     assert worker["ranks"] == [0] and worker["device"] == "cpu"
     assert len(list(finished.rglob("artifacts/environment/000000000000.json"))) == 1
@@ -149,10 +154,14 @@ def test_two_workers_learn_what_one_learns(
     finished: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(command(packed, "--scaling.workers", "2")) == 0
+    assert main(command(packed, "--scaling.workers", "2", "--profile", "2")) == 0
     one = losses(finished / "runs" / "demo")
     two = losses(tmp_path / "runs" / "demo")
     assert two == pytest.approx(one, rel=1e-4)
+    run = tmp_path / "runs" / "demo"
+    trace = json.loads((run / "profile" / "trace.json").read_text())
+    assert any("conv" in event.get("name", "") for event in trace["traceEvents"])
+    assert f"profile of 2 steps of rank 0: open {run}" in (run / "events.log").read_text()
 
 
 @pytest.mark.slow
