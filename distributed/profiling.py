@@ -1,6 +1,8 @@
 """Some steps of a run in detail: what the host and the GPU do when, and what takes the memory.
 
-python -m distributed.train local-4090 --profile 5
+    python -m distributed.train local-4090 --profile 5
+
+Rank 0 records them with torch's profiler and writes the files into the run's folder.
 """
 
 import tempfile
@@ -42,7 +44,7 @@ class Profiling:
         self._profile: profile | None = None
 
     def after_step(self, *, last: bool) -> None:
-        """Count an optimizer step; `last` ends the recording early, for the run ends with it."""
+        """Count an optimizer step; `last`: the run ends with it, and so does the recording."""
         self._done += 1
         if self._profile and (last or self._done == WARM_STEPS + self._steps):
             self._finish(self._profile)
@@ -65,7 +67,7 @@ class Profiling:
         return started
 
     def _finish(self, recorded: profile) -> None:
-        """Write the files; where that fails, say so and go on training."""
+        """Write the files; if that fails, say so and continue to train."""
         recorded.stop()
         shown = {TRACE: "https://ui.perfetto.dev"}
         with tempfile.TemporaryDirectory() as temporary:
