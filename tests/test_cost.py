@@ -1,7 +1,16 @@
 import pytest
 
 from distributed import cost
-from distributed.cost import MEASURED, Rate, amount, choose_rate, duration, main, worker_counts
+from distributed.cost import (
+    MEASURED,
+    Rate,
+    amount,
+    choose_rate,
+    duration,
+    main,
+    rows,
+    worker_counts,
+)
 from distributed.presets import PRESETS
 from measnet.hardware import Machine
 
@@ -27,8 +36,17 @@ def test_workers_on_one_machine_share_its_cores(capsys: pytest.CaptureFixture[st
     said = capsys.readouterr().out
     one, two = row(said, 1), row(said, 2)
     assert one[1:] == two[1:]
-    assert one[2].endswith("min") and float(one[4]) > 0
+    assert float(one[4]) > 0
     assert "share its cores" in said
+
+
+def test_a_short_run_costs_minutes_and_cents() -> None:
+    rate = Rate(10.0, 10.0, "as given", cpu=True)
+    minutes = "13.3 min"  # 8,000 samples
+    assert rows(PRESETS["demo"](), rate, 1.2) == [
+        ("1", "10.0", minutes, minutes, "0.27"),
+        ("2", "10.0", minutes, minutes, "0.27"),
+    ]
 
 
 def test_without_a_gpu_a_run_for_one_is_taken_from_a_measurement(
