@@ -20,7 +20,7 @@ test-slow: $(STAMP)
 test-gpu:
 	@test -x $(BIN)/python || python3 -c "import deepspeed, pytest, ray, torch" 2>/dev/null || $(MAKE) $(STAMP)
 	@python=$$(test -x $(BIN)/python && echo $(BIN)/python || echo python3); \
-	$$python -m pytest -q -m gpu --durations=5 tests/gpu tests/test_official.py
+	$$python -m pytest -q -m gpu --durations=5 tests/gpu tests/test_official.py tests/test_profiling.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
