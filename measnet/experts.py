@@ -266,7 +266,8 @@ class PixelExperts(nn.Module):
     def _routed(self, features: Tensor, probability_bn: Tensor, counts_bn: Tensor) -> Routed:
         """With the balance loss: S and S̃ of Eq. 4 and 5 are sums over each picture's pixels."""
         balance_b = squared_variation(probability_bn) + squared_variation(counts_bn)
-        shares_bn = counts_bn / features.shape[1:3].numel()
+        _, height, width, _ = features.shape
+        shares_bn = counts_bn / (height * width)
         return Routed(features, balance_b.mean(), shares_bn)
 
 
