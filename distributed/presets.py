@@ -59,9 +59,9 @@ def demo() -> TrainConfig:
 def local_4090() -> TrainConfig:
     """The paper's network and three-task recipe on one RTX 4090, bf16, by accumulation.
 
-    Command: `python -m distributed.train local-4090`. Micro-batches of 8, for which 24 GiB hold
-    room: `python -m measnet.complexity paper --memory 24GiB` predicts that 14 fit. Hours and
-    result: not measured yet; `python -m distributed.cost local-4090` says the hours on your card.
+    Command: `python -m distributed.train local-4090`. Micro-batches of 8; more fit:
+    `python -m measnet.complexity paper --memory 24GiB` predicts how many. Hours and result: not
+    measured yet; `python -m distributed.cost local-4090` says the hours on your card.
     """
     config = paper_3task()
     recipe = dataclasses.replace(config.recipe, micro_batch=8)
