@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed import engine as engines
 from distributed import sharded_state
@@ -223,6 +224,36 @@ def test_a_gpu_clips_skips_and_averages_as_a_cpu_does() -> None:
         results.append([*network.parameters(), *average._average])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+class _Reads(TorchDispatchMode):
+    """Counts numbers that the host reads from tensors; on a GPU it waits for each of them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func._schema.name in ("aten::_local_scalar_dense", "aten::is_nonzero")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("fused", "expected"), [(True, 0), (False, 1)])
+def test_the_host_reads_nothing_to_clip_and_skip_on_the_device(fused: bool, expected: int) -> None:
+    """`meta` has no fused Adam, so the reads are counted on a CPU."""
+    network = _network()
+    adam = engines.GuardedAdam(
+        network.parameters(), lr=1e-2, fused=fused, clip=0.05 * fused, equal=True
+    )
+    average = WeightAverage(SimpleNamespace(module=network), 0.9)
+    for scale in (1.0, float("nan")):  # an update, and one that is skipped
+        adam.zero_grad()
+        (network(scale * torch.ones(2, 7)) ** 2).mean().backward()
+        with _Reads() as reads:
+            adam.step()
+            if fused:
+                average.update_on_device(adam)
+        # Adam for CPUs also reads the step of each updated weight; they are numbers of the host.
+        own = reads.count if fused or scale != scale else reads.count - len(list(adam.state))
+        assert own == expected
 
 
 def test_clipping_is_left_to_the_fused_optimizer_on_a_gpu_alone() -> None:
