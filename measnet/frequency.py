@@ -81,8 +81,12 @@ class KernelNorm(nn.Module):
             self.fold()
 
     def fold(self) -> None:
-        """Move the running statistics towards the collected moments, and reset those."""
-        count, total, squares = self.moments
+        """Move the running statistics towards the collected moments, and reset those.
+
+        Moments that are not finite change nothing: the update of the weights is skipped then, but
+        a NaN here would stay for good.
+        """
+        count, total, squares = torch.where(self.moments.isfinite().all(), self.moments, 0.0)
         mean = total / count.clamp_min(1)
         several = (squares - total * mean).clamp_min(0) / (count - 1).clamp_min(1)
         one = (mean - self.running_mean).square()

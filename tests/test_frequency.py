@@ -131,6 +131,23 @@ def test_a_commit_without_pictures_moves_nothing() -> None:
     commit_statistics(nn.Linear(2, 2))  # an ablation without frequency decomposition
 
 
+@pytest.mark.parametrize("defer", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_picture_that_is_not_finite_leaves_the_statistics(value: float, defer: bool) -> None:
+    """Its step is skipped; in the statistics it would stay, and spoil all restored pictures."""
+    norm = KernelNorm(8).train()
+    good, bad = torch.randn(4, 8), torch.randn(4, 8)
+    bad[1, 2] = value
+    norm(good, defer=False)
+    before = norm.running_mean.clone(), norm.running_var.clone()
+    norm(bad, defer=defer)
+    commit_statistics(norm)
+    assert torch.equal(norm.running_mean, before[0]) and torch.equal(norm.running_var, before[1])
+    norm(good, defer=defer)
+    commit_statistics(norm)
+    assert norm.running_mean.isfinite().all() and not torch.equal(norm.running_mean, before[0])
+
+
 def test_statistics_stay_exact_in_a_half_precision_model() -> None:
     norm = KernelNorm(4)
     norm(torch.randn(3, 4), False)
