@@ -126,3 +126,26 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Upload:
+    """Copies micro-batches to the device, beside the work that still runs there.
+
+    The host is ahead of a GPU, so the copy of the next micro-batch ends before its pass begins.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """On a GPU copies get a stream of their own."""
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """What is started after this sees the whole copy; a CPU's tensor is given back."""
+        if self._stream is None:
+            return to_device(tensor, self._device)
+        with torch.cuda.stream(self._stream):
+            copied = to_device(tensor, self._device)
+        user = torch.cuda.current_stream(self._device)
+        user.wait_stream(self._stream)
+        copied.record_stream(user)  # else its memory could be taken while `user` still reads it
+        return copied

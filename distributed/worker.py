@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from distributed.engine import set_learning_rate
-from distributed.exchange import to_device
+from distributed.exchange import Upload
 from distributed.profiling import Profiling
 from distributed.schedule import learning_rate
 from distributed.session import Session
@@ -29,13 +29,14 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     session = Session(settings)
     config, engine, device = session.config, session.engine, session.device
     profiling = Profiling(config, session.rank, device, session.note)
+    upload = Upload(device)
     batches = session.batches()
     while not session.over:
         lr = learning_rate(config.recipe, session.samples)
         set_learning_rate(engine, lr)
         for micro_batch in session.micro_batches:
             batch = next(batches)
-            degraded, clean = (to_device(one, device) for one in (batch.degraded, batch.clean))
+            degraded, clean = upload(batch.degraded), upload(batch.clean)
             if session.graph is not None:  # the same three lines as one CUDA graph
                 losses, restoration = session.graph(degraded, clean)
             else:

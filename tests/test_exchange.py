@@ -2,7 +2,7 @@
 
 import torch
 
-from distributed.exchange import Exchange, Step, StepSums, curve_point
+from distributed.exchange import Exchange, Step, StepSums, Upload, curve_point
 from tests.ranks import run_ranks
 
 
@@ -54,3 +54,8 @@ def test_a_point_where_all_updates_were_skipped_has_no_loss() -> None:
     assert point["train/loss"] != point["train/loss"]
     assert point["speed/samples_per_s"] == 4.0
     assert point["speed/data_wait"] == 0.125
+
+
+def test_a_cpu_computes_with_the_batch_itself() -> None:
+    batch = torch.rand(2, 3)
+    assert Upload(torch.device("cpu"))(batch) is batch

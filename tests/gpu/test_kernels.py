@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from distributed import graphs
+from distributed.exchange import Upload
 from measnet import config as configs
 from measnet.config import replace_dotted
 from measnet.losses import restoration_loss
@@ -146,3 +147,22 @@ def test_a_run_with_graphs_trains_as_one_without(
     figure("weights_with_graphs_from_without", between)
     assert ends["auto"]["consumed"] == ends["off"]["consumed"]
     assert between < 1e-3
+
+
+def test_micro_batches_are_copied_while_the_card_computes(gpu: torch.device) -> None:
+    if gpu.type != "cuda":
+        pytest.skip("needs a card")
+    upload = Upload(gpu)
+    factor = torch.rand(4096, 4096, device=gpu)
+    sums = []
+    for number in range(20):
+        for _ in range(10):
+            torch.mm(factor, factor)
+        copied = upload(torch.full((8, 3, 128, 128), float(number)))
+        sums.append(copied.double().sum())
+        del copied
+    assert upload._stream is not None
+    upload._stream.synchronize()
+    busy = not torch.cuda.current_stream(gpu).query()
+    assert busy, "the last copy waited for the products before it"
+    assert torch.stack(sums).tolist() == [number * 8 * 3 * 128 * 128 for number in range(20)]
