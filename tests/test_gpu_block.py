@@ -126,6 +126,10 @@ def test_which_work_the_kernels_take() -> None:
         assert not gpu_library.fits(x[..., :40], weight)  # not a multiple of 16
         assert not gpu_library.fits(x, weight, heads=2)  # 24 channels a head
         assert not gpu_library.fits(torch.randn(1, 2, 2, 2048), weight)
+        wide = torch.randn(1, 2, 2, 256)
+        assert gpu_library.fits(wide, weight)
+        assert gpu_library.fits(wide, weight, heads=2)
+        assert not gpu_library.fits(wide, weight, heads=1)  # too wide for one head
         assert not gpu_library.fits(x[:0], weight)
         with torch_only():
             assert not gpu_library.fits(x, weight)

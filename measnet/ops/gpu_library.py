@@ -119,23 +119,23 @@ def counting() -> Iterator[list[Launch]]:
         _launches = before
 
 
-def fits(x: Tensor, *weights: Tensor | None, channels: int | None = None, heads: int = 1) -> bool:
+def fits(x: Tensor, *weights: Tensor | None, heads: int | None = None) -> bool:
     """Whether the Triton kernels compute this; asked first for what is quick to know.
 
     Args:
         x: the features, channels last.
         weights: parameters that take part; None is one that is not there.
-        channels: of the features, if not the last dimension of `x`.
-        heads: they split the channels.
+        heads: of an attention, which split the channels; None where there is none.
     """
-    channels = x.shape[-1] if channels is None else channels
+    channels = x.shape[-1]
+    head = channels // (heads or 1)
     return (
         acceleration_allowed()
         and x.device.type in ("cuda", _stand_in)
         and x.dtype in (torch.float32, torch.bfloat16)
-        and channels % (heads * MULTIPLE) == 0
+        and channels % ((heads or 1) * MULTIPLE) == 0
         and channels <= WIDEST
-        and (heads == 1 or channels // heads <= WIDEST_HEAD)
+        and (heads is None or head <= WIDEST_HEAD)
         and x.numel() > 0
         and feature_dtype(x) in (torch.float32, torch.bfloat16)
         and all(_is_complete(weight) for weight in weights if weight is not None)

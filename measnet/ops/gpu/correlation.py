@@ -23,9 +23,6 @@ from measnet.ops.gpu.depthwise import (
 )
 from measnet.ops.gpu_library import ceil_div, launch, power_of_two, products
 
-EPSILON = 1e-12
-"""The least norm that a query or key is divided by."""
-
 
 class Correlation(NamedTuple):
     """Sums over all pixels of each picture, fp32."""
@@ -112,7 +109,7 @@ def _attend(gram, squares, temperature, at, picture, head, own, C, HEAD: tl.cons
         gram + at * HEAD * HEAD + own[:, None] * HEAD + own[None, :], mask=both, other=0.0
     )
     address = squares + picture * 2 * C + head * HEAD + own
-    least = 1e-24
+    least = 1e-24  # the square of measnet.ops.attention.EPSILON
     q_norm = tl.sqrt(tl.maximum(tl.load(address, mask=known, other=1.0), least))
     k_norm = tl.sqrt(tl.maximum(tl.load(address + C, mask=known, other=1.0), least))
     cosine = product / q_norm[:, None] / k_norm[None, :]
