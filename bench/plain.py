@@ -289,4 +289,4 @@ def forward(model: MEASNet, image: Tensor, generator=None) -> Restoration:
         total = torch.stack(balances).sum()
         if model.config.variant == "paper":
             total = total / len(balances)
-    return Restoration(conv3x3(x, model.output.weight) + image, total, routing)
+    return Restoration(conv3x3(x, model.output.weight) + image, total, routing, torch.zeros(()))

@@ -59,6 +59,9 @@ class MicroBatchGraph:
         self._network: MEASNet = engine.module
         self._bf16, self._balance_weight, self._loss_weight = bf16, balance_weight, loss_weight
         device = next(self._network.parameters()).device
+        # Noise must be drawn anew in each replay, so the capture has to know its source.
+        noisy = self._network.config.variant == "official"
+        self._noise = torch.Generator(device) if noisy else None
         shape = (micro_batch, 3, crop, crop)
         self._degraded, self._clean = (torch.rand(shape, device=device) for _ in range(2))
         named = [(n, p) for n, p in self._network.named_parameters() if p.requires_grad]
@@ -68,8 +71,9 @@ class MicroBatchGraph:
         try:
             used = self._warm_up(device)
             expected = self._norm()
-            self._replay, self._results = capture(self._pass)
+            self._replay, self._results = capture(self._pass, self._noise)
             self._start_at_zero()
+            self._draw(WARM_UP)
             self._replay()
             found = self._norm()
         except RuntimeError as error:  # also torch's errors of a device
@@ -83,17 +87,21 @@ class MicroBatchGraph:
         self.unused = [name for i, (name, _) in enumerate(named) if i not in used]
         """Parameters that get no gradient."""
 
-    def __call__(self, degraded: Tensor, clean: Tensor) -> tuple[Losses, Restoration]:
+    def __call__(
+        self, degraded: Tensor, clean: Tensor, noise_seed: int = 0
+    ) -> tuple[Losses, Restoration]:
         """Add the gradients of a micro-batch; the results hold until the next call.
 
         Args:
             degraded: (m, 3, c, c) on the device, as many and as large as in the capture.
             clean: the same.
+            noise_seed: of the gates' noise in this micro-batch.
         """
         if self._parameters[0].grad is None:  # DeepSpeed drops the gradients after an update
             self._start_at_zero()
         self._degraded.copy_(degraded)
         self._clean.copy_(clean)
+        self._draw(noise_seed)
         self._replay()
         if dist.get_world_size() > 1:
             self._engine.allreduce_gradients()  # at the last micro-batch of a step
@@ -103,7 +111,7 @@ class MicroBatchGraph:
         device = self._degraded.device.type
         # Weights must be cast in each replay, so none is taken from autocast's cache.
         with torch.autocast(device, torch.bfloat16, enabled=self._bf16, cache_enabled=False):
-            restoration = self._network(self._degraded)
+            restoration = self._network(self._degraded, generator=self._noise)
         losses = restoration_loss(restoration, self._clean, self._balance_weight)
         loss = losses.total * self._loss_weight
         gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
@@ -119,8 +127,14 @@ class MicroBatchGraph:
         with side_stream(device):
             for _ in range(WARM_UP):
                 torch._foreach_zero_(self._gradients)
+                self._draw(WARM_UP)
                 self._pass()
         return self._used
+
+    def _draw(self, seed: int) -> None:
+        """The next pass draws the noise of this seed."""
+        if self._noise is not None:
+            self._noise.manual_seed(seed)
 
     def _start_at_zero(self) -> None:
         torch._foreach_zero_(self._gradients)
@@ -152,10 +166,17 @@ def side_stream(device: torch.device) -> Iterator[None]:
     torch.cuda.current_stream(device).wait_stream(stream)
 
 
-def capture(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+def capture(
+    function: Callable[[], Any], noise: torch.Generator | None = None
+) -> tuple[Callable[[], None], Any]:
     """Run nothing now; what starts `function`'s kernels once more, and its results, which each
-    start writes anew."""
+    start writes anew.
+
+    `noise`: the source of its random numbers; a start goes on from the source's state.
+    """
     graph = torch.cuda.CUDAGraph()
+    if noise is not None:
+        graph.register_generator_state(noise)
     with torch.cuda.graph(graph):
         results = function()
     return graph.replay, results

@@ -10,8 +10,9 @@ from distributed.exchange import Upload
 from distributed.profiling import Profiling
 from distributed.schedule import learning_rate
 from distributed.session import Session
-from measnet.frequency import commit_statistics
 from measnet.losses import restoration_loss
+from measnet.selection import fade_noise
+from measnet.statistics import commit_statistics
 
 
 def gate_noise(seed: int, step: int, micro_batch: int, device: torch.device) -> torch.Generator:
@@ -34,13 +35,15 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     while not session.over:
         lr = learning_rate(config.recipe, session.samples)
         set_learning_rate(engine, lr)
+        if config.model.routing.noise:
+            fade_noise(engine.module, session.samples / config.recipe.samples)
         for micro_batch in session.micro_batches:
             batch = next(batches)
             degraded, clean = upload(batch.degraded), upload(batch.clean)
+            noise = gate_noise(config.seed, session.step, micro_batch, device)
             if session.graph is not None:  # the same three lines as one CUDA graph
-                losses, restoration = session.graph(degraded, clean)
+                losses, restoration = session.graph(degraded, clean, noise.initial_seed())
             else:
-                noise = gate_noise(config.seed, session.step, micro_batch, device)
                 restoration = engine(degraded, generator=noise)
                 losses = restoration_loss(restoration, clean, config.recipe.balance_weight)
                 engine.backward(losses.total * session.loss_weight)

@@ -14,6 +14,55 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoutingConfig:
+    """How experts are chosen and balanced; all defaults are the paper's. Variant `paper` only."""
+
+    temperature: float = 1.0
+    """The gates' logits are divided by this before their softmax."""
+    prompt_temperature: float = 1.0
+    """The same for the weights of the basic prompts (Eq. 1)."""
+    renormalise: bool = False
+    """Divide the gates of the chosen K by their sum, so that they add up to 1."""
+    noise: float = 0.0
+    """Standard deviation of normal noise that is added to the logits for choosing, in training."""
+    noise_until: float = 0.5
+    """Share of the run after which the noise has faded, linearly, to 0."""
+    level_weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Weights of the balance loss of the per-pixel libraries at levels 1 to 3, times lambda."""
+    balance_over: Literal["picture", "batch"] = "picture"
+    """`picture`: each picture uses all experts alike (Eq. 6); `batch`: the global batch does, and
+    tasks may differ."""
+    picture_weight: float = 0.0
+    """Weight of the balance loss of the per-picture libraries over the global batch, times
+    lambda."""
+    bias_rate: float = 0.0
+    """How far each step moves a bias on the logits, which changes the choice but not the gates,
+    towards equal use; 0: no bias (arXiv 2408.15664)."""
+    z_loss: float = 0.0
+    """Weight of the squared logsumexp of the logits, which keeps them small; not times lambda."""
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        for name in ("temperature", "prompt_temperature", "noise_until"):
+            if getattr(self, name) <= 0:
+                raise ValueError(
+                    f"model.routing.{name} is {getattr(self, name)}, but must be above 0"
+                )
+        for name in ("noise", "picture_weight", "bias_rate", "z_loss"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"model.routing.{name} is {getattr(self, name)}, but must not be negative"
+                )
+        if min(self.level_weights) < 0:
+            raise ValueError(
+                f"model.routing.level_weights is {self.level_weights}; none may be negative"
+            )
+
+
+PAPER_ROUTING = RoutingConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Architecture of MEASNet; equation numbers are those of the paper."""
 
@@ -51,6 +100,8 @@ class ModelConfig:
     """Per-picture expert ensemble (Eq. 9-10); off in the ablation of Table VI."""
     expert_path: Literal["auto", "dense", "sorted"] = "auto"
     """How experts are computed: all N masked, or only the K chosen. The result is the same."""
+    routing: RoutingConfig = PAPER_ROUTING
+    """How experts are chosen and balanced."""
 
     @property
     def widths(self) -> tuple[int, int, int, int]:
@@ -95,6 +146,11 @@ class ModelConfig:
         if self.variant == "official" and not (self.tspg and self.mese and self.fd and self.mee):
             raise ValueError(
                 "model.variant official has no ablation switches: leave tspg, mese, fd and mee on"
+            )
+        if self.variant == "official" and self.routing != PAPER_ROUTING:
+            raise ValueError(
+                "model.variant official chooses its experts in its own way: leave model.routing as "
+                "it is, or set model.variant paper"
             )
 
 

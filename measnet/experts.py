@@ -1,4 +1,4 @@
-"""Per-pixel expert selection: gates, banks, ensemble and balance (Eq. 2-6).
+"""Per-pixel expert selection: gates, banks, ensemble (Eq. 2-6).
 
 Legend: `b` pictures, `p` pixels of all pictures, `n` experts, `k` chosen experts, `c` channels, `h`
 hidden.
@@ -13,14 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from measnet.autocast import autocast_off
+from measnet.config import PAPER_ROUTING, RoutingConfig
 from measnet.ops import gpu_library
 from measnet.ops.convolution import pointwise, preferred_padding
+from measnet.selection import Selector
 from measnet.transformer import weight
 
 ExpertPath = Literal["auto", "dense", "sorted"]
-BALANCE_EPSILON = 1e-10
 CHUNK = 2**15
 """Pixels for which the hidden channels of all N experts are held at once, without gradients."""
+
+
+class Use(NamedTuple):
+    """How a library was used in one forward pass."""
+
+    balance: Tensor | None
+    """() fp32, the balance loss of this library; None where it has none."""
+    shares: Tensor
+    """(B, N) fp32, detached: share of the picture's pixels that chose expert n; rows sum to K."""
+    z_loss: Tensor | None = None
+    """() fp32, weighted; None where it is switched off."""
 
 
 class Routed(NamedTuple):
@@ -28,10 +40,17 @@ class Routed(NamedTuple):
 
     features: Tensor
     """(B, H, W, C)."""
-    balance: Tensor
-    """() fp32, the balance loss of this library."""
-    shares: Tensor
-    """(B, N) fp32, detached: share of the picture's pixels that chose expert n; rows sum to K."""
+    use: Use
+
+    @property
+    def balance(self) -> Tensor:
+        """() fp32; zeros where the library has none."""
+        return self.features.new_zeros(()) if self.use.balance is None else self.use.balance
+
+    @property
+    def shares(self) -> Tensor:
+        """See `Use`."""
+        return self.use.shares
 
 
 def resolve_path(path: ExpertPath, experts: int, top_k: int, device: torch.device) -> str:
@@ -65,11 +84,6 @@ def in_chunks(experts: Callable[..., Tensor], *pixels: Tensor) -> Tensor:
         return experts(*pixels)
     parts = zip(*(one.split(CHUNK) for one in pixels), strict=True)
     return torch.cat([experts(*part) for part in parts])
-
-
-def squared_variation(load: Tensor) -> Tensor:
-    """Squared coefficient of variation σ²/(μ² + ε) over the last dimension, the experts (Eq. 6)."""
-    return load.var(-1, correction=0) / (load.mean(-1).square() + BALANCE_EPSILON)
 
 
 class ExpertBank(nn.Module):
@@ -229,29 +243,40 @@ class PixelExperts(nn.Module):
         expansion: float,
         prompt_length: int | None,
         path: ExpertPath,
+        routing: RoutingConfig = PAPER_ROUTING,
     ) -> None:
         """`experts` is N, `top_k` K; an expert has int(channels · expansion) hidden channels."""
         super().__init__()
         self.experts, self.top_k, self.path = experts, top_k, path
+        over_batch = routing.balance_over == "batch"
+        self.select = Selector(experts, top_k, routing, over_batch=over_batch)
         self.gate = PromptGate(channels, experts, prompt_length)
         self.bank = ExpertBank(experts, channels, int(channels * expansion))
 
     def forward(
         self, x_bhwc: Tensor, prompt_bm: Tensor | None, generator: torch.Generator | None = None
     ) -> Routed:
-        """(B, H, W, C) and prompts (B, M) -> features plus experts; `generator` is unused."""
+        """(B, H, W, C) and prompts (B, M) -> features plus experts.
+
+        `generator` draws the noise of the gates, if `RoutingConfig.noise` asks for it.
+        """
         bank, gate = self.bank, self.gate.weight
         weights = (gate, bank.weight_in, bank.bias_in, bank.weight_out, bank.bias_out)
-        if gpu_library.fits_experts(x_bhwc, self.experts, *weights):
+        on_gpu = gpu_library.fits_experts(x_bhwc, self.experts, *weights)
+        if on_gpu and self.select.plain:
             return self._on_gpu(x_bhwc, prompt_bm)
-        probability_bpn = torch.softmax(self.gate(x_bhwc, prompt_bm).flatten(1, 2), dim=-1)  # W
-        gate_bpk, index_bpk = probability_bpn.topk(self.top_k, dim=-1)
-        path = resolve_path(self.path, self.experts, self.top_k, x_bhwc.device)
-        x_pc = x_bhwc.flatten(0, 2)
-        out_pc = self.bank(x_pc, gate_bpk.flatten(0, 1), index_bpk.flatten(0, 1), path)
-        counts_bn = count_choices(index_bpk, self.experts)
-        features = x_bhwc + out_pc.view(x_bhwc.shape)
-        return self._routed(features, probability_bpn.sum(1), counts_bn)
+        logits_bhwn = self.gate(x_bhwc, prompt_bm)
+        choice = self.select(logits_bhwn, generator)
+        gate_pk, index_pk = choice.gate.flatten(0, 2), choice.chosen.flatten(0, 2)
+        if on_gpu:
+            features = bank.fused(x_bhwc, scatter_gates(gate_pk, index_pk, self.experts), x_bhwc)
+        else:
+            path = resolve_path(self.path, self.experts, self.top_k, x_bhwc.device)
+            out_pc = bank(x_bhwc.flatten(0, 2), gate_pk, index_pk, path)
+            features = x_bhwc + out_pc.view(x_bhwc.shape)
+        counts_bn = count_choices(choice.chosen.flatten(1, 2), self.experts)
+        probability_bn = choice.probability.flatten(1, 2).sum(1)  # of W, the softmax of Eq. 2
+        return self._routed(features, probability_bn, counts_bn, self.select.z_loss(logits_bhwn))
 
     def _on_gpu(self, x_bhwc: Tensor, prompt_bm: Tensor | None) -> Routed:
         """The same by two kernels: the gates of all pixels, and all their experts."""
@@ -263,12 +288,17 @@ class PixelExperts(nn.Module):
         features = self.bank.fused(x_bhwc, gate_pn, x_bhwc)
         return self._routed(features, probability_bn, counts_bn)
 
-    def _routed(self, features: Tensor, probability_bn: Tensor, counts_bn: Tensor) -> Routed:
+    def _routed(
+        self,
+        features: Tensor,
+        probability_bn: Tensor,
+        counts_bn: Tensor,
+        z_loss: Tensor | None = None,
+    ) -> Routed:
         """With the balance loss: S and S̃ of Eq. 4 and 5 are sums over each picture's pixels."""
-        balance_b = squared_variation(probability_bn) + squared_variation(counts_bn)
         _, height, width, _ = features.shape
-        shares_bn = counts_bn / (height * width)
-        return Routed(features, balance_b.mean(), shares_bn)
+        balance = self.select.balance(probability_bn, counts_bn, height * width)
+        return Routed(features, Use(balance, counts_bn / (height * width), z_loss))
 
 
 def count_choices(index_bpk: Tensor, experts: int) -> Tensor:

@@ -1,19 +1,20 @@
 """The decoder's part: frequency decomposition and the per-picture expert ensemble (Eq. 7-10)."""
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from measnet.autocast import autocast_off
-from measnet.experts import ExpertPath, resolve_path, scatter_gates
+from measnet.config import PAPER_ROUTING, RoutingConfig
+from measnet.experts import ExpertPath, Routed, Use, resolve_path, scatter_gates
 from measnet.ops import gpu_library
 from measnet.ops.convolution import convolve, pointwise
 from measnet.ops.low_pass import low_pass
 from measnet.ops.normalization import layer_norm
+from measnet.selection import Choice, Selector
+from measnet.statistics import StepStatistics
 from measnet.transformer import Merge, weight
 
 GROUPS = 8
@@ -24,7 +25,7 @@ MOMENTUM = 0.1
 NORM_EPSILON = 1e-5
 
 
-class KernelNorm(nn.Module):
+class KernelNorm(StepStatistics):
     """Batch norm over pictures, one value per channel, that also trains with a single picture.
 
     At inference: (x − running mean) / √(running variance + ε) · weight + bias. In training it
@@ -39,7 +40,6 @@ class KernelNorm(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
-    moments: Tensor
 
     def __init__(self, channels: int) -> None:
         """`channels` values are normalised, each independently."""
@@ -48,20 +48,7 @@ class KernelNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
-        # Count, sum and sum of squares of the pictures since the last commit.
-        moments = torch.zeros(3, channels, dtype=torch.float64)
-        self.register_buffer("moments", moments, persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KernelNorm":
-        """Move with the model, but keep the types of the statistics when the model is cast."""
-        exact = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, value in exact.items():
-            moved = self._buffers[name]
-            assert value is not None and moved is not None
-            if moved.dtype != value.dtype:
-                self._buffers[name] = value.to(moved.device)
-        return self
+        self.collect(3, channels)  # count, sum and sum of squares of the pictures
 
     def forward(self, x_bc: Tensor, defer: bool) -> Tensor:
         """(B, channels) fp32 -> same; `defer`: the statistics wait for `commit_statistics`."""
@@ -81,42 +68,14 @@ class KernelNorm(nn.Module):
             self.fold()
 
     def fold(self) -> None:
-        """Move the running statistics towards the collected moments, and reset those.
-
-        Moments that are not finite change nothing: the update of the weights is skipped then, but
-        a NaN here would stay for good.
-        """
-        count, total, squares = torch.where(self.moments.isfinite().all(), self.moments, 0.0)
+        """Move the running statistics towards the collected moments."""
+        count, total, squares = self.taken()
         mean = total / count.clamp_min(1)
         several = (squares - total * mean).clamp_min(0) / (count - 1).clamp_min(1)
         one = (mean - self.running_mean).square()
         step = MOMENTUM * (count > 0)  # no pictures: no change
         self.running_var.lerp_(torch.where(count > 1, several, one).float(), step.float())
         self.running_mean.lerp_(mean.float(), step.float())
-        self.moments.zero_()
-
-
-def commit_statistics(model: nn.Module, reduce: Callable[[Tensor], Any] | None = None) -> None:
-    """Update the running statistics by all deferred forwards; call it once per optimizer step.
-
-    Args:
-        model: holds `FrequencySplit` blocks whose forwards ran with deferred statistics.
-        reduce: sums its argument, one flat float64 tensor, in place over the ranks
-            (`dist.all_reduce`). So all ranks have the same running statistics, which do not depend
-            on how the pictures were shared.
-    """
-    norms = [module for module in model.modules() if isinstance(module, KernelNorm)]
-    if not norms:
-        return
-    if reduce is not None:
-        flat = torch.cat([norm.moments.flatten() for norm in norms])
-        reduce(flat)
-        for norm, summed in zip(
-            norms, flat.split([norm.moments.numel() for norm in norms]), strict=True
-        ):
-            norm.moments.copy_(summed.view_as(norm.moments))
-    for norm in norms:
-        norm.fold()
 
 
 class FrequencySplit(nn.Module):
@@ -148,10 +107,20 @@ class PictureExperts(nn.Module):
     from 0) with GELU, so the first is the cheapest and the last is as wide as the features.
     """
 
-    def __init__(self, channels: int, *, experts: int, top_k: int, path: ExpertPath) -> None:
+    def __init__(
+        self,
+        channels: int,
+        *,
+        experts: int,
+        top_k: int,
+        path: ExpertPath,
+        routing: RoutingConfig = PAPER_ROUTING,
+    ) -> None:
         """`experts` is N, `top_k` K."""
         super().__init__()
         self.top_k, self.path = top_k, path
+        balanced = routing.picture_weight > 0
+        self.select = Selector(experts, top_k, routing, over_batch=balanced)
         self.norm = nn.LayerNorm(channels)
         self.depthwise = weight(channels, 1, 3, 3, fan_in=9)
         self.project = weight(channels, channels, fan_in=channels)
@@ -165,34 +134,37 @@ class PictureExperts(nn.Module):
         self.weight_out = weight(channels, hidden, fan_in=max(1, hidden // experts))
         self.bias_out = weight(experts, channels, fan_in=channels)
 
-    def forward(self, x_bhwc: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_bhwc: Tensor, generator: torch.Generator | None = None) -> Routed:
         """(B, H, W, C) -> input plus experts, and the choice as (B, N) zeros and ones."""
         normal = layer_norm(x_bhwc, self.norm)
         depth = convolve(normal, self.depthwise, groups=len(self.depthwise))  # F^d
-        gate_bk, index_bk = self._choose(depth)
+        logits_bn, (gate_bk, index_bk, probability_bn) = self._choose(depth, generator)
         mixed = pointwise(depth, self.project) * (depth + 1)  # F^pd = F^p ⊙ F^d + F^p
         gate_bn = scatter_gates(gate_bk, index_bk, len(self.widths))
         chosen_bn = scatter_gates(torch.ones_like(gate_bk).detach(), index_bk, len(self.widths))
+        balance = self.select.balance(probability_bn, chosen_bn, 1) if self.select.tracks else None
+        use = Use(balance, chosen_bn, self.select.z_loss(logits_bn))
         weights = (self.weight_in, self.bias_in, self.weight_out, self.bias_out)
         if gpu_library.fits_experts(mixed, len(self.widths), *weights):
             from measnet.ops.gpu.experts import mixture
 
             into, bias_in, back, bias_out = weights
             given = (mixed, gate_bn, x_bhwc, tuple(self.widths))
-            return mixture(*given, into, bias_in, back.t(), bias_out), chosen_bn
+            return Routed(mixture(*given, into, bias_in, back.t(), bias_out), use)
         path = resolve_path(self.path, len(self.widths), self.top_k, x_bhwc.device)
         if path == "sorted":
             out = self._chosen(mixed, gate_bn, index_bk)
         else:
             out = self._dense(mixed, gate_bn)
-        return x_bhwc + out, chosen_bn
+        return Routed(x_bhwc + out, use)
 
-    def _choose(self, depth_bhwc: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(
+        self, depth_bhwc: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Choice]:
         with autocast_off(depth_bhwc):
             pooled_bc = depth_bhwc.mean((1, 2), dtype=torch.float32)
             logits = F.linear(pooled_bc, self.gate.float(), self.gate_bias.float())
-            gate_bk, index_bk = torch.softmax(logits, dim=-1).topk(self.top_k, dim=-1)
-        return gate_bk, index_bk
+            return logits, self.select(logits, generator)
 
     def _dense(self, x_bhwc: Tensor, gate_bn: Tensor) -> Tensor:
         """All experts as one MLP, whose hidden channels are weighted by their expert's gate."""
@@ -230,7 +202,15 @@ class FrequencyExperts(nn.Module):
     """
 
     def __init__(
-        self, channels: int, *, experts: int, top_k: int, path: ExpertPath, fd: bool, mee: bool
+        self,
+        channels: int,
+        *,
+        experts: int,
+        top_k: int,
+        path: ExpertPath,
+        fd: bool,
+        mee: bool,
+        routing: RoutingConfig = PAPER_ROUTING,
     ) -> None:
         """`fd`, `mee`: the switches of the ablation."""
         super().__init__()
@@ -238,20 +218,24 @@ class FrequencyExperts(nn.Module):
         names = ("high", "low") if fd else ("all",)
         self.experts = nn.ModuleDict(
             {
-                name: PictureExperts(channels, experts=experts, top_k=top_k, path=path)
+                name: PictureExperts(
+                    channels, experts=experts, top_k=top_k, path=path, routing=routing
+                )
                 for name in (names if mee else ())
             }
         )
         self.merge = Merge(channels, channels) if fd else None
 
-    def forward(self, x_bhwc: Tensor, defer: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        """(B, H, W, C) -> same, and for each band the choice (B, N)."""
+    def forward(
+        self, x_bhwc: Tensor, defer: bool = False, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, dict[str, Use]]:
+        """(B, H, W, C) -> same, and for each band how its library was used."""
         bands = {"all": x_bhwc}
         if self.split is not None:
             bands["low"], bands["high"] = self.split(x_bhwc, defer)
-        choices = {}
+        uses = {}
         for name, experts in self.experts.items():
-            bands[name], choices[name] = experts(bands[name])
+            bands[name], uses[name] = experts(bands[name], generator)
         if self.merge is None:
-            return bands["all"], choices
-        return self.merge(bands["high"], bands["low"]), choices
+            return bands["all"], uses
+        return self.merge(bands["high"], bands["low"]), uses

@@ -12,7 +12,7 @@ class Losses(NamedTuple):
     """0-d fp32 tensors."""
 
     total: Tensor
-    """Eq. 12: l1 + balance_weight · balance."""
+    """Eq. 12: l1 + balance_weight · balance; plus the z-loss, which is 0 by default."""
     l1: Tensor
     """Eq. 11: mean absolute difference over all pixels and channels."""
     balance: Tensor
@@ -28,4 +28,5 @@ def restoration_loss(restoration: Restoration, clean: Tensor, balance_weight: fl
         balance_weight: λ of Eq. 12; 1e-4 in the paper.
     """
     l1 = F.l1_loss(restoration.image.float(), clean.float())
-    return Losses(l1 + balance_weight * restoration.balance_loss, l1, restoration.balance_loss)
+    total = l1 + balance_weight * restoration.balance_loss + restoration.z_loss
+    return Losses(total, l1, restoration.balance_loss)

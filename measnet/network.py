@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from measnet import config as configs
 from measnet.config import ModelConfig
-from measnet.experts import PixelExperts, Routed
+from measnet.experts import PixelExperts, Use
 from measnet.frequency import FrequencyExperts
 from measnet.official import network as official
 from measnet.prompts import PromptConcat, TaskPrompt
@@ -27,6 +27,8 @@ from measnet.transformer import Conv3x3, Downsample, Merge, TransformerBlock, Up
 
 MIN_SIDE = 16
 """Smaller pictures are padded to this; the prompt needs 9 pixels a side, level 4 needs 8."""
+PIXEL_LIBRARIES = ("encoder1", "encoder2", "encoder3")
+"""Names of the per-pixel libraries; those of the per-picture ones are like `decoder3.low`."""
 FORMAT = "measnet-1"
 """Format name in the metadata of our safetensors files."""
 
@@ -37,10 +39,12 @@ class Restoration(NamedTuple):
     image: Tensor
     """(B, 3, H, W), the size of the input; not clamped."""
     balance_loss: Tensor
-    """() fp32: Eq. 6 over the pictures and blocks, unweighted; 0 without per-pixel experts."""
+    """() fp32: Eq. 6 over the pictures and libraries, without lambda; 0 without experts."""
     routing: dict[str, Tensor]
     """Block -> (B, N), detached. Per-pixel libraries ("encoder1"): share of the picture's pixels
     that chose expert n (rows sum to K). Per-picture libraries ("decoder3.low"): 1 if chosen."""
+    z_loss: Tensor
+    """() fp32: what `RoutingConfig.z_loss` adds to the loss, weighted; 0 where it is off."""
 
 
 class MEASNet(nn.Module):
@@ -53,11 +57,16 @@ class MEASNet(nn.Module):
         self.activation_checkpointing = False
         """Recompute the transformer blocks in the backward pass: less memory, more time."""
         self.defer_statistics = False
-        """Update running statistics only in `measnet.frequency.commit_statistics`."""
+        """Update running statistics only in `measnet.statistics.commit_statistics`."""
         self.min_side = MIN_SIDE
         width1, width2, width3, width4 = config.widths
 
-        self.prompt = TaskPrompt(config.prompts, config.prompt_dim) if config.tspg else None
+        temperature = config.routing.prompt_temperature
+        self.prompt = (
+            TaskPrompt(config.prompts, config.prompt_dim, temperature=temperature)
+            if config.tspg
+            else None
+        )
         self.patch_embed = Conv3x3(3, width1)
         self.experts1 = self._pixel_experts(width1)
         self.encoder1 = self._blocks(width1, level=1)
@@ -99,40 +108,43 @@ class MEASNet(nn.Module):
         Args:
             image: (B, 3, H, W) in [0, 1], any size; padded inside to a multiple of 8 and to
                 `min_side`.
-            generator: source of the gates' noise (variant official, in training).
+            generator: source of the gates' noise in training (variant official, or
+                `RoutingConfig.noise`).
         """
         padded = self._pad(image).to(self.patch_embed.weight.dtype)
         prompt = None if self.prompt is None else self.prompt(padded)
-        routed: list[Routed] = []
-        choices: dict[str, Tensor] = {}
+        uses: dict[str, Use] = {}
 
         x = self.patch_embed(padded.permute(0, 2, 3, 1).contiguous())
-        x = self._select(self.experts1, x, prompt, generator, routed)
+        x = self._select("encoder1", self.experts1, x, prompt, generator, uses)
         skip1 = self._run(self.encoder1, x)
-        x = self._select(self.experts2, self.down1(skip1), prompt, generator, routed)
+        x = self.down1(skip1)
+        x = self._select("encoder2", self.experts2, x, prompt, generator, uses)
         skip2 = self._run(self.encoder2, x)
-        x = self._select(self.experts3, self.down2(skip2), prompt, generator, routed)
+        x = self.down2(skip2)
+        x = self._select("encoder3", self.experts3, x, prompt, generator, uses)
         skip3 = self._run(self.encoder3, x)
 
         x = self._run(self.latent, self.down3(skip3))
         x = self._extra("latent", x, padded)
 
         x = self.reduce3(self.up3(x), skip3)
-        x = self._decompose(self.frequency3, x, "decoder3", choices)
+        x = self._decompose("decoder3", self.frequency3, x, generator, uses)
         x = self._run(self.decoder3, x)
         x = self._extra("decoder3", x, padded)
         x = self.reduce2(self.up2(x), skip2)
-        x = self._decompose(self.frequency2, x, "decoder2", choices)
+        x = self._decompose("decoder2", self.frequency2, x, generator, uses)
         x = self._run(self.decoder2, x)
         x = self._extra("decoder2", x, padded)
         x = torch.cat([self.up1(x), skip1], dim=-1)
-        x = self._decompose(self.frequency1, x, "decoder1", choices)
+        x = self._decompose("decoder1", self.frequency1, x, generator, uses)
         x = self._run(self.decoder1, x)
         x = self._run(self.refinement, x)
         residual = self.output(x).permute(0, 3, 1, 2)[..., : image.shape[-2], : image.shape[-1]]
 
-        shares = {f"encoder{i + 1}": one.shares.detach() for i, one in enumerate(routed)}
-        return Restoration(image + residual, self._balance(routed, image), shares | choices)
+        shares = {name: one.shares.detach() for name, one in uses.items()}
+        balance, z_loss = self._auxiliary_losses(uses, image)
+        return Restoration(image + residual, balance, shares, z_loss)
 
     def save_pretrained(self, path: str | PathLike[str]) -> None:
         """Write weights and running statistics as safetensors, the config in its metadata."""
@@ -188,6 +200,7 @@ class MEASNet(nn.Module):
                 expansion=config.ffn_expansion,
                 prompt_length=config.prompt_dim if config.tspg else None,
                 path=config.expert_path,
+                routing=config.routing,
             )
         return PromptConcat(channels, config.prompt_dim) if config.tspg else None
 
@@ -203,6 +216,7 @@ class MEASNet(nn.Module):
             path=config.expert_path,
             fd=config.fd,
             mee=config.mee,
+            routing=config.routing,
         )
 
     def _pad(self, image: Tensor) -> Tensor:
@@ -214,26 +228,32 @@ class MEASNet(nn.Module):
 
     def _select(
         self,
+        name: str,
         experts: nn.Module | None,
         x: Tensor,
         prompt: Tensor | None,
         generator: torch.Generator | None,
-        routed: list[Routed],
+        uses: dict[str, Use],
     ) -> Tensor:
         if experts is None:
             return x
         if isinstance(experts, PromptConcat):
             return experts(x, prompt)
-        routed.append(experts(x, prompt, generator))
-        return routed[-1].features
+        x, uses[name] = experts(x, prompt, generator)
+        return x
 
     def _decompose(
-        self, experts: nn.Module | None, x: Tensor, level: str, choices: dict[str, Tensor]
+        self,
+        level: str,
+        experts: nn.Module | None,
+        x: Tensor,
+        generator: torch.Generator | None,
+        uses: dict[str, Use],
     ) -> Tensor:
         if experts is None:
             return x
-        x, chosen = experts(x, self.defer_statistics)
-        choices.update({f"{level}.{band}": one for band, one in chosen.items()})
+        x, of_bands = experts(x, self.defer_statistics, generator)
+        uses.update({f"{level}.{band}": use for band, use in of_bands.items()})
         return x
 
     def _extra(self, name: str, x: Tensor, image: Tensor) -> Tensor:
@@ -247,8 +267,26 @@ class MEASNet(nn.Module):
                 x = block(x)
         return x
 
-    def _balance(self, routed: list[Routed], image: Tensor) -> Tensor:
-        if not routed:
-            return torch.zeros((), device=image.device)
-        losses = torch.stack([one.balance for one in routed])
-        return losses.sum() if self.config.variant == "official" else losses.mean()
+    def _auxiliary_losses(self, uses: dict[str, Use], image: Tensor) -> tuple[Tensor, Tensor]:
+        """The balance loss without lambda, and the z-loss; both ()."""
+        zero = torch.zeros((), device=image.device)
+        routing = self.config.routing
+        pixel, picture, z_losses = [], [], []
+        for name, use in uses.items():
+            if use.z_loss is not None:
+                z_losses.append(use.z_loss)
+            if use.balance is None:
+                continue
+            if name in PIXEL_LIBRARIES:
+                weight = routing.level_weights[PIXEL_LIBRARIES.index(name)]
+                pixel.append(use.balance if weight == 1 else weight * use.balance)
+            else:
+                picture.append(routing.picture_weight * use.balance)
+        z_loss = torch.stack(z_losses).sum() if z_losses else zero
+        balance = zero
+        if pixel:
+            losses = torch.stack(pixel)
+            balance = losses.sum() if self.config.variant == "official" else losses.mean()
+        if picture and routing.picture_weight:
+            balance = balance + torch.stack(picture).mean()
+        return balance, z_loss

@@ -14,9 +14,19 @@ PROMPT_MIN_SIDE = 9
 class TaskPrompt(nn.Module):
     """p̃ = gelu(q · P_t): weights `q` from the picture mix T learnt prompts `P_t` (Eq. 1)."""
 
-    def __init__(self, prompts: int, length: int, width: int = 64) -> None:
-        """`prompts` is T, `length` M; `width` the channels of the layers that give `q`."""
+    def __init__(
+        self, prompts: int, length: int, width: int = 64, temperature: float = 1.0
+    ) -> None:
+        """Learnt prompts, and the layers that read the picture.
+
+        Args:
+            prompts: T.
+            length: M.
+            width: channels of the layers that give `q`.
+            temperature: divides the logits of `q`.
+        """
         super().__init__()
+        self.temperature = temperature
 
         def leaky() -> nn.Module:
             return nn.LeakyReLU(0.1)
@@ -44,8 +54,14 @@ class TaskPrompt(nn.Module):
                 f"{PROMPT_MIN_SIDE} pixels a side"
             )
         read_bc = self.reader(image_bchw).mean((2, 3))
-        q_bt = torch.softmax(self.mix(read_bc).float(), dim=-1).to(read_bc.dtype)
-        return F.gelu(q_bt @ self.prompts.to(read_bc.dtype))
+        return F.gelu(self.weights(read_bc) @ self.prompts.to(read_bc.dtype))
+
+    def weights(self, read_bc: Tensor) -> Tensor:
+        """q of Eq. 1, (B, T): how much of each basic prompt, from what `reader` saw."""
+        logits = self.mix(read_bc).float()
+        if self.temperature != 1:
+            logits = logits / self.temperature
+        return torch.softmax(logits, dim=-1).to(read_bc.dtype)
 
 
 class PromptConcat(nn.Module):

@@ -6,8 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from measnet import experts
-from measnet.experts import ExpertBank, PixelExperts, resolve_path, squared_variation
+from measnet.experts import ExpertBank, PixelExperts, resolve_path
 from measnet.official.network import LogExpertBank
+from measnet.selection import squared_variation
 
 PATHS = ["dense", "sorted"]
 
@@ -47,7 +48,10 @@ def test_equations_2_to_6(path: str) -> None:
     module = library(path)
     x, prompt = torch.randn(2, 3, 4, 6), torch.randn(2, 7)
     grads = []
-    for compute in (lambda: module(x, prompt)[:2], lambda: plain(x, prompt, module)):
+    for compute in (
+        lambda: (module(x, prompt).features, module(x, prompt).balance),
+        lambda: plain(x, prompt, module),
+    ):
         module.zero_grad()
         x.grad, prompt.grad = None, None
         x.requires_grad_(), prompt.requires_grad_()

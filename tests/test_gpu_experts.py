@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from measnet.autocast import CudaAutocast
-from measnet.experts import PixelExperts
+from measnet.experts import PixelExperts, Use
 from measnet.frequency import PictureExperts
 from measnet.ops import cpu_library, gpu_library
 from measnet.ops.choice import torch_only
@@ -38,7 +38,11 @@ def pixel_experts(channels: int, experts: int, top_k: int) -> PixelExperts:
 def trained(module: nn.Module, x: Tensor, *others: Tensor) -> list[Tensor]:
     """Features, balance, shares; gradients of the features and balance."""
     x = x.detach().clone().requires_grad_()
-    features, *rest = module(x, *others)
+    features, rest = module(x, *others)
+    if isinstance(rest, Use):
+        rest = [one for one in (rest.balance, rest.shares) if one is not None]
+    else:
+        rest = [rest]
     wanted = torch.sin(torch.arange(features.numel(), dtype=torch.float64)).to(features)
     total = (features * wanted.view(features.shape)).sum()
     if rest[0].requires_grad:
@@ -74,9 +78,9 @@ def test_an_expert_that_no_pixel_chooses_has_a_gradient_of_zero() -> None:
         module.gate.weight[:16, 0] = 9.0
         module.gate.weight[:16, 1] = -9.0
     with gpu_library.stand_in("cpu"):
-        features, _, shares = module(torch.rand(1, 4, 4, 16), torch.zeros(1, 8))
+        features, use = module(torch.rand(1, 4, 4, 16), torch.zeros(1, 8))
         features.sum().backward()
-    assert shares[0].tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert use.shares[0].tolist() == [1.0, 0.0, 0.0, 0.0]
     for weight in (module.bank.weight_in, module.bank.bias_in, module.bank.weight_out):
         assert weight.grad is not None
         assert weight.grad[0].abs().sum() > 0
@@ -177,10 +181,10 @@ def step_at_full_width(
         side = WIDTHS[channels]
         x = torch.empty(8, side, side, channels, device="meta", dtype=dtype, requires_grad=True)
         prompt = torch.empty(8, 8, device="meta")
-        features, balance, _ = pixel_experts(channels, 6, 2).to("meta")(x, prompt)
+        features, use = pixel_experts(channels, 6, 2).to("meta")(x, prompt)
         pictures = PictureExperts(channels, experts=5, top_k=2, path="dense").to("meta")
         low, high = low_pass(x, torch.empty(8, channels, 9, device="meta", requires_grad=True))
-        total = features.sum() + balance + (low + high).sum()
+        total = features.sum() + use.balance + (low + high).sum()
         if dtype == torch.bfloat16:  # in fp32 the convolution of `meta` is torch's
             total = total + pictures(x.to(dtype))[0].sum()
         total.backward()

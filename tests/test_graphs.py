@@ -18,10 +18,10 @@ from distributed.decisions import choose_graphs, decide
 from distributed.graphs import GraphError, MicroBatchGraph
 from measnet import config as configs
 from measnet.config import replace_dotted
-from measnet.frequency import commit_statistics
 from measnet.hardware import Decision
 from measnet.losses import restoration_loss
 from measnet.network import MEASNet
+from measnet.statistics import commit_statistics
 from tests.ranks import run_ranks
 
 SETTINGS: dict[str, Any] = {
@@ -33,7 +33,9 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def again(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+def again(
+    function: Callable[[], Any], noise: torch.Generator | None = None
+) -> tuple[Callable[[], None], Any]:
     """What a graph does, without one: compute again, into the same results."""
     results = function()
 
@@ -100,6 +102,22 @@ def test_a_graph_adds_up_the_gradients_that_eager_passes_give(engine: SimpleName
         for our, p in zip(ours, model.parameters(), strict=True):
             torch.testing.assert_close(our, p.grad, rtol=1e-4, atol=1e-7)
             p.grad = None
+
+
+def test_the_noise_of_the_official_gates_is_that_of_the_seed(engine: SimpleNamespace) -> None:
+    torch.manual_seed(0)
+    shallow = {"dim": 8, "num_blocks": (1, 1, 1, 1), "variant": "official"}
+    model = engine.module = MEASNet(replace_dotted(configs.tiny(), shallow)).train()
+    model.defer_statistics = True
+    graph = MicroBatchGraph(engine, **SETTINGS)
+    degraded, clean = batches()[0]
+
+    def replayed(seed: int) -> Tensor:
+        return graph(degraded, clean, seed)[1].image.clone()
+
+    eager = model(degraded, generator=torch.Generator().manual_seed(5)).image.detach()
+    torch.testing.assert_close(replayed(5), eager)
+    assert torch.equal(replayed(5), replayed(5)) and not torch.equal(replayed(5), replayed(6))
 
 
 def trained(graphed_ranks: int) -> dict[str, Any]:
@@ -177,7 +195,9 @@ def test_a_parameter_without_a_gradient_is_named(engine: SimpleNamespace) -> Non
 def test_a_graph_that_computes_something_else_is_refused(
     engine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def twice(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    def twice(
+        function: Callable[[], Any], noise: torch.Generator | None
+    ) -> tuple[Callable[[], None], Any]:
         replay, results = again(function)
 
         def both() -> None:
@@ -197,7 +217,7 @@ def test_a_graph_that_computes_something_else_is_refused(
 def test_a_failed_capture_gives_a_reason(
     engine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(function: Callable[[], Any]) -> None:
+    def fails(function: Callable[[], Any], noise: torch.Generator | None) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(graphs, "capture", fails)
@@ -222,7 +242,8 @@ def test_a_failed_capture_gives_a_reason(
         ({"engine.zero_stage": 1}, {}, "ZeRO stage 1"),
         ({}, {"compiled": True}, "torch.compile"),
         ({}, {"checkpointing": True}, "activation checkpointing"),
-        ({"model.variant": "official"}, {}, "noise"),
+        ({"model.variant": "official"}, {}, ""),
+        ({"model.routing.noise": 0.1}, {}, "noise"),
         ({"model.pixel_experts": 16, "model.pixel_top_k": 2}, {"kernels": "torch"}, "sorted"),
         ({"model.pixel_experts": 16, "model.pixel_top_k": 2}, {}, ""),
     ],

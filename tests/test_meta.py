@@ -15,10 +15,10 @@ from measnet import autocast
 from measnet import config as configs
 from measnet.autocast import CudaAutocast
 from measnet.config import ABLATION, ModelConfig, replace_dotted
-from measnet.frequency import commit_statistics
 from measnet.losses import Losses, restoration_loss
 from measnet.network import MEASNet, Restoration
 from measnet.ops.choice import torch_only
+from measnet.statistics import commit_statistics
 from measnet.tiling import restore
 from tests.meta import UNREPEATABLE, Calls, OneDevice, autocast_list
 

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from bench import plain
 from measnet import config as configs
 from measnet.config import ModelConfig, replace_dotted
-from measnet.frequency import KernelNorm, commit_statistics
+from measnet.frequency import KernelNorm
 from measnet.losses import restoration_loss
 from measnet.network import MEASNet, Restoration
 from measnet.prompts import TaskPrompt
+from measnet.statistics import commit_statistics
 from measnet.transformer import Downsample, Merge, TransformerBlock, Upsample
 
 TINY = configs.tiny()
@@ -58,7 +59,7 @@ def test_the_prompt_says_the_least_size() -> None:
 def test_equations_11_and_12() -> None:
     image, clean = torch.rand(2, 3, 4, 5, requires_grad=True), torch.rand(2, 3, 4, 5)
     balance = torch.tensor(2.0, requires_grad=True)
-    losses = restoration_loss(Restoration(image, balance, {}), clean, 1e-4)
+    losses = restoration_loss(Restoration(image, balance, {}, torch.tensor(0.0)), clean, 1e-4)
     l1 = sum(abs(a - b) for a, b in zip(image.flatten(), clean.flatten(), strict=True)) / 120
     torch.testing.assert_close(losses.l1, l1)
     torch.testing.assert_close(losses.total, l1 + 1e-4 * 2)

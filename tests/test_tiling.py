@@ -48,7 +48,7 @@ class Same(torch.nn.Linear):
 
     def forward(self, image: Tensor) -> Restoration:  # type: ignore[override]
         self.sizes.append((image.shape[-2], image.shape[-1]))
-        return Restoration(image, torch.zeros(()), {})
+        return Restoration(image, torch.zeros(()), {}, torch.zeros(()))
 
 
 class LittleMemory(MEASNet):

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from measnet.autocast import autocast_off
 from measnet.config import ModelConfig
 from measnet.experts import (
-    BALANCE_EPSILON,
     ExpertBank,
     ExpertPath,
     PromptGate,
     Routed,
+    Use,
     count_choices,
     resolve_path,
     scatter_gates,
@@ -32,6 +32,7 @@ from measnet.ops.convolution import (
     preferred_padding,
     project,
 )
+from measnet.selection import BALANCE_EPSILON, Choice, Hook, draw_noise
 from measnet.transformer import Merge, weight
 
 OFFICIAL_MIN_SIDE = 64
@@ -108,6 +109,7 @@ class NoisyPixelExperts(nn.Module):
         self.gate = NoisyGate(channels, self.experts, config.prompt_dim)
         hidden = int(channels * config.ffn_expansion)
         self.bank = LogExpertBank(self.experts, channels, hidden) if used else None
+        self.hook = Hook()
 
     def forward(
         self, x_bhwc: Tensor, prompt_bm: Tensor, generator: torch.Generator | None = None
@@ -117,6 +119,8 @@ class NoisyPixelExperts(nn.Module):
         top, index = noisy_pn.topk(min(self.top_k + 1, self.experts), dim=-1)
         index_pk = index[:, : self.top_k]
         log_gate_pk = torch.log_softmax(top[:, : self.top_k], dim=-1)
+        if self.hook.intercept is not None:
+            log_gate_pk, index_pk = self._intercepted(log_gate_pk, index_pk, noisy_pn, x_bhwc)
         gate_pn = scatter_gates(log_gate_pk.exp(), index_pk, self.experts)
         if spread_pn is not None and self.top_k < self.experts:
             load_n = expected_load(clean_pn, noisy_pn, spread_pn, top, self.top_k)
@@ -124,17 +128,24 @@ class NoisyPixelExperts(nn.Module):
             load_n = (gate_pn > 0).sum(0).float()
         balance = unbiased_variation(gate_pn.sum(0)) + unbiased_variation(load_n)
         counts_bn = count_choices(index_pk.view(len(x_bhwc), -1, self.top_k), self.experts)
-        shares_bn = counts_bn / x_bhwc.shape[1:3].numel()
+        use = Use(balance, counts_bn / x_bhwc.shape[1:3].numel())
         if self.bank is None:
-            return Routed(x_bhwc, balance, shares_bn)
+            return Routed(x_bhwc, use)
         bank = self.bank
         weights = (bank.weight_in, bank.bias_in, bank.weight_out, bank.bias_out)
         if gpu_library.fits_experts(x_bhwc, self.experts, *weights):
             log_gate_pn = torch.full_like(gate_pn, -torch.inf).scatter(1, index_pk, log_gate_pk)
-            return Routed(bank.fused(x_bhwc, log_gate_pn, x_bhwc), balance, shares_bn)
+            return Routed(bank.fused(x_bhwc, log_gate_pn, x_bhwc), use)
         path = resolve_path(self.path, self.experts, self.top_k, x_bhwc.device)
         out_pc = self.bank(x_bhwc.flatten(0, 2), log_gate_pk, index_pk, path)
-        return Routed(x_bhwc + out_pc.view(x_bhwc.shape), balance, shares_bn)
+        return Routed(x_bhwc + out_pc.view(x_bhwc.shape), use)
+
+    def _intercepted(
+        self, log_gate_pk: Tensor, index_pk: Tensor, logits_pn: Tensor, x_bhwc: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        each = (log_gate_pk.exp(), index_pk, torch.softmax(logits_pn, dim=-1))
+        choice = self.hook(Choice(*(one.unflatten(0, x_bhwc.shape[:3]) for one in each)))
+        return choice.gate.log().flatten(0, 2), choice.chosen.flatten(0, 2)
 
 
 class NoisyGate(PromptGate):
@@ -158,13 +169,6 @@ class NoisyGate(PromptGate):
         clean_pn, spread_pn = logits.chunk(2, dim=1)
         spread_pn = F.softplus(spread_pn) + NOISE_FLOOR
         return clean_pn, clean_pn + draw_noise(clean_pn, generator) * spread_pn, spread_pn
-
-
-def draw_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal numbers, drawn on the generator's device."""
-    if generator is None:
-        return torch.randn_like(like)
-    return torch.randn(like.shape, generator=generator, device=generator.device).to(like)
 
 
 def expected_load(
@@ -198,6 +202,7 @@ class RankExperts(nn.Module):
         super().__init__()
         self.top_k = config.image_top_k
         self.ranks = [n + 2 for n in range(config.image_experts)]
+        self.hook = Hook()
         total = sum(self.ranks)
         self.norm = nn.LayerNorm(channels, eps=1e-6)
         self.conv_in = weight(channels, channels, 3, 3, fan_in=channels * 9)
@@ -260,8 +265,8 @@ class RankExperts(nn.Module):
         with autocast_off(x_bhwc):
             pooled_bc = x_bhwc.mean((1, 2), dtype=torch.float32)
             probability_bn = torch.softmax(F.linear(pooled_bc, self.gate.float()), dim=-1)
-            gate_bk, index_bk = probability_bn.topk(self.top_k, dim=-1)
-        return gate_bk, index_bk
+            choice = self.hook(Choice(*probability_bn.topk(self.top_k, dim=-1), probability_bn))
+        return choice.gate, choice.chosen
 
 
 class RankFrequencyExperts(nn.Module):
@@ -275,12 +280,15 @@ class RankFrequencyExperts(nn.Module):
         self.low = RankExperts(channels, config)
         self.merge = Merge(channels, channels, bias=True)
 
-    def forward(self, x_bhwc: Tensor, defer: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
-        """As the paper's."""
+    def forward(
+        self, x_bhwc: Tensor, defer: bool = False, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, dict[str, Use]]:
+        """As the paper's; `generator` is unused."""
         low, high = self.split(x_bhwc, defer)
         high, chosen_high = self.high(high)
         low, chosen_low = self.low(low)
-        return self.merge(high, low), {"high": chosen_high, "low": chosen_low}
+        uses = {"high": Use(None, chosen_high), "low": Use(None, chosen_low)}
+        return self.merge(high, low), uses
 
 
 # --- Frequency mining ---
