@@ -92,7 +92,8 @@ def run(source: Path | None, console: Console) -> int:
         console.print(f"the training {outcome.status}: {outcome.reason or 'see above'}")
         return outcome.exit_code
 
-    from distributed.evaluate import evaluate, load, table
+    from distributed.evaluate import evaluate, load
+    from distributed.scores import table
 
     with _timed(seconds, "evaluate"):
         device = choose_device("auto", machine).choice

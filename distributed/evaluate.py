@@ -5,37 +5,34 @@ same noise, so figures repeat. Every output states the protocol and how much of 
 covers.
 """
 
-import csv
-import json
-import math
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import tyro
 from PIL import Image
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from distributed import figures
+from distributed import figures, routing
 from distributed.checkpoint import newest_complete
+from distributed.routing import Routing, RoutingOf
+from distributed.scores import EvaluationReport, Grids, Held, Score, routing_table, table, write
 from measnet.config import ModelConfig, from_dict
 from measnet.hardware import Decision, DeviceChoice, choose_device, this_machine
 from measnet.metrics import FIELD, Protocol, psnr, ssim
 from measnet.network import MEASNet
+from measnet.routing import mean_gates
 from measnet.tiling import ARITHMETIC, Restored, Tiling, choose_tiling, restore_routed
 from measnet.weights import load_weights
 from shards import manifest
-from shards.storage import finite
 from shards.stream import Picture, pictures
-from shards.tasks import DEGRADATIONS, TASKS
+from shards.tasks import DEGRADATIONS
 
 OVERLAP = 64
 """Pixels that neighbouring tiles share."""
@@ -43,165 +40,6 @@ WEIGHT_FILES = (".safetensors", ".ckpt", ".pth", ".pt")
 """Suffixes of weights: files of this program, or checkpoints of the authors' program."""
 _OVERVIEW = 240
 """Pixels of the longer side in the grid that shows one picture per task."""
-
-
-Grids = dict[str, list[Image.Image]]
-"""Degradation -> rows of its before/after grid; `overview` -> a row per task."""
-
-
-class Held(NamedTuple):
-    """Number of pictures of a degradation."""
-
-    packed: int
-    """In the packed set."""
-    benchmark: int = 0
-    """In the whole benchmark; 0 if that is not known."""
-
-
-class Score(NamedTuple):
-    """Result for one picture; plain values, so that ranks can send them to each other."""
-
-    position: int
-    """Position in the fixed order of the pictures."""
-    degradation: str
-    task: str
-    name: str
-    height: int
-    width: int
-    tile: int
-    """Side of the tiles in pixels; 0: restored whole."""
-    overlap: int
-    """Pixels that the tiles share; 0: restored whole."""
-    input_psnr: float
-    restored_psnr: float
-    input_ssim: float
-    restored_ssim: float
-    seconds: float
-    """Time to restore it."""
-    routing: dict[str, list[float]]
-    """Expert library -> share of the picture that chose each expert."""
-
-
-class Summary(NamedTuple):
-    """Means over pictures."""
-
-    pictures: int
-    input_psnr: float
-    restored_psnr: float
-    input_ssim: float
-    restored_ssim: float
-
-
-@dataclass(frozen=True)
-class EvaluationReport:
-    """Scores, their means, the data and the protocol."""
-
-    data: str
-    protocol: Protocol
-    scores: list[Score]
-    """Per picture, in the fixed order."""
-    held: Mapping[str, Held] = field(default_factory=dict)
-    """Degradation -> number of pictures, from `held_by`; empty: not known."""
-    degradations: dict[str, Summary] = field(init=False)
-    """Means over the pictures of a degradation."""
-    tasks: dict[str, Summary] = field(init=False)
-    """Means over the degradations of a task; `pictures` counts those of all its degradations."""
-    routing: dict[str, dict[str, list[float]]] = field(init=False)
-    """Task -> expert library -> mean share per expert."""
-
-    def __post_init__(self) -> None:
-        """Average the scores.
-
-        Raises:
-            ValueError: no scores.
-        """
-        if not self.scores:
-            raise ValueError(f"{self.data} holds no picture to evaluate")
-        degradations = {
-            name: _mean(own)
-            for name in DEGRADATIONS
-            if (own := [s for s in self.scores if s.degradation == name])
-        }
-        tasks = {}
-        for task in TASKS:
-            rows = [row for name, row in degradations.items() if DEGRADATIONS[name].task == task]
-            if rows:
-                tasks[task] = _mean(rows)._replace(pictures=sum(row.pictures for row in rows))
-        object.__setattr__(self, "degradations", degradations)
-        object.__setattr__(self, "tasks", tasks)
-        object.__setattr__(self, "routing", {task: self._routing(task) for task in tasks})
-
-    def _routing(self, task: str) -> dict[str, list[float]]:
-        own = [s.routing for s in self.scores if s.task == task]
-        return {
-            library: np.mean([routing[library] for routing in own], axis=0).tolist()
-            for library in own[0]
-        }
-
-    @property
-    def mean(self) -> Summary:
-        """Mean over tasks, each task counting once: the `average` of the field's tables."""
-        tasks = list(self.tasks.values())
-        return _mean(tasks)._replace(pictures=sum(s.pictures for s in tasks))
-
-    @property
-    def gain_error(self) -> float:
-        """Standard error of the mean gain in PSNR (dB) over the pictures; NaN for one picture."""
-        gains = [s.restored_psnr - s.input_psnr for s in self.scores]
-        return float(np.std(gains, ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else math.nan
-
-    def metrics(self, prefix: str = "val") -> dict[str, float]:
-        """The figures under the names that MLflow groups into charts: `PREFIX_psnr/TASK`."""
-        rows = {**self.tasks, "mean": self.mean}
-        return {
-            f"{prefix}_{kind}/{name}": float(getattr(row, f"restored_{kind}"))
-            for kind in ("psnr", "ssim")
-            for name, row in rows.items()
-        }
-
-    def count(self, name: str) -> str:
-        """Number of restored pictures of a degradation; `3 of 15` if the packed set has more."""
-        pictures = self.degradations[name].pictures
-        packed = self.held[name].packed if name in self.held else pictures
-        return str(pictures) if pictures == packed else f"{pictures} of {packed}"
-
-    @property
-    def tiles(self) -> dict[str, int]:
-        """`whole` or `in tiles of 512, overlap 64` -> number of pictures."""
-        return dict(
-            Counter(
-                f"in tiles of {one.tile}, overlap {one.overlap}" if one.tile else "whole"
-                for one in self.scores
-            )
-        )
-
-    def describe(self) -> str:
-        """Protocol, arithmetic and tiles; also which packed sets are a part of a benchmark."""
-        tiles = "; ".join(f"{number} {how}" for how, number in self.tiles.items())
-        parts = {
-            f"{DEGRADATIONS[name].task}: the packed set holds {held.packed:,} of the benchmark's "
-            f"{held.benchmark:,} pictures": None
-            for name, held in self.held.items()
-            if name in self.degradations and held.packed < held.benchmark
-        }
-        lines = [self.protocol.describe(), f"restored in {ARITHMETIC}: {tiles}", *parts]
-        return "\n".join(lines)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything but the scores, for JSON; infinite and NaN become None."""
-        report = {
-            "data": self.data,
-            "protocol": self.protocol.as_dict(),
-            "arithmetic": ARITHMETIC,
-            "restored": self.tiles,
-            "held": {name: held._asdict() for name, held in self.held.items()},
-            "tasks": {name: row._asdict() for name, row in self.tasks.items()},
-            "degradations": {name: row._asdict() for name, row in self.degradations.items()},
-            "mean": self.mean._asdict(),
-            "gain_error": self.gain_error,
-            "routing": self.routing,
-        }
-        return dict(finite(report))
 
 
 def evaluate(
@@ -309,39 +147,6 @@ def score(
         yield result
 
 
-def write(report: EvaluationReport, panels: Mapping[str, Sequence[Image.Image]], out: Path) -> None:
-    """Write pictures.csv, summary.json, experts.png and the grids to the folder `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    columns = [name for name in Score._fields if name != "routing"]
-    with (out / "pictures.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow([*columns, "protocol"])
-        for row in report.scores:
-            values = [getattr(row, name) for name in columns]
-            table.writerow([*map(_digits, values), report.protocol.describe()])
-    text = json.dumps(report.as_dict(), indent=2, allow_nan=False)
-    (out / "summary.json").write_text(text + "\n")
-    if any(report.routing.values()):
-        figures.expert_usage(report.routing, out / "experts.png")
-    for name, own in panels.items():
-        if own:
-            figures.grid(own, out / "grids" / f"{name}.png", footer=report.protocol.describe())
-
-
-def table(report: EvaluationReport) -> Table:
-    """The report as a table for the terminal: a row per degradation, then the mean over tasks."""
-    view = Table(title=report.data, caption=report.describe())
-    view.add_column("task", no_wrap=True, min_width=13)
-    for name in ("pictures", "PSNR before", "PSNR after", "gain", "SSIM before", "SSIM after"):
-        view.add_column(name, justify="right")
-    for name, row in report.degradations.items():
-        view.add_row(name, report.count(name), *_cells(row))
-    view.add_section()
-    mean = report.mean
-    view.add_row("mean of tasks", str(mean.pictures), *_cells(mean), style="bold")
-    return view
-
-
 def load(checkpoint: str, device: torch.device | str) -> MEASNet:
     """Load a weights file, or the averaged weights of a run's newest complete checkpoint.
 
@@ -390,6 +195,11 @@ class Arguments:
     """Pixels cut off on each side before comparing."""
     crop16: bool = False
     """Compare the centre crop to multiples of 16, as some programs of the field do."""
+    routing: Routing = "learned"
+    """Also evaluate with another choice of experts, and say what the learned one is worth in dB:
+    `fixed` for all pixels, at `random`, or the `best-single` expert of each library."""
+    routing_of: RoutingOf = "pixel"
+    """Whose choice is replaced: the per-pixel libraries', the per-picture ones', or all."""
     device: DeviceChoice = "auto"
     """Device for restoring; `auto`: the GPU if there is one."""
 
@@ -422,16 +232,22 @@ def _run(given: Arguments) -> None:
     arithmetic = Decision(ARITHMETIC, "a GPU and a CPU give the same figures")
     for name, made in (("device", device), ("arithmetic", arithmetic), ("tiles", tiling.decision)):
         console.print(f"{name}: {made.choice} ({made.reason})", style="dim", highlight=False)
-    report = evaluate(
-        model,
-        given.data,
-        out,
-        limit=given.limit,
-        protocol=Protocol(colour=given.colour, border=given.border, crop16=given.crop16),
-        tiling=tiling,
-        grid_rows=given.grid_rows,
-    )
+    protocol = Protocol(colour=given.colour, border=given.border, crop16=given.crop16)
+    settings: dict[str, Any] = {"limit": given.limit, "protocol": protocol, "tiling": tiling}
+    with mean_gates(model) as means:
+        report = evaluate(model, given.data, out, grid_rows=given.grid_rows, **settings)
     console.print(table(report))
+    if report.routing_measures:
+        console.print(routing_table(report))
+    if given.routing != "learned":
+        found = routing.worth(
+            *(model, lambda: evaluate(model, given.data, None, **settings), report, means),
+            by=given.routing,
+            of=given.routing_of,
+            say=lambda text: console.print(text, style="dim", highlight=False),
+        )
+        console.print(routing.table(found))
+        routing.write(found, out / f"routing-{given.routing}-{given.routing_of}.json")
     console.print(
         f"per picture: {out / 'pictures.csv'}\nbefore/after: {out / 'grids'}", style="dim"
     )
@@ -472,23 +288,8 @@ def _row(score: Score, picture: Picture, restored: Tensor) -> figures.GridRow:
     )
 
 
-def _mean(rows: Sequence[Score] | Sequence[Summary]) -> Summary:
-    means = (float(np.mean([getattr(row, name) for row in rows])) for name in Summary._fields[1:])
-    return Summary(len(rows), *means)
-
-
-def _cells(row: Summary) -> tuple[str, ...]:
-    return (
-        f"{row.input_psnr:.2f}",
-        f"{row.restored_psnr:.2f}",
-        f"{row.restored_psnr - row.input_psnr:+.2f}",
-        f"{row.input_ssim:.4f}",
-        f"{row.restored_ssim:.4f}",
-    )
-
-
-def _digits(value: Any) -> Any:
-    return f"{value:.6f}" if isinstance(value, float) else value
+if __name__ == "__main__":
+    sys.exit(main())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ from typing import Literal
 import torch
 from torch import nn
 
+from measnet.config import ModelConfig
+from measnet.network import PIXEL_LIBRARIES
+from measnet.routing import has_collapsed, measures
 from shards.reader import DamagedError
 from shards.storage import open_folder, read_json, write_json
 
@@ -157,18 +160,34 @@ class RateWatch:
         return self._at_zero and not before
 
 
-def idle_experts(usage: Mapping[str, Sequence[float]]) -> list[str]:
-    """A warning per library with experts that no picture chose; `usage`: library -> per expert."""
-    idle = {
-        library: [str(n) for n, chosen in enumerate(experts) if chosen == 0]
-        for library, experts in usage.items()
-    }
-    return [
-        f"warning: experts {', '.join(names)} of {library} were not chosen once since the last "
-        "validation"
-        for library, names in idle.items()
-        if names
-    ]
+def routing_warnings(usage: Mapping[str, Sequence[float]], model: ModelConfig) -> list[str]:
+    """A warning per library whose experts are hardly used, since the last validation.
+
+    Args:
+        usage: library -> how often each expert was chosen.
+        model: the network.
+    """
+    warnings = []
+    for library, chosen in usage.items():
+        if not sum(chosen):
+            continue
+        pixel = library in PIXEL_LIBRARIES
+        top_k = model.pixel_top_k if pixel else model.image_top_k
+        effective = measures({"all": {library: chosen}})[library].effective_experts
+        idle = [str(n) for n, times in enumerate(chosen) if times == 0]
+        if has_collapsed(effective, experts=len(chosen), top_k=top_k):
+            weight = "recipe.balance-weight" if pixel else "model.routing.picture-weight"
+            warnings.append(
+                f"warning: {library} has collapsed: it uses {effective:.1f} of {len(chosen)} "
+                f"experts, and {top_k} is the least; try a larger --{weight}, or "
+                "--model.routing.bias-rate 0.001 (docs/routing.md)"
+            )
+        elif idle:
+            warnings.append(
+                f"warning: experts {', '.join(idle)} of {library} were not chosen once since the "
+                "last validation"
+            )
+    return warnings
 
 
 def describe_samples(keys: Sequence[str], most: int = 8) -> str:

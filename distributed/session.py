@@ -27,7 +27,6 @@ from distributed.engine import (
     use_deterministic_algorithms,
 )
 from distributed.environment import keep_environment, record_environment
-from distributed.evaluate import write
 from distributed.exchange import Exchange, Step, StepSums, curve_point
 from distributed.graphs import graph_micro_batches
 from distributed.guard import (
@@ -37,14 +36,15 @@ from distributed.guard import (
     SpikeDetector,
     chain,
     describe_samples,
-    idle_experts,
     log_line,
+    routing_warnings,
     watch_unused,
 )
 from distributed.internals.deepspeed import version_warning
 from distributed.meter import Meter
 from distributed.mlflow_tracker import RESUMED_S, Tracker
 from distributed.progress import Reporter
+from distributed.scores import write
 from distributed.sharded_state import (
     WeightAverage,
     load_optimizer_state,
@@ -458,7 +458,7 @@ class Session:
         self._best = mean if self._best is None else max(self._best, mean)
         self._validations.append((self.samples, mean))
         self._validation = {"at": self.samples, "psnr": mean, "report": report.as_dict()}
-        for warning in idle_experts(self.meter.take_usage()):
+        for warning in routing_warnings(self.meter.take_usage(), self.config.model):
             self.note(warning)
         self.keep_metrics(report.metrics(), self.samples)
         if self._tracker:

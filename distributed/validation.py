@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from distributed.config import TrainConfig
-from distributed.evaluate import OVERLAP, EvaluationReport, Grids, Panels, Score, held_by, score
+from distributed.evaluate import OVERLAP, Panels, held_by, score
+from distributed.scores import EvaluationReport, Grids, Score
 from measnet.metrics import FIELD
 from measnet.network import MEASNet
 from measnet.tiling import Tiling, choose_tiling

@@ -6,7 +6,7 @@ A library is named as in `Restoration.routing`: `encoder1` to `encoder3` choose 
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 from measnet.network import PIXEL_LIBRARIES, MEASNet
 from measnet.selection import Choice, Hook, Intercept
 
-Replacement = Literal["learned", "fixed", "random", "best-single"]
 Shares = Mapping[str, Mapping[str, Sequence[float]]]
 """Task -> library -> mean share of the pixels or pictures that chose expert n; they sum to K."""
 
@@ -153,16 +152,16 @@ def margin(choice: Choice) -> Tensor:
 # --- Other choices, to measure what the learned one is worth ---
 
 
-def fixed(choice_gate_n: Tensor, top_k: int) -> Intercept:
+def fixed(gate_n: Tensor, top_k: int) -> Intercept:
     """The same K experts with the same gates for all pixels and pictures.
 
     Args:
-        choice_gate_n: (N,) mean over pixels of the gate of each expert, 0 where it was not chosen.
+        gate_n: (N,) mean gates, from `MeanGates.gates`.
         top_k: K; the experts with the largest mean gate are taken. Their gates are scaled, so that
             their sum stays that of all.
     """
-    gate_k, chosen_k = choice_gate_n.topk(top_k)
-    gate_k = gate_k * (choice_gate_n.sum() / gate_k.sum())
+    gate_k, chosen_k = gate_n.topk(top_k)
+    gate_k = gate_k * (gate_n.sum() / gate_k.sum())
 
     def intercept(choice: Choice) -> Choice:
         shape = choice.gate.shape
@@ -201,29 +200,41 @@ def single(expert: int) -> Intercept:
 
 
 class MeanGates:
-    """Means over many pictures of what a library does; each picture counts alike."""
+    """Means over all pixels, or pictures, that pass through the libraries."""
 
     def __init__(self) -> None:
-        """Nothing was seen."""
-        self.gates: dict[str, Tensor] = {}
-        self.margins: dict[str, float] = {}
-        self.pictures = 0
+        """Nothing has passed."""
+        self._gates: dict[str, Tensor] = {}
+        self._margins: dict[str, float] = {}
+        self._count: dict[str, int] = {}
 
-    def add(self, choices: Mapping[str, Choice]) -> None:
-        """The choices of one picture, from `record`."""
-        self.pictures += 1
-        for name, choice in choices.items():
-            experts = choice.probability.shape[-1]
-            gate_pk, chosen_pk = (one.flatten(0, -2).cpu() for one in choice[:2])
-            gate_n = torch.zeros(len(gate_pk), experts).scatter(1, chosen_pk, gate_pk.float())
-            before = self.gates.get(name, torch.zeros(experts))
-            self.gates[name] = before + gate_n.mean(0)
-            self.margins[name] = self.margins.get(name, 0.0) + float(margin(choice).mean())
-
-    def mean(self, name: str) -> Tensor:
-        """(N,), see `fixed`."""
-        return self.gates[name] / self.pictures
+    def gates(self, name: str) -> Tensor:
+        """Mean gate of each expert, 0 where it was not chosen: (N,), see `fixed`."""
+        return self._gates[name] / self._count[name]
 
     def margin(self, name: str) -> float:
-        """See `margin`."""
-        return self.margins[name] / self.pictures
+        """Mean of `margin`."""
+        return self._margins[name] / self._count[name]
+
+    def intercept(self, name: str) -> Intercept:
+        """What looks at the choices of a library."""
+
+        def look(choice: Choice) -> Choice:
+            experts = choice.probability.shape[-1]
+            gate_pk, chosen_pk = choice.gate.flatten(0, -2), choice.chosen.flatten(0, -2)
+            gate_pn = gate_pk.new_zeros(len(gate_pk), experts).scatter(1, chosen_pk, gate_pk)
+            total = gate_pn.double().sum(0).cpu()
+            self._gates[name] = self._gates[name] + total if name in self._gates else total
+            self._margins[name] = self._margins.get(name, 0.0) + float(margin(choice).sum())
+            self._count[name] = self._count.get(name, 0) + len(gate_pk)
+            return choice
+
+        return look
+
+
+@contextmanager
+def mean_gates(model: MEASNet) -> Iterator[MeanGates]:
+    """Within it, what the libraries do in all forward passes is averaged."""
+    means = MeanGates()
+    with intercepting(model, {name: means.intercept(name) for name in hooks(model)}):
+        yield means

@@ -9,10 +9,13 @@ from PIL import Image
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from distributed.evaluate import EvaluationReport, Held, evaluate, held_by, load, main, score, table
-from measnet.config import ModelConfig, tiny
+from distributed import routing
+from distributed.evaluate import evaluate, held_by, load, main, score
+from distributed.scores import EvaluationReport, Held, table
+from measnet.config import ModelConfig, replace_dotted, tiny
 from measnet.metrics import FIELD, Protocol
 from measnet.network import MEASNet
+from measnet.routing import mean_gates
 from measnet.tiling import Tiling
 from shards.packing import pack
 from shards.storage import finite
@@ -82,9 +85,10 @@ def test_tasks_are_means_of_their_degradations(report: EvaluationReport) -> None
     by_task = [report.tasks[task].input_ssim for task in ("denoise", "derain")]
     assert report.mean.input_ssim == pytest.approx(np.mean(by_task))
     assert report.metrics()["val_psnr/denoise"] == pytest.approx(np.mean(noise))
-    assert set(report.metrics()) == {
+    scores = {
         f"val_{kind}/{name}" for kind in ("psnr", "ssim") for name in ("denoise", "derain", "mean")
     }
+    assert scores < set(report.metrics())
 
 
 def test_it_repeats(model: MEASNet, shards: str, report: EvaluationReport) -> None:
@@ -247,3 +251,59 @@ def test_json_has_no_nan() -> None:
         "a": [None, 1.0],
         "b": None,
     }
+
+
+@pytest.mark.parametrize("by", ["fixed", "random", "best-single"])
+def test_worth_of_the_choice(
+    by: str, model: MEASNet, shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model.save_pretrained(tmp_path / "model.safetensors")
+    arguments = [str(tmp_path / "model.safetensors"), shards, "--limit", "1", "--device", "cpu"]
+    assert main([*arguments, "--routing", by, "--routing-of", "all"]) == 0
+    said = capsys.readouterr().out
+    assert "choice of experts" in said and "worth of the learned choice" in said
+    results = tmp_path / "evaluation"
+    summary = json.loads((results / "summary.json").read_text())
+    found = json.loads((results / f"routing-{by}-all.json").read_text())
+    assert found["learned"]["mean"] == summary["mean"]["restored_psnr"]
+    for task, worth in found["worth"].items():
+        assert worth == pytest.approx(found["learned"][task] - found["replaced"][task], abs=1e-9)
+    assert found["worth"]["mean"] != 0
+    assert len(found["libraries"]) == 9
+    assert set(found["experts"]) == set(found["libraries"] if by == "best-single" else [])
+
+
+def test_a_network_whose_gates_are_constant_has_a_choice_that_is_worth_nothing(
+    shards: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    own = MEASNet(replace_dotted(tiny(), {"tspg": False})).eval()
+    with torch.no_grad():  # equal logits: each pixel chooses the first K experts
+        for level in (1, 2, 3):
+            getattr(own, f"experts{level}").gate.weight.zero_()
+    with mean_gates(own) as means:
+        learned = evaluate(own, shards, None, limit=1, tiling=WHOLE)
+
+    def again() -> EvaluationReport:
+        return evaluate(own, shards, None, limit=1, tiling=WHOLE)
+
+    found = routing.worth(own, again, learned, means, by="fixed")
+    assert found.worth["mean"] == pytest.approx(0, abs=1e-4)
+    assert routing.worth(own, again, learned, means, by="random").worth["mean"] != 0
+    assert evaluate(own, shards, None, limit=1, tiling=WHOLE).mean == learned.mean
+
+
+def test_a_network_without_experts_has_no_choice_to_replace(shards: str) -> None:
+    bare = MEASNet(replace_dotted(tiny(), {"mese": False}))
+    with mean_gates(bare) as means:
+        learned = evaluate(bare, shards, None, limit=1, tiling=WHOLE)
+    with pytest.raises(ValueError, match="--routing-of pixel"):
+        routing.worth(bare, lambda: learned, learned, means, by="random")
+
+
+def test_measures_are_metrics_and_in_the_summary(report: EvaluationReport) -> None:
+    metrics, summary = report.metrics(), report.as_dict()
+    assert 2 <= metrics["val_effective_experts/encoder1"] <= 4
+    assert metrics["val_mutual_information/encoder1"] >= 0
+    assert len(summary["routing_measures"]) == 9
+    assert sum(summary["routing_measures"]["encoder1"]["shares"]) == pytest.approx(1)

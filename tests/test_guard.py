@@ -2,6 +2,7 @@ import json
 import random
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -12,8 +13,10 @@ from distributed.guard import (
     SpikeDetector,
     chain,
     describe_samples,
+    routing_warnings,
     watch_unused,
 )
+from measnet.config import tiny
 
 
 def test_the_chain_tells_order_and_content() -> None:
@@ -68,3 +71,20 @@ def test_a_learning_rate_of_zero_is_noticed_once() -> None:
 def test_samples_fit_in_a_line() -> None:
     assert describe_samples(["a", "b"]) == "a, b"
     assert describe_samples([str(n) for n in range(10)], most=2) == "0, 1 and 8 more"
+
+
+@pytest.mark.parametrize(
+    ("library", "chosen", "words"),
+    [
+        ("encoder1", [50.0, 50.0, 0.0, 0.0], "encoder1 has collapsed: it uses 2.0 of 4 experts"),
+        ("encoder1", [50.0, 40.0, 9.0, 0.0], "experts 3 of encoder1 were not chosen once"),
+        ("encoder1", [30.0, 30.0, 20.0, 20.0], ""),
+        ("decoder1.low", [10.0, 10.0, 0.0], "model.routing.picture-weight"),
+        ("decoder1.low", [0.0, 0.0, 0.0], ""),
+    ],
+)
+def test_warnings_name_the_library_and_what_to_try(
+    library: str, chosen: list[float], words: str
+) -> None:
+    warnings = routing_warnings({library: chosen}, tiny())
+    assert [words in line for line in warnings] == ([True] if words else [])

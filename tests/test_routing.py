@@ -303,12 +303,20 @@ def test_the_margin_is_the_distance_to_the_next_expert() -> None:
     assert routing.margin(selector(2, 2)(torch.randn(5, 2))).tolist() == [1.0] * 5
 
 
-def test_mean_gates_count_each_picture_alike() -> None:
-    model, means = small().eval(), routing.MeanGates()
-    with torch.no_grad(), routing.record(model) as choices:
-        for size in (32, 64):
-            model(torch.rand(1, 3, size, size))
-            means.add(choices)
-    own = means.mean("encoder1")
-    assert own.shape == (4,) and 0 < own.sum() <= 1
-    assert 0 <= means.margin("encoder1") < 1
+def test_mean_gates_are_means_over_pixels() -> None:
+    model, image = small().eval(), torch.rand(1, 3, 48, 32)
+    with torch.no_grad():
+        with routing.mean_gates(model) as means:
+            model(image[..., :16, :])
+            model(image[..., 16:, :])
+        with routing.record(model) as choices:
+            model(image[..., :16, :])
+            first = choices["encoder1"]
+            model(image[..., 16:, :])
+            second = choices["encoder1"]
+    gates = torch.cat([first.gate.flatten(0, 2), second.gate.flatten(0, 2)]).double()
+    chosen = torch.cat([first.chosen.flatten(0, 2), second.chosen.flatten(0, 2)])
+    expected = torch.zeros(len(gates), 4, dtype=torch.float64).scatter(1, chosen, gates).mean(0)
+    torch.testing.assert_close(means.gates("encoder1"), expected)
+    both = torch.cat([routing.margin(first).flatten(), routing.margin(second).flatten()])
+    assert means.margin("encoder1") == pytest.approx(both.mean().item(), rel=1e-5)
