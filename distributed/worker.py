@@ -12,7 +12,7 @@ from distributed.schedule import learning_rate
 from distributed.session import Session
 from measnet.losses import restoration_loss
 from measnet.selection import fade_noise
-from measnet.statistics import commit_statistics
+from measnet.step_statistics import commit_statistics
 
 
 def gate_noise(seed: int, step: int, micro_batch: int, device: torch.device) -> torch.Generator:

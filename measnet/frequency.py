@@ -14,7 +14,7 @@ from measnet.ops.convolution import convolve, pointwise
 from measnet.ops.low_pass import low_pass
 from measnet.ops.normalization import layer_norm
 from measnet.selection import Choice, Selector
-from measnet.statistics import StepStatistics
+from measnet.step_statistics import StepStatistics
 from measnet.transformer import Merge, weight
 
 GROUPS = 8

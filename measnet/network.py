@@ -57,7 +57,7 @@ class MEASNet(nn.Module):
         self.activation_checkpointing = False
         """Recompute the transformer blocks in the backward pass: less memory, more time."""
         self.defer_statistics = False
-        """Update running statistics only in `measnet.statistics.commit_statistics`."""
+        """Update running statistics only in `measnet.step_statistics.commit_statistics`."""
         self.min_side = MIN_SIDE
         width1, width2, width3, width4 = config.widths
 

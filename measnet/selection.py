@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from measnet.config import RoutingConfig
-from measnet.statistics import StepStatistics
+from measnet.step_statistics import StepStatistics
 
 BALANCE_EPSILON = 1e-10
 LOAD_MOMENTUM = 0.1

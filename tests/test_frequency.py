@@ -14,7 +14,7 @@ from measnet.frequency import (
     PictureExperts,
 )
 from measnet.ops.low_pass import reflect_pad
-from measnet.statistics import commit_statistics
+from measnet.step_statistics import commit_statistics
 
 
 def plain_split(x_bhwc: Tensor, split: FrequencySplit) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from measnet.config import replace_dotted
 from measnet.hardware import Decision
 from measnet.losses import restoration_loss
 from measnet.network import MEASNet
-from measnet.statistics import commit_statistics
+from measnet.step_statistics import commit_statistics
 from tests.ranks import run_ranks
 
 SETTINGS: dict[str, Any] = {

@@ -18,7 +18,7 @@ from measnet.config import ABLATION, ModelConfig, replace_dotted
 from measnet.losses import Losses, restoration_loss
 from measnet.network import MEASNet, Restoration
 from measnet.ops.choice import torch_only
-from measnet.statistics import commit_statistics
+from measnet.step_statistics import commit_statistics
 from measnet.tiling import restore
 from tests.meta import UNREPEATABLE, Calls, OneDevice, autocast_list
 

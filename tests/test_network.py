@@ -17,7 +17,7 @@ from measnet.frequency import KernelNorm
 from measnet.losses import restoration_loss
 from measnet.network import MEASNet, Restoration
 from measnet.prompts import TaskPrompt
-from measnet.statistics import commit_statistics
+from measnet.step_statistics import commit_statistics
 from measnet.transformer import Downsample, Merge, TransformerBlock, Upsample
 
 TINY = configs.tiny()

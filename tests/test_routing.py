@@ -11,7 +11,7 @@ from measnet.config import ModelConfig, RoutingConfig, from_dict, official, tiny
 from measnet.losses import restoration_loss
 from measnet.network import MEASNet
 from measnet.selection import Selector, fade_noise, squared_variation
-from measnet.statistics import commit_statistics
+from measnet.step_statistics import commit_statistics
 
 LIBRARIES = ["encoder1", "encoder2", "encoder3"]
 BANDS = [f"decoder{level}.{band}" for level in (3, 2, 1) for band in ("high", "low")]
