@@ -346,16 +346,22 @@ def free_resources() -> str:
 
 
 def progress_line(progress: dict[str, Any], total: int) -> str:
-    """One line: samples, speed, loss, learning rate, share of time spent waiting for data, time
-    left."""
+    """One line: samples, speed, loss, learning rate, the parts of a step, time left."""
     rate = progress["speed/samples_per_s"]
     left = (total - progress["samples"]) / rate if rate > 0 else float("inf")
+    peak = progress.get("speed/peak_share")
     return (
-        f"{progress['samples']:,}/{total:,} samples  {rate:.1f}/s  "
-        f"loss {progress['train/loss']:.4f}  "
-        f"lr {progress['train/learning_rate']:.2e}  data wait {progress['speed/data_wait']:.0%}  "
-        f"left {_duration(left)}"
+        f"{progress['samples']:,}/{total:,} samples  {rate:.1f}/s"
+        + ("" if peak is None else f" ({peak:.0%} of the card's peak)")
+        + f"  loss {progress['train/loss']:.4f}  lr {progress['train/learning_rate']:.2e}  "
+        f"passes {_seconds(progress['speed/forward_backward_s'])}, "
+        f"update {_seconds(progress['speed/update_s'])}, "
+        f"data wait {progress['speed/data_wait']:.0%}  left {_duration(left)}"
     )
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.0f} ms"
 
 
 def _duration(seconds: float) -> str:

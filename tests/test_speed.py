@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from distributed.progress import progress_line
 from distributed.speed import Speed, StepClock, arithmetic, durations, flops_per_sample
 from measnet.complexity import count, network_cost
 from measnet.config import tiny
@@ -54,3 +55,22 @@ def test_times_are_means_per_step_of_one_point() -> None:
     assert (ends["speed/forward_backward_s"], ends["speed/update_s"]) == (2.0, 1.0)
     assert ends["speed/peak_share"] == pytest.approx(1.0)
     assert step(5.0, last=True)["speed/forward_backward_s"] == 5.0
+
+
+def test_the_progress_line_has_the_parts_of_a_step() -> None:
+    progress = {
+        "samples": 4800,
+        "speed/samples_per_s": 20.0,
+        "speed/data_wait": 0.014,
+        "speed/forward_backward_s": 0.38,
+        "speed/update_s": 0.0213,
+        "train/loss": 0.08081,
+        "train/learning_rate": 2e-4,
+    }
+    assert progress_line(progress, 8000) == (
+        "4,800/8,000 samples  20.0/s  loss 0.0808  lr 2.00e-04  "
+        "passes 0.38 s, update 21 ms, data wait 1%  left 2:40"
+    )
+    assert "20.0/s (42% of the card's peak)  loss" in progress_line(
+        {**progress, "speed/peak_share": 0.42}, 8000
+    )
