@@ -131,21 +131,43 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 class Upload:
     """Copies micro-batches to the device, beside the work that still runs there.
 
-    The host is ahead of a GPU, so the copy of the next micro-batch ends before its pass begins.
+    The host is ahead of a GPU, so the copy of the next micro-batch ends before its pass begins. A
+    GPU gets bytes and makes floats of them itself.
     """
+
+    SLOTS = 4
+    """Pinned buffers: two tensors of a micro-batch are filled while two others are copied."""
 
     def __init__(self, device: torch.device) -> None:
         """On a GPU copies get a stream of their own."""
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pinned: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        # A tensor on the device: torch would multiply by the reciprocal of a number, which
+        # rounds otherwise than the division on a CPU.
+        self._white = torch.full((1,), 255.0, device=device)
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """What is started after this sees the whole copy; a CPU's tensor is given back."""
-        if self._stream is None:
-            return to_device(tensor, self._device)
-        with torch.cuda.stream(self._stream):
-            copied = to_device(tensor, self._device)
+        """A copy on the device; what is started after this sees it whole.
+
+        Bytes become float32 in [0, 1], the same as on a CPU. A CPU's floats are given back.
+        """
+        copied = tensor if self._stream is None else self._copy(tensor, self._stream)
+        return copied.float() / self._white if copied.dtype == torch.uint8 else copied
+
+    def _copy(self, tensor: Tensor, stream: torch.cuda.Stream) -> Tensor:
+        full = len(self._pinned) == self.SLOTS
+        pinned, free = self._pinned.popleft() if full else (None, torch.cuda.Event())
+        if full:
+            free.synchronize()  # its last copy has ended
+        if pinned is None or pinned.shape != tensor.shape or pinned.dtype != tensor.dtype:
+            pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        pinned.copy_(tensor)
+        with torch.cuda.stream(stream):
+            copied = pinned.to(self._device, non_blocking=True)
+            free.record(stream)
+        self._pinned.append((pinned, free))
         user = torch.cuda.current_stream(self._device)
-        user.wait_stream(self._stream)
+        user.wait_stream(stream)
         copied.record_stream(user)  # else its memory could be taken while `user` still reads it
         return copied

@@ -189,18 +189,13 @@ class Session:
     def batches(self) -> Iterator[Batch]:
         """This rank's micro-batches, from where the run stands to its end."""
         recipe, at = self.config.recipe, self.samples
+        sizes = {"global_batch": recipe.global_batch, "micro_batch": recipe.micro_batch}
+        part = {"world": self._sharing, "rank": self._slice}
+        floats = self.device.type == "cpu"  # a GPU makes them itself, of a quarter of the bytes
         for first, behind in [*self._skips.spans, (self._end, self._end)]:
             if at < first:
-                yield from self._watched(
-                    self._stream.batches(
-                        at,
-                        first,
-                        global_batch=recipe.global_batch,
-                        micro_batch=recipe.micro_batch,
-                        world=self._sharing,
-                        rank=self._slice,
-                    )
-                )
+                batches = self._stream.batches(at, first, **sizes, **part, floats=floats)
+                yield from self._watched(batches)
             at = max(at, behind)
 
     def _watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -56,9 +56,9 @@ class Batch(NamedTuple):
     """One micro-batch of m samples with crops of c pixels."""
 
     degraded: Tensor
-    """(m, 3, c, c) float32 in [0, 1]."""
+    """(m, 3, c, c) float32 in [0, 1], or uint8; see `TrainStream.batches`."""
     clean: Tensor
-    """(m, 3, c, c) float32 in [0, 1]."""
+    """The same."""
     task: Tensor
     """(m,) int64, index into `TASKS`."""
     degradation: Tensor
@@ -113,7 +113,15 @@ class TrainStream:
             self.reader.check_present()
 
     def batches(
-        self, start: int, stop: int, *, global_batch: int, micro_batch: int, world: int, rank: int
+        self,
+        start: int,
+        stop: int,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        world: int,
+        rank: int,
+        floats: bool = True,
     ) -> Iterator[Batch]:
         """This rank's micro-batches, in order.
 
@@ -126,6 +134,7 @@ class TrainStream:
             micro_batch: samples of one batch.
             world: number of ranks.
             rank: this rank.
+            floats: pictures as float32 in [0, 1]; False: as the uint8 that they are made of.
 
         Raises:
             ValueError: the sizes do not divide.
@@ -138,11 +147,11 @@ class TrainStream:
         # Refuse wrong sizes here, not in the middle of a loader process.
         ordering.positions(start, 0, global_batch, micro_batch, world, rank)
         sampler = _PositionSampler(start, stop, global_batch, micro_batch, world, rank)
-        for result in self._load(sampler):
+        for result in self._load(sampler, floats):
             if isinstance(result, DamagedError):
                 raise result
             self._count_replaced(result.damage)
-            if result.degraded.dtype == torch.uint8:
+            if floats and result.degraded.dtype == torch.uint8:
                 result = result._replace(
                     degraded=result.degraded.div(255), clean=result.clean.div(255)
                 )
@@ -163,10 +172,10 @@ class TrainStream:
             damage=tuple(sample.damage for sample in samples if sample.damage),
         )
 
-    def _load(self, sampler: "_PositionSampler") -> Iterator["Batch | DamagedError"]:
+    def _load(self, sampler: "_PositionSampler", floats: bool) -> Iterator["Batch | DamagedError"]:
         _keep_freed_memory()
         if self.data.loader_workers == 0:
-            dataset = _BatchDataset(self, as_floats)
+            dataset = _BatchDataset(self, as_floats if floats else as_bytes)
             batches = (dataset[positions] for positions in sampler)
         else:
             # Processes exchange bytes: a quarter of what floats would be.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from distributed.exchange import Upload
 from shards import degrade, reader
 from shards.config import DataConfig
 from shards.packing import pack
@@ -110,6 +111,19 @@ def test_what_a_batch_holds(packed: Path, workers: int) -> None:
         names = [list(DEGRADATIONS)[d] for d in batch.degradation]
         assert [key.split("/")[0] for key in batch.keys] == names
         assert [TASKS[t] for t in batch.task] == [DEGRADATIONS[name].task for name in names]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bytes_are_what_the_floats_are_made_of(packed: Path, workers: int) -> None:
+    stream = TrainStream(config(packed, loader_workers=workers), 3)
+    sizes = {"global_batch": 24, "micro_batch": 4, "world": 1, "rank": 0}
+    pairs = [stream.batches(0, 24, **sizes, floats=floats) for floats in (True, False)]
+    upload = Upload(torch.device("cpu"))
+    for floats, given in zip(*pairs, strict=True):
+        assert given.degraded.dtype == given.clean.dtype == torch.uint8
+        assert floats.keys == given.keys
+        assert torch.equal(upload(given.degraded), floats.degraded)
+        assert torch.equal(upload(given.clean), floats.clean)
 
 
 def test_crop_and_flips_are_the_same_in_both_pictures_and_cut_from_the_source(packed: Path) -> None:

@@ -168,3 +168,12 @@ def test_micro_batches_are_copied_while_the_card_computes(gpu: torch.device) -> 
     busy = not torch.cuda.current_stream(gpu).query()
     assert busy, "the last copy waited for the products before it"
     assert torch.stack(sums).tolist() == [number * 8 * 3 * 128 * 128 for number in range(20)]
+
+
+def test_a_card_makes_the_same_floats_of_bytes_as_a_cpu(gpu: torch.device) -> None:
+    upload = Upload(gpu)
+    grey = torch.arange(256, dtype=torch.uint8).expand(2, 3, 16, 256).contiguous()
+    for shift in range(2 * Upload.SLOTS):
+        given = grey.roll(shift, -1)
+        assert torch.equal(upload(given).cpu(), given / 255)
+    assert torch.equal(upload(grey[:1]).cpu(), grey[:1] / 255)  # another shape
