@@ -3,8 +3,9 @@
     python -m distributed.demo [--pictures DIR]
 
 Removes its own folders (data/demo, runs/demo) first, so that its figures repeat. Without --pictures
-it uses photographs from the packages scikit-image and scikit-learn. Some are held out: they are
-never trained on, and all figures are measured on them.
+it uses photographs that installed packages ship. Some are held out: they are never trained on, and
+all figures are measured on them. Others are for validation while it trains, so that nothing is
+chosen by the pictures of the figures.
 """
 
 import dataclasses
@@ -33,19 +34,22 @@ from shards import layouts
 DATA, RUN = Path("data/demo"), Path("runs/demo")
 """The demo's own folders; removed when it starts."""
 SYNTHESISED = ("derain", "dehaze", "deblur", "lowlight")
-HELD_OUT = ("astronaut", "motorcycle")
-"""Packaged photographs that are never trained on."""
+TEST = ("astronaut", "motorcycle")
+"""Packaged photographs that all figures are measured on."""
+VALIDATION = ("hopper",)
+"""Packaged photographs that validate while training; `tune.search demo` chooses by them."""
 SCALES = (1.0, 0.84, 0.7, 0.59, 0.5)
 """Each training photograph is packed at these scales, each with its own degradations."""
-MOST_PICTURES, MOST_HELD_OUT, LONGEST, SHORTEST = 24, 2, 768, 96
-"""Limits with --pictures: number of pictures, of held-out ones, longest and shortest side."""
+MOST_PICTURES, MOST_TEST, LONGEST, SHORTEST = 24, 2, 768, 96
+"""Limits with --pictures: number of pictures, of those to test on, longest and shortest side."""
 
 
 class Split(NamedTuple):
-    """Names of the pictures to train on and of the held-out ones; no picture is in both."""
+    """Names of the pictures for each purpose; no picture has two."""
 
     train: list[str]
-    held_out: list[str]
+    validation: list[str]
+    test: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,7 @@ class Arguments:
     """Pack photographs, train and evaluate on them; takes minutes on a CPU."""
 
     pictures: Path | None = None
-    """Folder of your own pictures; default: those that scikit-image and scikit-learn ship."""
+    """Folder of your own pictures, three or more; default: those that installed packages ship."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +81,7 @@ def run(source: Path | None, console: Console) -> int:
     with _timed(seconds, "pack"):
         pictures = packaged_pictures() if source is None else own_pictures(source)
         _start_from_nothing()
-        names = split(sorted(pictures), HELD_OUT if source is None else ())
+        names = split(sorted(pictures))
         _write_pictures(pictures, names)
         _pack(console, names)
 
@@ -98,7 +102,7 @@ def run(source: Path | None, console: Console) -> int:
     with _timed(seconds, "evaluate"):
         device = choose_device("auto", machine).choice
         network = load(str(RUN), device)
-        report = evaluate(network, config.data.validation, RUN / "evaluation")
+        report = evaluate(network, str(DATA / "shards" / "test"), RUN / "evaluation")
         _draw_curves()
     _log_evaluation(config, outcome, report)
     console.print(table(report))
@@ -134,6 +138,7 @@ def packaged_pictures() -> dict[str, dict[str, np.ndarray]]:
         ValueError: an installed package lacks them.
     """
     try:
+        from matplotlib import get_data_path
         from skimage import data
         from sklearn.datasets import load_sample_image
 
@@ -144,9 +149,11 @@ def packaged_pictures() -> dict[str, dict[str, np.ndarray]]:
         }
         found["china"] = {"picture": load_sample_image("china.jpg")}
         found["flower"] = {"picture": load_sample_image("flower.jpg")}
+        with Image.open(Path(get_data_path(), "sample_data", "grace_hopper.jpg")) as file:
+            found["hopper"] = {"picture": np.asarray(file.convert("RGB"))}
     except (ImportError, OSError) as error:
         raise ValueError(
-            f"cannot read the photographs of scikit-image and scikit-learn ({error}); "
+            f"cannot read the photographs of scikit-image, scikit-learn and matplotlib ({error}); "
             'install them with pip install -e ".[dev]", or use your own pictures: '
             "python -m distributed.demo --pictures DIR"
         ) from error
@@ -168,10 +175,10 @@ def own_pictures(folder: Path) -> dict[str, dict[str, np.ndarray]]:
                 f"--pictures {folder} is inside {own}, which the demo removes; copy it elsewhere"
             )
     names = layouts.pictures(str(folder))
-    if len(names) < 2:
+    if len(names) < 3:
         raise ValueError(
-            f"{folder} holds {len(names)} pictures ({', '.join(layouts.SUFFIXES)}), but at least 2 "
-            "are needed: one to train on and one held out"
+            f"{folder} holds {len(names)} pictures ({', '.join(layouts.SUFFIXES)}), but at least 3 "
+            "are needed: to train, to validate and to test on"
         )
     spread = np.linspace(0, len(names) - 1, min(len(names), MOST_PICTURES)).round().astype(int)
     found: dict[str, dict[str, np.ndarray]] = {}
@@ -182,18 +189,26 @@ def own_pictures(folder: Path) -> dict[str, dict[str, np.ndarray]]:
         if same != name:
             raise ValueError(
                 f"{folder / name} and {same} are the same picture; remove one: no picture "
-                "may be both trained on and held out"
+                "may be both trained on and tested on"
             )
         found[f"{len(found):03d}_{layouts.stem(name)}"] = {"picture": picture}
     return found
 
 
-def split(names: Sequence[str], held_out: Sequence[str] = ()) -> Split:
-    """Split pictures; by default a quarter is held out, at most `MOST_HELD_OUT`."""
-    count = min(MOST_HELD_OUT, max(1, len(names) // 4))
-    every = len(names) / count
-    chosen = list(held_out) or [names[int((at + 0.5) * every)] for at in range(count)]
-    return Split([name for name in names if name not in chosen], chosen)
+def split(names: Sequence[str]) -> Split:
+    """Split pictures: the packaged ones as `TEST` and `VALIDATION` say.
+
+    Of others one validates; a quarter tests, at most `MOST_TEST`.
+    """
+    if set(TEST + VALIDATION) <= set(names):
+        validation, test = list(VALIDATION), list(TEST)
+    else:
+        count = min(MOST_TEST, max(1, len(names) // 4))
+        every = len(names) / (count + 1)
+        *test, last = (names[int((at + 0.5) * every)] for at in range(count + 1))
+        validation = [last]
+    held_out = {*validation, *test}
+    return Split([name for name in names if name not in held_out], validation, test)
 
 
 def _read(path: Path) -> np.ndarray:
@@ -220,15 +235,16 @@ def _start_from_nothing() -> None:
 
 
 def _write_pictures(pictures: Mapping[str, Mapping[str, np.ndarray]], names: Split) -> None:
-    """Write PNGs: held-out pictures as they are, training pictures at several scales."""
-    for side in ("train", "test"):
-        (DATA / "pictures" / side).mkdir(parents=True, exist_ok=True)
-    for name in names.held_out:
-        _save(DATA / "pictures" / "test" / name, pictures[name])
-    for name in names.train:
-        for scale in SCALES:
-            folder = DATA / "pictures" / "train"
-            _save(folder / f"{name}_{round(100 * scale):03d}", pictures[name], scale)
+    """Write PNGs: training pictures at several scales, the others as they are."""
+    for side, own in names._asdict().items():
+        folder = DATA / "pictures" / side
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in own:
+            if side != "train":
+                _save(folder / name, pictures[name])
+                continue
+            for scale in SCALES:
+                _save(folder / f"{name}_{round(100 * scale):03d}", pictures[name], scale)
 
 
 def _save(path: Path, picture: Mapping[str, np.ndarray], scale: float = 1.0) -> None:
@@ -246,13 +262,14 @@ def _save(path: Path, picture: Mapping[str, np.ndarray], scale: float = 1.0) -> 
 def _pack(console: Console, names: Split) -> None:
     from shards.packing import pack
 
-    for number, side in enumerate(("train", "test")):
+    for number, side in enumerate(("train", "test", "validation")):
         folder, out = str(DATA / "pictures" / side), str(DATA / "shards" / side)
         manifest = pack("clean", folder, out, synthesise=SYNTHESISED, seed=number)
         counts = ", ".join(f"{task} {count}" for task, count in manifest.counts.items())
         console.print(f"packed {out}: {counts}", highlight=False, soft_wrap=True)
     console.print(
-        f"trained on: {', '.join(names.train)}\nheld out:   {', '.join(names.held_out)}",
+        f"trains on:    {', '.join(names.train)}\nvalidates on: {', '.join(names.validation)}\n"
+        f"held out:     {', '.join(names.test)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -282,7 +299,7 @@ def _log_evaluation(config: TrainConfig, outcome: Any, report: Any) -> None:
 
 
 def _result(tasks: Mapping[str, Any], names: Split) -> Table:
-    view = Table(title=f"held-out pictures: {', '.join(names.held_out)}")
+    view = Table(title=f"held-out pictures: {', '.join(names.test)}")
     view.add_column("task")
     view.add_column("input PSNR -> restored PSNR", justify="right")
     view.add_column("gain in dB", justify="right")

@@ -35,7 +35,7 @@ def demo() -> TrainConfig:
         model=tiny(),
         data=DataConfig(
             train="data/demo/shards/train",
-            validation="data/demo/shards/test",
+            validation="data/demo/shards/validation",
             crop=48,
             repeats={"denoise_15": 2, "denoise_25": 2, "denoise_50": 2, **repeats},
             loader_workers=0,

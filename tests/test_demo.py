@@ -53,6 +53,7 @@ def test_photographs_come_with_the_packages() -> None:
         "rocket": (427, 640, 3),
         "china": (427, 640, 3),
         "flower": (427, 640, 3),
+        "hopper": (600, 512, 3),
         "motorcycle": (500, 741, 3),
     }
     assert all(p["picture"].dtype == np.uint8 for p in found.values())
@@ -60,17 +61,17 @@ def test_photographs_come_with_the_packages() -> None:
 
 
 def test_held_out_pictures_are_packaged_ones_and_never_trained_on() -> None:
-    names = split(sorted(packaged_pictures()), demo.HELD_OUT)
-    assert set(names.held_out) == {"astronaut", "motorcycle"} and len(names.train) == 5
-    assert not set(names.train) & set(names.held_out)
+    names = split(sorted(packaged_pictures()))
+    assert set(names.test) == {"astronaut", "motorcycle"} and names.validation == ["hopper"]
+    assert len(names.train) == 5 and not {"astronaut", "motorcycle", "hopper"} & set(names.train)
 
 
-@pytest.mark.parametrize("count", [2, 3, 4, 7, 8, 24])
+@pytest.mark.parametrize("count", [3, 4, 7, 8, 24])
 def test_split_of_other_pictures(count: int) -> None:
     names = [f"p{at:02d}" for at in range(count)]
-    train, held_out = split(names)
-    assert sorted(train + held_out) == names
-    assert 1 <= len(held_out) <= demo.MOST_HELD_OUT and train
+    train, validation, test = split(names)
+    assert sorted(train + validation + test) == names
+    assert 1 <= len(test) <= demo.MOST_TEST and train and len(validation) == 1
 
 
 def test_own_pictures_are_brought_to_size(tmp_path: Path) -> None:
@@ -104,9 +105,9 @@ def wrong(tmp_path: Path, kind: str) -> Path:
         case "empty":
             (tmp_path / "empty").mkdir()
             return tmp_path / "empty"
-        case "one":
-            save(tmp_path / "one", 1)
-            return tmp_path / "one"
+        case "two":
+            save(tmp_path / "two", 2)
+            return tmp_path / "two"
         case "truncated":
             whole = (folder / "p01.png").read_bytes()
             (folder / "p01.png").write_bytes(whole[: len(whole) // 2])
@@ -128,7 +129,7 @@ def wrong(tmp_path: Path, kind: str) -> Path:
     [
         ("no folder", "is not a folder"),
         ("empty", "holds 0 pictures"),
-        ("one", "holds 1 pictures"),
+        ("two", "holds 2 pictures"),
         ("truncated", "p01.png cannot be read"),
         ("no picture", "p01.png cannot be read"),
         ("small", "p00.png is 60x200 pixels"),
@@ -161,9 +162,11 @@ def test_packing_keeps_the_sides_apart(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.chdir(tmp_path)
     found = packaged_pictures()
-    small = {name: {"picture": found[name]["picture"][:128, :160]} for name in ("rocket", "coffee")}
-    small["motorcycle"] = {kind: array[:128, :160] for kind, array in found["motorcycle"].items()}
-    names = split(sorted(small), ["motorcycle"])
+    small = {
+        name: {kind: array[:128, :160] for kind, array in found[name].items()}
+        for name in ("rocket", "coffee", "hopper", "motorcycle")
+    }
+    names = demo.Split(["coffee", "rocket"], ["hopper"], ["motorcycle"])
     demo._start_from_nothing()
     demo._write_pictures(small, names)
     demo._pack(Console(quiet=True), names)
@@ -174,6 +177,7 @@ def test_packing_keeps_the_sides_apart(tmp_path: Path, monkeypatch: pytest.Monke
     for picture in test:  # held out as they are, to the pixel
         clean = (picture.clean * 255).round().byte().permute(1, 2, 0).numpy()
         assert np.array_equal(clean, small["motorcycle"]["picture"])
+    assert manifest.read("data/demo/shards/validation").counts["derain"] == 1
 
 
 def test_ui_command() -> None:
