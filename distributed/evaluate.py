@@ -1,10 +1,12 @@
 """The benchmark protocol on whole pictures: PSNR and SSIM per task, before and after restoring.
 
-Command: `python -m distributed.evaluate CHECKPOINT DATA [--out DIR]`. Each picture always gets the
-same noise, so figures repeat. Every output states the protocol and how much of the benchmark it
-covers.
+    python -m distributed.evaluate CHECKPOINT DATA [DATA ...] [--compare OTHER ...] [--out DIR]
+
+Each picture always gets the same noise, so figures repeat. Every output states the protocol and how
+much of the benchmark it covers.
 """
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,13 +21,14 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from distributed import figures, routing
+from distributed import baselines, compare, figures, routing, tables
 from distributed.checkpoint import newest_complete
 from distributed.routing import Routing, RoutingOf
 from distributed.scores import EvaluationReport, Grids, Held, Score, routing_table, table, write
+from distributed.sources import packed, parse_all
 from measnet.config import ModelConfig, from_dict
 from measnet.hardware import Decision, DeviceChoice, choose_device, this_machine
-from measnet.metrics import FIELD, Protocol, psnr, ssim
+from measnet.metrics import FIELD, Protocol, quality
 from measnet.network import MEASNet
 from measnet.routing import mean_gates
 from measnet.tiling import ARITHMETIC, Restored, Tiling, choose_tiling, restore_routed
@@ -38,6 +41,13 @@ OVERLAP = 64
 """Pixels that neighbouring tiles share."""
 WEIGHT_FILES = (".safetensors", ".ckpt", ".pth", ".pt")
 """Suffixes of weights: files of this program, or checkpoints of the authors' program."""
+_COMPARED = tuple(
+    f"{side}_{kind}{colour}"
+    for colour in ("", "_y")
+    for kind in ("psnr", "ssim")
+    for side in ("input", "restored")
+)
+"""Figures of a `Score`: first both PSNR of RGB, then both SSIM, then those of luma."""
 _OVERVIEW = 240
 """Pixels of the longer side in the grid that shows one picture per task."""
 
@@ -69,12 +79,21 @@ def evaluate(
     """
     panels = Panels(grid_rows if out is not None else 0)
     tiling = tiling or choose_tiling(model, overlap=OVERLAP)
-    source = pictures(data_uri, limit=limit)
+    source = protocol_pictures(data_uri, protocol, limit=limit)
     scores = score(model, source, tiling, protocol=protocol, seen=panels.keep)
     report = EvaluationReport(str(data_uri), protocol, list(scores), held_by(data_uri))
     if out is not None:
         write(report, panels.grids, Path(out))
     return report
+
+
+def protocol_pictures(
+    data_uri: str, protocol: Protocol, *, limit: int = 0, rank: int = 0, world: int = 1
+) -> Iterator[Picture]:
+    """The pictures of packed shards, cropped and degraded as the protocol says."""
+    multiple = 16 if protocol.crop16 else 1
+    share: dict[str, Any] = {"limit": limit, "rank": rank, "world": world}
+    return pictures(data_uri, noise=protocol.noise, multiple=multiple, **share)
 
 
 def held_by(data_uri: str) -> dict[str, Held]:
@@ -116,16 +135,42 @@ def score(
     protocol: Protocol = FIELD,
     seen: Callable[[Score, Picture, Tensor], None] | None = None,
 ) -> Iterator[Score]:
+    """Restore pictures by the network and compare them, one by one; see `score_with`."""
+    device = next(model.parameters()).device
+
+    def restore(picture: Picture) -> Restored:
+        return _restore(model, picture.degraded, tiling)
+
+    return score_with(restore, source, protocol=protocol, seen=seen, device=device)
+
+
+def score_with(
+    restore: Callable[[Picture], Restored],
+    source: Iterable[Picture],
+    *,
+    protocol: Protocol = FIELD,
+    seen: Callable[[Score, Picture, Tensor], None] | None = None,
+    device: torch.device | str = "cpu",
+) -> Iterator[Score]:
     """Restore and compare pictures, one by one.
 
-    `seen` is called with each score, its picture and the restored picture (3, H, W) on the CPU.
+    Args:
+        restore: the method.
+        source: the pictures.
+        protocol: how to compare.
+        seen: is called with each score, its picture and the restored picture (3, H, W) on the CPU.
+        device: where pictures are compared.
     """
+    luma = dataclasses.replace(protocol, colour="y")
     for picture in source:
         height, width = picture.clean.shape[-2:]
         start = time.perf_counter()
-        restored = _restore(model, picture.degraded, tiling)
+        restored = restore(picture)
         seconds = time.perf_counter() - start
-        before, after, clean = map(_hwc, (picture.degraded, restored.image, picture.clean))
+        sides = torch.stack([picture.degraded, restored.image]).to(device)
+        clean = picture.clean.to(device).expand_as(sides)
+        rgb, y = quality(sides, clean, protocol), quality(sides, clean, luma)
+        figures_of = dict(zip(_COMPARED, torch.cat([*rgb, *y]).tolist(), strict=True))
         result = Score(
             position=picture.position,
             degradation=picture.degradation,
@@ -135,10 +180,7 @@ def score(
             width=width,
             tile=restored.tile or 0,
             overlap=restored.overlap,
-            input_psnr=psnr(before, clean, protocol),
-            restored_psnr=psnr(after, clean, protocol),
-            input_ssim=ssim(before, clean, protocol),
-            restored_ssim=ssim(after, clean, protocol),
+            **figures_of,
             seconds=seconds,
             routing={name: shares[0].tolist() for name, shares in restored.routing.items()},
         )
@@ -175,11 +217,15 @@ class Arguments:
     checkpoint: tyro.conf.Positional[str]
     """A run folder (its newest complete checkpoint, averaged weights), a .safetensors file, or a
     checkpoint of the authors' program (.ckpt, .pth)."""
-    data: tyro.conf.Positional[str]
-    """Folder or URI of packed shards."""
+    data: tyro.conf.Positional[list[str]]
+    """Folders or URIs of packed shards, or raw benchmark folders as LAYOUT=FOLDER: cbsd68=CBSD68
+    (layouts: python -m shards.pack --help)."""
     out: Path | None = None
-    """Folder for pictures.csv, summary.json, experts.png and grids/; default: evaluation/ beside
-    the checkpoint."""
+    """Folder for pictures.csv, summary.json, experts.png, grids/ (in a folder each, if there are
+    several DATA), tables.md and tables.tex; default: evaluation/ beside the checkpoint."""
+    compare: tyro.conf.UseAppendAction[list[str]] = dataclasses.field(default_factory=list)
+    """Another checkpoint, or a classical method (cbm3d, dark-channel, gamma, histogram,
+    richardson-lucy), on the same pictures; may be repeated."""
     limit: int = 0
     """Pictures per degradation; 0 takes all."""
     grid_rows: int = 2
@@ -194,7 +240,9 @@ class Arguments:
     border: int = 0
     """Pixels cut off on each side before comparing."""
     crop16: bool = False
-    """Compare the centre crop to multiples of 16, as some programs of the field do."""
+    """Crop pictures to multiples of 16 before they are restored, as programs of the field do."""
+    noise: Literal["picture", "field"] = "picture"
+    """Noise of denoising: keyed by the picture, or the stream of the field's test programs."""
     routing: Routing = "learned"
     """Also evaluate with another choice of experts, and say what the learned one is worth in dB:
     `fixed` for all pixels, at `random`, or the `best-single` expert of each library."""
@@ -225,32 +273,95 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(given: Arguments) -> None:
     given.check()
     console = Console(soft_wrap=True)
+    sources = parse_all(given.data)
     device = choose_device(given.device, this_machine())
     model = load(given.checkpoint, device.choice)
+    others = {name: _method(name, device.choice) for name in given.compare}
     out = given.out or _beside(given.checkpoint)
     tiling = choose_tiling(model, tile=given.tile or None, overlap=given.overlap)
     arithmetic = Decision(ARITHMETIC, "a GPU and a CPU give the same figures")
     for name, made in (("device", device), ("arithmetic", arithmetic), ("tiles", tiling.decision)):
         console.print(f"{name}: {made.choice} ({made.reason})", style="dim", highlight=False)
-    protocol = Protocol(colour=given.colour, border=given.border, crop16=given.crop16)
-    settings: dict[str, Any] = {"limit": given.limit, "protocol": protocol, "tiling": tiling}
+    reports = []
+    for source in sources:
+        folder = out if len(sources) == 1 else out / source.name
+        with packed(source) as uri:
+            report = _evaluate_source(given, model, tiling, uri, folder, console)
+            report = dataclasses.replace(report, data=source.name if source.layout else uri)
+            if others:
+                _compare(given, report, others, tiling, uri, folder, console)
+        reports.append(report)
+    written = tables.write(Path(given.checkpoint).name, reports, out)
+    console.print(
+        f"per picture:  {out / ('pictures.csv' if len(sources) == 1 else '*/pictures.csv')}\n"
+        f"before/after: {out / ('grids' if len(sources) == 1 else '*/grids')}\n"
+        f"beside the field's figures: {', '.join(map(str, written))}",
+        style="dim",
+    )
+
+
+def _settings(given: Arguments, tiling: Tiling) -> dict[str, Any]:
+    protocol = Protocol(
+        colour=given.colour, border=given.border, crop16=given.crop16, noise=given.noise
+    )
+    return {"limit": given.limit, "protocol": protocol, "tiling": tiling}
+
+
+def _evaluate_source(
+    given: Arguments, model: MEASNet, tiling: Tiling, uri: str, folder: Path, console: Console
+) -> EvaluationReport:
+    """Evaluate one set, show its tables, and what the choice of experts is worth if asked for."""
+    settings = _settings(given, tiling)
     with mean_gates(model) as means:
-        report = evaluate(model, given.data, out, grid_rows=given.grid_rows, **settings)
+        report = evaluate(model, uri, folder, grid_rows=given.grid_rows, **settings)
     console.print(table(report))
     if report.routing_measures:
         console.print(routing_table(report))
     if given.routing != "learned":
         found = routing.worth(
-            *(model, lambda: evaluate(model, given.data, None, **settings), report, means),
+            *(model, lambda: evaluate(model, uri, None, **settings), report, means),
             by=given.routing,
             of=given.routing_of,
             say=lambda text: console.print(text, style="dim", highlight=False),
         )
         console.print(routing.table(found))
-        routing.write(found, out / f"routing-{given.routing}-{given.routing_of}.json")
-    console.print(
-        f"per picture: {out / 'pictures.csv'}\nbefore/after: {out / 'grids'}", style="dim"
-    )
+        routing.write(found, folder / f"routing-{given.routing}-{given.routing_of}.json")
+    return report
+
+
+def _method(name: str, device: str) -> MEASNet | None:
+    """A checkpoint's network; None for a classical method."""
+    return None if name in baselines.BASELINES else load(name, device)
+
+
+def _compare(
+    given: Arguments,
+    first: EvaluationReport,
+    others: dict[str, MEASNet | None],
+    tiling: Tiling,
+    uri: str,
+    folder: Path,
+    console: Console,
+) -> None:
+    """Evaluate the other methods on the same pictures, and show the differences."""
+    settings = _settings(given, tiling)
+    protocol: Protocol = settings["protocol"]
+    reports = {Path(given.checkpoint).name or given.checkpoint: first}
+    for name, network in others.items():
+        if network is not None:
+            reports[name] = evaluate(network, uri, None, **settings)
+            continue
+
+        def restore(picture: Picture, name: str = name) -> Restored:
+            image = baselines.apply(name, picture.degradation, _hwc(picture.degraded))
+            return Restored(torch.from_numpy(image).permute(2, 0, 1).float(), {}, None, 0)
+
+        source = protocol_pictures(uri, protocol, limit=given.limit)
+        scores = list(score_with(restore, source, protocol=protocol))
+        reports[name] = EvaluationReport(uri, protocol, scores, held_by(uri))
+    console.print(compare.table(reports))
+    used = [baselines.BASELINES[n].about for n in others if n in baselines.BASELINES]
+    compare.write(reports, folder / "compare.json", used)
 
 
 def _beside(checkpoint: str) -> Path:
@@ -286,10 +397,6 @@ def _row(score: Score, picture: Picture, restored: Tensor) -> figures.GridRow:
         input_psnr=score.input_psnr,
         restored_psnr=score.restored_psnr,
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())
 
 
 if __name__ == "__main__":

@@ -51,6 +51,11 @@ class Score(NamedTuple):
     restored_psnr: float
     input_ssim: float
     restored_ssim: float
+    input_psnr_y: float
+    """Of luma, with the same border and crop."""
+    restored_psnr_y: float
+    input_ssim_y: float
+    restored_ssim_y: float
     seconds: float
     """Time to restore it."""
     routing: dict[str, list[float]]
@@ -65,6 +70,10 @@ class Summary(NamedTuple):
     restored_psnr: float
     input_ssim: float
     restored_ssim: float
+    input_psnr_y: float
+    restored_psnr_y: float
+    input_ssim_y: float
+    restored_ssim_y: float
 
 
 @dataclass(frozen=True)

@@ -3,105 +3,177 @@
 The field's protocol (PromptIR, AdaIR, MoCE-IR, MEASNet) is `FIELD`: RGB in [0, 1], clipped, not
 rounded to 8 bit, the whole picture, data range 1, no border cut; PSNR over all pixels and channels
 at once, SSIM by scikit-image's default (7 x 7 uniform window, sample covariance) per channel, then
-averaged.
+averaged. Everything is computed in float64, on the device of the pictures.
 """
 
 import dataclasses
+import hashlib
+import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from skimage.metrics import structural_similarity
+from torch import Tensor
 
-_LUMA = np.array([65.481, 128.553, 24.966]) / 255.0
-_SSIM_WINDOW = 7
+VERSION = 2
+"""Of the protocol; figures of different versions must not be compared. Version 2: `crop16` crops
+what the network gets, and noise may be the field's."""
+_LUMA = (65.481 / 255.0, 128.553 / 255.0, 24.966 / 255.0)
+_WINDOW = 7
+"""Side of SSIM's window."""
+_C1, _C2 = 0.01**2, 0.03**2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How two pictures are compared; every figure is stated with it."""
+    """How pictures are degraded, restored and compared; every figure is stated with it."""
 
     colour: Literal["rgb", "y"] = "rgb"
     """`rgb`, or `y`: luma of ITU-R BT.601 (16-235 of 255), as older deraining tables use it."""
     border: int = 0
     """Pixels cut off on each side before comparing, as super-resolution tables do."""
     crop16: bool = False
-    """Compare the centre crop whose sides are multiples of 16, for programs that test on it."""
+    """Crop pictures to the centre whose sides are multiples of 16, before they are degraded by
+    noise and restored, as the programs of the field do."""
+    noise: Literal["picture", "field"] = "picture"
+    """Noise of denoising: `picture`: from the picture's bytes, so that it does not depend on the
+    other pictures; `field`: from numpy's RandomState(0), picture after picture and sigma after
+    sigma, as the programs of the field do."""
 
     def __post_init__(self) -> None:
         """Refuse a negative border."""
         if self.border < 0:
             raise ValueError(f"border is {self.border} pixels, but must be 0 or more")
 
+    @property
+    def digest(self) -> str:
+        """The first 12 hexadecimal digits of the sha256 over version and fields."""
+        fields = {"version": VERSION, **dataclasses.asdict(self)}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+
     def describe(self) -> str:
         """The protocol in one line, for tables, files and figures."""
         colour = "RGB" if self.colour == "rgb" else "Y of BT.601 (16-235)"
         area = "centre crop to multiples of 16" if self.crop16 else "whole picture"
         border = f"border {self.border} px cut" if self.border else "no border cut"
+        noise = "keyed by the picture" if self.noise == "picture" else "of RandomState(0)"
         return (
-            f"{colour} in [0,1], clipped, not rounded to 8 bit, data range 1, {area}, {border}; "
+            f"protocol {VERSION} ({self.digest}): {colour} in [0,1], clipped, not rounded to 8 bit,"
+            f" data range 1, {area}, {border}; noise {noise}, 8 bit, truncated; "
             "SSIM: scikit-image default (7x7 uniform window) per channel"
         )
 
     def as_dict(self) -> dict[str, object]:
-        """Fields and the line of `describe`, for JSON."""
-        return {**dataclasses.asdict(self), "description": self.describe()}
+        """Version, fields, digest and the line of `describe`, for JSON."""
+        own = {"version": VERSION, "digest": self.digest, "description": self.describe()}
+        return {**dataclasses.asdict(self), **own}
 
 
 FIELD = Protocol()
 
 
-def psnr(
-    restored: NDArray[np.floating], clean: NDArray[np.floating], protocol: Protocol = FIELD
-) -> float:
-    """Peak signal-to-noise ratio in dB; infinite for equal pictures, NaN where a value is NaN.
+class Quality(NamedTuple):
+    """Of each picture of a batch, (B,) float64."""
+
+    psnr: Tensor
+    """In dB; infinite for equal pictures, NaN where a value is NaN."""
+    ssim: Tensor
+    """1 for equal pictures; mean over channels and pixels."""
+
+
+def quality(restored: Tensor, clean: Tensor, protocol: Protocol = FIELD) -> Quality:
+    """Compare pictures of one size, on their device.
 
     Args:
-        restored: (H, W, 3), RGB in [0, 1]; values outside are clipped.
+        restored: (B, 3, H, W), RGB in [0, 1]; values outside are clipped.
         clean: the same shape.
         protocol: how to compare.
 
     Raises:
-        ValueError: other shapes, or no pixels are left to compare.
+        ValueError: other shapes, or fewer pixels are left than SSIM's window has.
     """
     a, b = _compared(restored, clean, protocol)
-    error = float(np.mean((a - b) ** 2))
-    return float("inf") if error == 0 else float(-10.0 * np.log10(error))
+    if min(a.shape[-2:]) < _WINDOW:
+        size = f"{a.shape[-2]}x{a.shape[-1]}"
+        raise ValueError(f"SSIM needs at least {_WINDOW}x{_WINDOW} pixels, got {size}")
+    return Quality(_psnr(a, b), _ssim(a, b))
+
+
+def psnr(
+    restored: NDArray[np.floating], clean: NDArray[np.floating], protocol: Protocol = FIELD
+) -> float:
+    """Peak signal-to-noise ratio of two pictures (H, W, 3) in dB; see `quality`."""
+    return float(_psnr(*_compared(_batch(restored), _batch(clean), protocol)))
 
 
 def ssim(
     restored: NDArray[np.floating], clean: NDArray[np.floating], protocol: Protocol = FIELD
 ) -> float:
-    """Structural similarity, 1 for equal pictures; mean over channels and pixels.
-
-    Arguments and errors as for `psnr`; at least 7 x 7 pixels, SSIM's window, must be compared.
-    """
-    a, b = _compared(restored, clean, protocol)
-    if min(a.shape[:2]) < _SSIM_WINDOW:
-        size = f"{a.shape[0]}x{a.shape[1]}"
-        raise ValueError(f"SSIM needs at least {_SSIM_WINDOW}x{_SSIM_WINDOW} pixels, got {size}")
-    return float(structural_similarity(a, b, data_range=1.0, channel_axis=2))
+    """Structural similarity of two pictures (H, W, 3); see `quality`."""
+    return float(quality(_batch(restored), _batch(clean), protocol).ssim)
 
 
-def _compared(
-    restored: NDArray[np.floating], clean: NDArray[np.floating], protocol: Protocol
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Both pictures in float64 as the protocol compares them: (H', W', 3), or (H', W', 1) for Y."""
-    if restored.shape != clean.shape or clean.ndim != 3 or clean.shape[2] != 3:
-        raise ValueError(f"expected two pictures (H, W, 3), got {restored.shape}, {clean.shape}")
-    height, width = clean.shape[:2]
-    top = left = 0
-    if protocol.crop16:
-        top, left = height % 16 // 2, width % 16 // 2
-        height, width = height // 16 * 16, width // 16 * 16
+def crop16(picture: Tensor) -> Tensor:
+    """The centre of (..., H, W) whose sides are multiples of 16."""
+    height, width = picture.shape[-2:]
+    top, left = height % 16 // 2, width % 16 // 2
+    return picture[..., top : top + height // 16 * 16, left : left + width // 16 * 16]
+
+
+def _batch(picture: NDArray[np.floating]) -> Tensor:
+    if picture.ndim != 3 or picture.shape[2] != 3:
+        raise ValueError(f"expected two pictures (H, W, 3), got {picture.shape}")
+    return torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None]
+
+
+def _compared(restored: Tensor, clean: Tensor, protocol: Protocol) -> tuple[Tensor, Tensor]:
+    """Both in float64 as the protocol compares them: (B, 3, H', W'), or (B, 1, H', W') for Y."""
+    if restored.shape != clean.shape or clean.ndim != 4 or clean.shape[1] != 3:
+        shapes = f"{tuple(restored.shape)}, {tuple(clean.shape)}"
+        raise ValueError(f"expected two pictures of one size, (B, 3, H, W), got {shapes}")
     cut = protocol.border
-    if min(height, width) <= 2 * cut:
-        raise ValueError(f"no pixels of {clean.shape[0]}x{clean.shape[1]} are left to compare")
-    rows, columns = slice(top + cut, top + height - cut), slice(left + cut, left + width - cut)
+    height, width = clean.shape[-2:]
 
-    def prepare(picture: NDArray[np.floating]) -> NDArray[np.float64]:
-        part = np.clip(picture[rows, columns].astype(np.float64), 0.0, 1.0)
-        return part if protocol.colour == "rgb" else (part @ _LUMA + 16.0 / 255.0)[..., None]
+    def prepare(picture: Tensor) -> Tensor:
+        part = crop16(picture) if protocol.crop16 else picture
+        if min(part.shape[-2:]) <= 2 * cut:
+            raise ValueError(f"no pixels of {height}x{width} are left to compare")
+        part = part[..., cut : part.shape[-2] - cut, cut : part.shape[-1] - cut]
+        part = part.double().clamp(0.0, 1.0)
+        if protocol.colour == "rgb":
+            return part
+        luma = torch.tensor(_LUMA, dtype=part.dtype, device=part.device)
+        return (part * luma[:, None, None]).sum(1, keepdim=True) + 16.0 / 255.0
 
     return prepare(restored), prepare(clean)
+
+
+def _psnr(a: Tensor, b: Tensor) -> Tensor:
+    return -10.0 * torch.log10((a - b).square().mean((1, 2, 3)))
+
+
+def _ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Wang et al. 2004 with a uniform window and the sample covariance, as scikit-image has it."""
+    mean_a, mean_b = _window_mean(a), _window_mean(b)
+    number = _WINDOW**2
+    sample = number / (number - 1)
+    var_a = sample * (_window_mean(a * a) - mean_a * mean_a)
+    var_b = sample * (_window_mean(b * b) - mean_b * mean_b)
+    both = sample * (_window_mean(a * b) - mean_a * mean_b)
+    above = (2 * mean_a * mean_b + _C1) * (2 * both + _C2)
+    below = (mean_a.square() + mean_b.square() + _C1) * (var_a + var_b + _C2)
+    return (above / below).mean((1, 2, 3))
+
+
+def _window_mean(x: Tensor) -> Tensor:
+    """Means over all windows that lie inside the picture; rows first, then columns."""
+    height, width = (size - _WINDOW + 1 for size in x.shape[-2:])
+    rows = x[..., :height, :].clone()
+    for shift in range(1, _WINDOW):
+        rows += x[..., shift : shift + height, :]
+    both = rows[..., :width].clone()
+    for shift in range(1, _WINDOW):
+        both += rows[..., shift : shift + width]
+    return both / _WINDOW**2

@@ -68,6 +68,12 @@ def noise(
     return np.clip(noisy, 0, 255, out=noisy).astype(np.uint8)
 
 
+def field_noise(picture: np.ndarray, sigma: float, state: np.random.RandomState) -> np.ndarray:
+    """The noise of the field's test programs: the next numbers of one stream for all pictures."""
+    drawn = state.randn(*picture.shape)
+    return np.clip(picture + drawn * sigma, 0, 255).astype(np.uint8)
+
+
 def to_linear(picture: np.ndarray) -> np.ndarray:
     """Display values (uint8) to linear light in [0, 1] float32, by the sRGB curve."""
     levels = np.arange(256, dtype=np.float32) / 255

@@ -11,7 +11,7 @@ import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -392,12 +392,13 @@ def pictures(
     data: DataConfig | None = None,
     rank: int = 0,
     world: int = 1,
+    noise: Literal["picture", "field"] = "picture",
+    multiple: int = 1,
 ) -> Iterator[Picture]:
     """Whole pictures of a packed set in a fixed order: by degradation as in `DEGRADATIONS`, then as
     packed.
 
-    Noise (8 bit, truncated, as the field tests) is keyed by the clean picture's bytes: the same
-    picture always gets the same noise pattern, scaled by σ.
+    Noise is 8 bit and truncated, as the field tests.
 
     Args:
         uri: packed shards.
@@ -406,6 +407,10 @@ def pictures(
         data: gives the cache for remote sets.
         rank: gets every `world`-th picture of the order; only these are read and decoded.
         world: number of ranks that share the pictures.
+        noise: `picture`: keyed by the clean picture's bytes, so the same picture always gets the
+            same noise pattern, scaled by sigma. `field`: from numpy's RandomState(0), through all
+            pictures in their order; it depends on `limit` and `degradations`.
+        multiple: pictures are cropped to the centre whose sides are multiples of this.
 
     Raises:
         ValueError: a degradation that the set does not hold, or a corrupt sample.
@@ -423,29 +428,52 @@ def pictures(
         for name in names
         for number in range(_limited(counts.get(DEGRADATIONS[name].task, 0), limit))
     ]
+    state = np.random.RandomState(0) if noise == "field" else None
     try:
-        for position in range(rank, len(order), world):
-            yield _picture(reader, *order[position], position)
+        for position, (name, number) in enumerate(order):
+            if position % world == rank:
+                yield _picture(reader, name, number, position, state, multiple)
+            elif state is not None and DEGRADATIONS[name].sigma is not None:
+                size = reader.locate(DEGRADATIONS[name].task, number).size
+                height, width = (side // multiple * multiple for side in size)
+                state.randn(height, width, 3)  # another rank's noise
     finally:
         reader.close()
+
+
+def _centre(picture: np.ndarray, multiple: int) -> np.ndarray:
+    height, width = picture.shape[:2]
+    top, left = height % multiple // 2, width % multiple // 2
+    rows, columns = height // multiple * multiple, width // multiple * multiple
+    return picture[top : top + rows, left : left + columns]
 
 
 def _limited(count: int, limit: int) -> int:
     return min(count, limit) if limit else count
 
 
-def _picture(reader: Reader, name: str, number: int, position: int) -> Picture:
+def _picture(
+    reader: Reader,
+    name: str,
+    number: int,
+    position: int,
+    state: np.random.RandomState | None,
+    multiple: int,
+) -> Picture:
     task, sigma = DEGRADATIONS[name]
     place = reader.locate(task, number)
-    clean = reader.clean(place)
+    clean = _centre(reader.clean(place), multiple)
     about = reader.about(place)
     if sigma is None:
-        degraded = reader.degraded(place)
+        degraded = _centre(reader.degraded(place), multiple)
         sources = about.get("inputs") or [about["target"]]
         source = sources[int(place.row["part"])] if about.get("inputs") else sources[0]
     else:
-        rng = degrade.generator("evaluation", reader.checksum(place))
-        degraded = degrade.noise(clean, sigma, rng)
+        if state is None:
+            rng = degrade.generator("evaluation", reader.checksum(place))
+            degraded = degrade.noise(clean, sigma, rng)
+        else:
+            degraded = degrade.field_noise(clean, sigma, state)
         source = about["target"]
     degraded, clean = (as_floats([pixels], [NO_FLIP])[0] for pixels in (degraded, clean))
     return Picture(

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
+import torch
 from skimage import color, data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from measnet.metrics import FIELD, Protocol, psnr, ssim
+from measnet.metrics import FIELD, Protocol, psnr, quality, ssim
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +94,24 @@ def test_each_choice_is_named_in_the_description() -> None:
     other = Protocol(colour="y", border=3, crop16=True).describe()
     assert "BT.601" in other and "border 3 px" in other and "multiples of 16" in other
     assert FIELD.as_dict()["description"] == FIELD.describe()
+
+
+def test_a_batch_is_compared_picture_by_picture_to_the_last_digits() -> None:
+    pictures = [data.chelsea(), data.coffee(), data.rocket()]
+    clean = np.stack([one[:200, :301] / 255.0 for one in pictures])
+    noisy = clean + np.random.default_rng(1).normal(0, 0.1, clean.shape)
+    sides = (torch.from_numpy(side).permute(0, 3, 1, 2) for side in (noisy, clean))
+    found = quality(*sides)
+    for at, (a, b) in enumerate(zip(noisy.clip(0, 1), clean, strict=True)):
+        reference = structural_similarity(b, a, data_range=1, channel_axis=-1)
+        assert found.ssim[at].item() == pytest.approx(reference, abs=1e-9)
+        expected = peak_signal_noise_ratio(b, a, data_range=1)
+        assert found.psnr[at].item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_digest_tells_protocols_apart_and_stays() -> None:
+    others = [Protocol(colour="y"), Protocol(border=1), Protocol(crop16=True)]
+    digests = {one.digest for one in (FIELD, *others, Protocol(noise="field"))}
+    assert len(digests) == 5
+    assert FIELD.digest == "a2c467713495"  # a change needs a new version
+    assert FIELD.digest in FIELD.describe() and FIELD.as_dict()["digest"] == FIELD.digest

@@ -299,3 +299,27 @@ def test_keys_of_generators_do_not_meet(packed: Path) -> None:
     # A number half used by the sample before leaves no trace.
     keyed.at(1, 1, 1).integers(0, 10, dtype=np.int32)
     assert keyed.at(7, 0, 0).standard_normal() == first[0]
+
+
+def test_noise_of_the_field_is_one_stream_through_all_pictures(packed: Path) -> None:
+    """As test programs of the field draw it: one seed, then picture after picture."""
+    names = ["denoise_15", "denoise_25", "denoise_50"]
+    found = list(pictures(str(packed), degradations=names, noise="field", multiple=16))
+    np.random.seed(0)
+    for picture in found:
+        assert all(side % 16 == 0 for side in picture.clean.shape[1:])
+        clean = (picture.clean * 255).round().byte().permute(1, 2, 0).numpy()
+        sigma = int(picture.degradation.split("_")[1])
+        noise = np.random.randn(*clean.shape)
+        noisy = np.clip(clean + noise * sigma, 0, 255).astype(np.uint8)
+        own = (picture.degraded * 255).round().byte().permute(1, 2, 0).numpy()
+        assert np.array_equal(own, noisy)
+    whole = next(pictures(str(packed), degradations=["derain"]))
+    cut = next(pictures(str(packed), degradations=["derain"], multiple=16))
+    assert torch.equal(cut.degraded, whole.degraded[:, 5:85, 5:85])
+    for rank in range(3):
+        part = pictures(
+            str(packed), degradations=names, noise="field", multiple=16, rank=rank, world=3
+        )
+        for own, expected in zip(part, found[rank::3], strict=True):
+            assert torch.equal(own.degraded, expected.degraded)
