@@ -10,6 +10,7 @@ process replaces it. Clocks of two machines are never compared.
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -53,7 +54,11 @@ class Owner:
     token: str
     """Identity of this ownership; two of one process differ."""
     host: str
+    """Name of its machine or container."""
+    processes: str
+    """The started system and the namespace in which `pid` is unique; empty if not known."""
     pid: int
+    """Its process id."""
     started: float
     """When the process started, in seconds since 1970 by its own clock."""
     since: str
@@ -67,8 +72,8 @@ class Owner:
 
     @property
     def is_gone(self) -> bool:
-        """Whether it ran on this machine and has ended; False if that is not known."""
-        if self.host != socket.gethostname():
+        """Whether it ran beside this process and has ended; False if that is not known."""
+        if not self.processes or self.processes != _processes():
             return False
         try:
             return abs(psutil.Process(self.pid).create_time() - self.started) > 2
@@ -78,26 +83,43 @@ class Owner:
 
 def this_process() -> Owner:
     """A new ownership of this process."""
-    pid = os.getpid()
-    started = psutil.Process(pid).create_time()
-    return Owner(secrets.token_hex(8), socket.gethostname(), pid, started, time.ctime())
+    return Owner(
+        token=secrets.token_hex(8),
+        host=socket.gethostname(),
+        processes=_processes(),
+        pid=os.getpid(),
+        started=psutil.Process().create_time(),
+        since=time.ctime(),
+    )
+
+
+def _processes() -> str:
+    """See `Owner.processes`. Two containers may have the same host name, and reuse process ids."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # not Linux
+        return ""
 
 
 @contextlib.contextmanager
-def exclusive(folder: str, *, wait_s: float = 0.0) -> Iterator["Lease"]:
+def exclusive(
+    folder: str, *, wait_s: float = 0.0, say: Callable[[str], object] = log.info
+) -> Iterator["Lease"]:
     """Work in `folder`, a local one or a URI, alone.
 
     Args:
         folder: need not exist.
         wait_s: seconds to wait for another owner to end. In a store it takes up to `DEAD_S`
             seconds more to find out whether the other owner is dead.
+        say: gets a line about such a wait.
 
     Raises:
         InUseError: another process still works there; says which, since when, and what to do.
     """
     fs, root = open_folder(folder)
     lock = _locked if "file" in fs.protocol else _leased
-    with lock(fs, root, folder, wait_s) as lease:
+    with lock(fs, root, Lease(folder, this_process()), wait_s, say) as lease:
         yield lease
 
 
@@ -147,13 +169,16 @@ def refusal(folder: str, owner: Owner | None) -> InUseError:
 
 @contextlib.contextmanager
 def _locked(
-    fs: fsspec.AbstractFileSystem, root: str, folder: str, wait_s: float
+    fs: fsspec.AbstractFileSystem,
+    root: str,
+    lease: Lease,
+    wait_s: float,
+    _say: Callable[[str], object],
 ) -> Iterator[Lease]:
     path, holder = Path(root) / LOCK, Path(root) / OWNER
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(path, timeout=wait_s):
-            lease = Lease(folder, this_process())
             # Not in the lock's own file, which waiting empties.
             holder.write_text(json.dumps(dataclasses.asdict(lease.owner)))
             try:
@@ -162,7 +187,7 @@ def _locked(
                 holder.unlink(missing_ok=True)
     except Timeout as error:
         there = _read(fs, str(holder))  # None: it has the lock, and has not written its name yet
-        raise refusal(folder, there[0] if there else None) from error
+        raise refusal(lease.folder, there[0] if there else None) from error
 
 
 # ---- object stores -------------------------------------------------------------------------------
@@ -170,11 +195,14 @@ def _locked(
 
 @contextlib.contextmanager
 def _leased(
-    fs: fsspec.AbstractFileSystem, root: str, folder: str, wait_s: float
+    fs: fsspec.AbstractFileSystem,
+    root: str,
+    lease: Lease,
+    wait_s: float,
+    say: Callable[[str], object],
 ) -> Iterator[Lease]:
     path = f"{root}/{OWNER}"
-    lease = Lease(folder, this_process())
-    version = _acquire(fs, path, lease, wait_s)
+    version = _acquire(fs, path, lease, wait_s, say)
     stop = threading.Event()
     beating = threading.Thread(
         target=_beat, args=(fs, path, lease, version, stop), name="lease", daemon=True
@@ -188,7 +216,13 @@ def _leased(
         _release(fs, path, lease)
 
 
-def _acquire(fs: fsspec.AbstractFileSystem, path: str, lease: Lease, wait_s: float) -> str:
+def _acquire(
+    fs: fsspec.AbstractFileSystem,
+    path: str,
+    lease: Lease,
+    wait_s: float,
+    say: Callable[[str], object],
+) -> str:
     """Become the owner; the version of the object that says so."""
     deadline = time.monotonic() + wait_s
     seen, seen_at = "", time.monotonic()
@@ -203,9 +237,14 @@ def _acquire(fs: fsspec.AbstractFileSystem, path: str, lease: Lease, wait_s: flo
             # Its first version proves nothing: the owner may have died since.
             if seen and time.monotonic() >= deadline:
                 raise refusal(lease.folder, owner)
+            if not seen and not owner.is_gone:
+                say(
+                    f"{lease.folder} was in use by {owner}; waiting up to {DEAD_S:.0f} s to see "
+                    "whether that process is alive"
+                )
             seen, seen_at = version, time.monotonic()
         if owner.is_gone or time.monotonic() - seen_at >= DEAD_S:
-            log.info("%s: %s is dead; taking its place", lease.folder, owner)
+            say(f"{lease.folder}: {owner} is dead; this process takes its place")
             if mine := _write(fs, path, lease.owner, replaces=version):
                 return mine
             continue
@@ -257,26 +296,34 @@ def _version(fs: fsspec.AbstractFileSystem, path: str) -> str:
     return str(tag if tag is not None else fs.checksum(path))
 
 
-def _write(
-    fs: fsspec.AbstractFileSystem, path: str, owner: Owner, *, replaces: str | None
-) -> str:
+def _write(fs: fsspec.AbstractFileSystem, path: str, owner: Owner, *, replaces: str | None) -> str:
     """Write the owner if the object is still as it was read; its version, or empty if it is not.
+
+    The object is read back, because the answer to a successful write may be lost.
 
     Args:
         fs: of the store.
         path: of the object.
         owner: to write.
         replaces: the version that was read; None if there was no object.
+
+    Raises:
+        OSError: the store failed.
     """
     data = json.dumps(dataclasses.asdict(owner)).encode()
-    put: Callable[[], object]
-    if "s3" not in fs.protocol:
-        return _write_and_read_back(fs, path, owner, data)
-    if replaces is None:
-        put = lambda: fs.pipe_file(path, data, mode="create")  # noqa: E731
-    else:
-        put = lambda: fs.pipe_file(path, data, IfMatch=replaces)  # noqa: E731
     try:
-        put()
+        if "s3" in fs.protocol:
+            condition = {"IfMatch": replaces} if replaces else {"mode": "create"}
+            fs.pipe_file(path, data, **condition)
+        else:
+            there = _read(fs, path)
+            if (there[1] if there else None) == replaces:
+                fs.pipe_file(path, data)
+                time.sleep(SETTLE_S)
     except (FileExistsError, FileNotFoundError):
         pass
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # so s3fs reports that the condition is not met
+            raise
+    there = _read(fs, path)
+    return there[1] if there and there[0] == owner else ""

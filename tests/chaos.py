@@ -33,7 +33,7 @@ from rich.table import Table
 
 from distributed import checkpoint as checkpoints
 from distributed.cluster import LOCAL_ENVIRONMENT
-from distributed.session import CONSUMED
+from distributed.run_log import CONSUMED
 from tests.hanging import FLAG
 from tests.photographs import pack_photographs
 

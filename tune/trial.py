@@ -21,17 +21,19 @@ from rich.console import Console
 from distributed import checkpoint as checkpoints
 from distributed.config import TrainConfig
 from distributed.guard import cause_of
-from distributed.launch import GRACE_S, Outcome, launch
+from distributed.launch import Outcome, launch
+from distributed.lease import exclusive
 from measnet.config import to_dict
 from shards.storage import open_folder
-from tune.lock import exclusive
 from tune.space import apply
 
 SPEC = "trial"
 """Key of a trial in Tune's configuration; its value has `name`, `changes` and known `costs`."""
 POLL_S = 0.5
 """Seconds between two checks for a validation."""
-LOCK_WAIT_S = 2 * GRACE_S + 30
+STOP_S = 600.0
+"""Seconds that a stop may take at most; usually the run's own limit ends it earlier."""
+LOCK_WAIT_S = 60.0
 """Seconds to wait for a trial's last actor, which may still write a checkpoint."""
 
 
@@ -152,16 +154,14 @@ class Trial(Trainable):
         local = Path(root) if "file" in fs.protocol else Path.cwd()
         try:
             local.mkdir(parents=True, exist_ok=True)
-            with (
-                exclusive(self._config.folder, wait_s=LOCK_WAIT_S),
-                (local / "console.log").open("a") as log,
-            ):
+            with (local / "console.log").open("a") as log:
                 self._ended = launch(
                     self._config,
                     console=Console(file=log, width=120, no_color=True),
                     tags={**self._settings.tags, "measnet.trial": self.trial_name},
                     stop_requests=self._stop_requests,
                     export=False,
+                    wait_s=LOCK_WAIT_S,
                 )
         except BaseException as error:
             self._ended = error
@@ -176,7 +176,7 @@ class Trial(Trainable):
     def _stop(self, why: str) -> None:
         if self._thread is not None and self._running:
             self._stop_requests.append(why)
-            self._thread.join(GRACE_S + 15)
+            self._thread.join(STOP_S)
 
     def _count_costs(self) -> dict[str, float]:
         from measnet.complexity import latency_ms, network_cost
