@@ -146,72 +146,52 @@ def launch(
     console = console or Console(soft_wrap=True)
     config = resolve(config)
     manifest, plan = check(config)
+    machine = this_machine() if starts_its_own_ray() else None
+    known = checkpoints.newest_state(config.folder)
+    if machine is not None and not (known and known.finished):
+        training_device(config.scaling, len(machine.cards), machine)
+        if machine.problem and config.scaling.device != "cpu":
+            console.print(f"using no GPU: {machine.problem}", highlight=False, markup=False)
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False)
 
     with exclusive(config.folder, wait_s=wait_s, say=say) as lease:
-        requests = [] if stop_requests is None else stop_requests
-        return _launch(
-            config, manifest, plan, lease, console, callbacks, tags, requests, export=export
-        )
+        started = time.monotonic()
+        newest = check_resume(config, plan)
+        if newest is not None and newest.state().finished:
+            return _already_finished(config, newest, console, export=export)
+        _show_plan(console, config, plan)
+        run, cost = _describe(config, manifest, tags)
+        fit = _Fit(config, machine, run, lease, console, newest, cost, started)
+        outcome = _train(fit, callbacks, [] if stop_requests is None else stop_requests)
+        if outcome.status == "finished":
+            join_parts(config.folder)
+            if export:
+                _export(config, dataclasses.replace(run, id=outcome.mlflow_run_id))
+        fs, root = open_folder(config.folder)
+        write_json(fs, f"{root}/outcome.json", dataclasses.asdict(outcome))
+    return outcome
 
 
-def _launch(
-    config: TrainConfig,
-    manifest: Manifest,
-    plan: Plan,
-    lease: Lease,
-    console: Console,
-    callbacks: Sequence[Any],
-    tags: Mapping[str, str] | None,
-    requests: list[str],
-    *,
-    export: bool,
-) -> Outcome:
-    """Train a run that this process owns."""
-    started = time.monotonic()
-    newest = check_resume(config, plan)
-    if newest is not None and newest.state().finished:
-        return _already_finished(config, newest, console, export=export)
-    machine = this_machine() if starts_its_own_ray() else None
-    if machine is not None:
-        training_device(config.scaling, len(machine.cards), machine)
-        if machine.problem and config.scaling.device != "cpu":
-            console.print(f"using no GPU: {machine.problem}", highlight=False, markup=False)
-    _show_plan(console, config, plan)
-
+def _train(fit: "_Fit", callbacks: Sequence[Any], signals: list[str]) -> Outcome:
+    """Start Ray and train; MLflow gets the end."""
     from distributed import mlflow_tracker
 
-    fs, root = open_folder(config.folder)
-    fs.makedirs(root, exist_ok=True)
-    write_whole(fs, f"{root}/config.yaml", to_yaml(config).encode())
-    run = mlflow_tracker.prepare(
-        config.tracking, name=config.name, key=mlflow_tracker.run_key(config.folder), tags=tags
-    )
-    cost = _describe(run, config, manifest)
-
+    run, folder = fit.tracking, fit.config.folder
     try:
-        with ray_cluster(config, console):
-            fit = _Fit(config, machine, run, lease, console, newest, cost, started)
-            ended = fit.run(callbacks, requests)
+        with ray_cluster(fit.config, fit.console):
+            ended = fit.run(callbacks, signals)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
-        mlflow_tracker.finish(run, "KILLED" if stopped else "FAILED", config.folder)
+        mlflow_tracker.finish(run, "KILLED" if stopped else "FAILED", folder)
         raise
-    outcome = dataclasses.replace(
-        ended, seconds=time.monotonic() - started, tracking_uri=run.uri, mlflow_run_id=run.id
-    )
-    status = {"finished": "FINISHED", "stopped": "KILLED"}.get(outcome.status, "FAILED")
-    if outcome.goodput is not None:
-        mlflow_tracker.annotate(run, {}, outcome.goodput.metrics(), outcome.samples)
-    run = mlflow_tracker.finish(run, status, config.folder)  # type: ignore[arg-type]
-    if outcome.status == "finished":
-        join_parts(config.folder)
-    if outcome.status == "finished" and export:
-        _export(config, run)
-    write_json(fs, f"{root}/outcome.json", dataclasses.asdict(outcome))
-    return outcome
+    if ended.goodput is not None:
+        mlflow_tracker.annotate(run, {}, ended.goodput.metrics(), ended.samples)
+    status = {"finished": "FINISHED", "stopped": "KILLED"}.get(ended.status, "FAILED")
+    run = mlflow_tracker.finish(run, status, folder)  # type: ignore[arg-type]
+    seconds = time.monotonic() - fit.started
+    return dataclasses.replace(ended, seconds=seconds, tracking_uri=run.uri, mlflow_run_id=run.id)
 
 
 def _already_finished(
@@ -439,11 +419,20 @@ def _show_plan(console: Console, config: TrainConfig, plan: Plan) -> None:
     )
 
 
-def _describe(run: Any, config: TrainConfig, manifest: Manifest) -> dict[str, float]:
-    """Tell MLflow what the run is made of; the network's cost."""
+def _describe(
+    config: TrainConfig, manifest: Manifest, tags: Mapping[str, str] | None
+) -> tuple[Any, dict[str, float]]:
+    """Write the configuration, and tell MLflow what the run is made of; the run in MLflow, and the
+    network's cost."""
     from distributed import mlflow_tracker
     from measnet.complexity import network_cost
 
+    fs, root = open_folder(config.folder)
+    fs.makedirs(root, exist_ok=True)
+    write_whole(fs, f"{root}/config.yaml", to_yaml(config).encode())
+    run = mlflow_tracker.prepare(
+        config.tracking, name=config.name, key=mlflow_tracker.run_key(config.folder), tags=tags
+    )
     validation, cost = read_manifest(config.data.validation), network_cost(config.model)
     mlflow_tracker.describe(
         run,
@@ -454,7 +443,7 @@ def _describe(run: Any, config: TrainConfig, manifest: Manifest) -> dict[str, fl
         },
         cost=cost,
     )
-    return cost
+    return run, cost
 
 
 def _export(config: TrainConfig, run: Any) -> None:

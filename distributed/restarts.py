@@ -1,4 +1,4 @@
-"""How often a run is restarted: without limit while it makes progress, a few times while it does not.
+"""How often a run is restarted: without limit while it makes progress, else a few times.
 
 Progress is a new checkpoint. A run on spot machines may lose a thousand nodes. A run that fails
 again and again at the same place has an error that a restart does not remove.
@@ -62,11 +62,9 @@ class EndWithoutProgress(UserCallback):
         Raises:
             NoProgressError: the budget is spent.
         """
-        lost = (
-            e for e in worker_exceptions.values() if isinstance(e, ray.exceptions.RayActorError)
-        )
-        if any(error.preempted for error in lost):
-            return
+        for error in worker_exceptions.values():
+            if isinstance(error, ray.exceptions.RayActorError) and error.preempted:
+                return
         try:
             listed = checkpoints.listed(self._folder)
             self._newest = listed[-1].samples if listed else 0
