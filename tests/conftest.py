@@ -1,6 +1,7 @@
 """Fixtures of several tests: real pictures, reference outputs, devices, a small Ray."""
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -136,6 +137,7 @@ def bucket() -> Iterator[str]:
     """An S3-compatible server on loopback; nothing of the machine's own credentials is used."""
     server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     pytest.importorskip("s3fs")
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line per request
     server.start()
     host, port = server.get_host_and_port()
     settings = {

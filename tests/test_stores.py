@@ -1,20 +1,32 @@
 """Runs in an object store: a real S3-compatible server on loopback, and several processes."""
 
+import io
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
+from mlflow import MlflowClient
+from rich.console import Console
 
 from distributed import checkpoint as checkpoints
 from distributed.config import TrainConfig
+from distributed.mlflow_tracker import run_key
 from distributed.presets import PRESETS
 from measnet.config import to_dict
+from measnet.network import MEASNet
+from shards.storage import list_names, read
+from tune.config import parse
+from tune.record import SearchRecord, TrialRecord
+from tune.registry import PSNR
+from tune.results import write_results
 from tune.trial import take_over
 
 CONFIG = PRESETS["demo"]()
 
 WRITE = """
 import sys
+from pathlib import Path
 from tests.test_stores import write
 for samples in map(int, sys.argv[2:]):
     write(sys.argv[1], samples)
@@ -62,3 +74,38 @@ def test_a_trial_takes_over_what_another_process_has_just_written(bucket: str) -
     assert take_over(donor, name, own).samples == 16
     assert [c.samples for c in checkpoints.listed(own.folder)] == [16]
     assert old.problem() is not None
+
+
+def test_a_search_in_a_store_has_a_report_a_champion_and_its_model(
+    bucket: str, tmp_path: Path
+) -> None:
+    tracking = f"sqlite:///{tmp_path}/mlflow.db"
+    options = ("--storage", f"{bucket}/searches", "--tracking.uri", tracking)
+    config = parse(["demo", "--name", "s", "--register", "always", *options])
+    folder = f"{config.folder}/trials/s-000"
+    weights = {k: v.contiguous() for k, v in MEASNet(config.train.model).state_dict().items()}
+    state = checkpoints.RunState(
+        samples=8, updates=2, config=to_dict(config.train), data="", plan={}, score=25.0
+    )
+    checkpoints.Snapshot(state, weights, weights, {"a": torch.ones(1)}).write(folder)
+    run_key(folder)
+    trial = TrialRecord(number=0, name="s-000", changes={}, state="finished", folder=folder)
+    trial.psnr, trial.input_psnr, trial.curve, trial.samples = 25.0, 20.0, [(8, 25.0)], 8
+    record = SearchRecord(
+        name="s", config=to_dict(config), command="c", budget=8, cost="none", state="finished"
+    )
+    record.folder, record.trials, record.validation_data = config.folder, [trial], "d"
+    write_results(config, record, Console(file=io.StringIO()))
+
+    assert {"report.html", "champion.safetensors", "best.yaml", "search.json"} <= set(
+        list_names(config.folder)
+    )
+    assert b"s-000 is measnet@champion now" in read(f"{config.folder}/report.html")
+    client = MlflowClient(tracking)
+    assert client.get_model_version_by_alias("measnet", "champion").tags[PSNR] == "25.0"
+    files = {file.path for file in client.list_artifacts(record.mlflow_run_id)}
+    assert {"report.html", "best.yaml", "search.json"} <= files
+    assert "model" in {file.path for file in client.list_artifacts(trial.mlflow_run_id)}
+    # The same command from another process makes the same report again.
+    main = "import sys; from tune.report import main; sys.exit(main(sys.argv[1:]))"
+    assert elsewhere(main, config.folder).strip() == f"{config.folder}/report.html"

@@ -5,14 +5,16 @@ thread and reports each validation to Tune as soon as a checkpoint holds it. To 
 the run to stop, which leaves a checkpoint and a complete MLflow run.
 """
 
+import contextlib
 import dataclasses
+import io
 import math
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import ray
 from ray.tune import Trainable
@@ -24,11 +26,13 @@ from distributed.guard import cause_of
 from distributed.launch import Outcome, launch
 from distributed.lease import exclusive
 from measnet.config import to_dict
-from shards.storage import open_folder
+from shards.storage import exists, is_remote, join, read, write
 from tune.space import apply
 
 SPEC = "trial"
 """Key of a trial in Tune's configuration; its value has `name`, `changes` and known `costs`."""
+CONSOLE = "console.log"
+"""File of a trial: what its run prints."""
 POLL_S = 0.5
 """Seconds between two checks for a validation."""
 STOP_S = 600.0
@@ -150,11 +154,8 @@ class Trial(Trainable):
         self._thread.start()
 
     def _run(self) -> None:
-        fs, root = open_folder(self._config.folder)
-        local = Path(root) if "file" in fs.protocol else Path.cwd()
         try:
-            local.mkdir(parents=True, exist_ok=True)
-            with (local / "console.log").open("a") as log:
+            with console_log(self._config.folder) as log:
                 self._ended = launch(
                     self._config,
                     console=Console(file=log, width=120, no_color=True),
@@ -190,6 +191,22 @@ class Trial(Trainable):
             )
             costs["latency"] = ray.get(timed.remote(self._config.model, device))
         return costs
+
+
+@contextlib.contextmanager
+def console_log(folder: str) -> Iterator[TextIO]:
+    """The file for what a trial's run prints; in a store it appears when the run ends."""
+    if not is_remote(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with (Path(folder) / CONSOLE).open("a") as log:
+            yield log
+        return
+    text = io.StringIO()
+    try:
+        yield text
+    finally:
+        before = read(join(folder, CONSOLE)) if exists(join(folder, CONSOLE)) else b""
+        write(join(folder, CONSOLE), before + text.getvalue().encode())
 
 
 def take_over(donor: str, name: str, config: TrainConfig) -> checkpoints.Checkpoint:
