@@ -18,12 +18,11 @@ from distributed.checkpoint_writer import CheckpointWriter
 from distributed.cluster import own_device
 from distributed.compilation import compile_blocks
 from distributed.config import TrainConfig
-from distributed.decisions import decide, sharing_workers
+from distributed.decisions import sharing_workers
 from distributed.engine import (
+    decide_for,
     guarded_optimizer,
     initialize,
-    predict_fit,
-    use_deterministic_algorithms,
 )
 from distributed.environment import keep_environment, record_environment
 from distributed.exchange import Exchange, Step, StepSums, curve_point
@@ -56,7 +55,6 @@ from distributed.validation import agree_on_tiling, validate
 from measnet.config import from_dict, to_dict
 from measnet.hardware import card_of
 from measnet.network import MEASNet
-from measnet.ops import cpu_library, gpu_library
 from measnet.tiling import Tiling
 from shards.reader import DamagedError
 from shards.stream import Batch, TrainStream
@@ -87,14 +85,7 @@ class Session:
         self._stream = TrainStream(self.config.data, self.config.seed)
 
         card = card_of(self.device)
-        kernels = gpu_library.choice(self.device) if card else cpu_library.choice()
-        # It counts for seconds what a step takes: only where something depends on it.
-        asked = card if self.config.engine.activation_checkpointing == "auto" else None
-        fused = kernels.choice == "triton"
-        predicted = predict_fit(self.config, self.world, asked, kernels=fused) if asked else None
-        decisions = decide(self.config, self.world, card, predicted, kernels)
-        if decisions.deterministic.choice == "on":
-            use_deterministic_algorithms()
+        decisions = decide_for(self.device, self.config, self.world)
         self._accumulation = int(decisions.accumulation.choice)
         # An idle worker computes what another one computes, with a weight of 0: DeepSpeed's
         # collective calls need all ranks.
