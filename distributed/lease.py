@@ -81,6 +81,10 @@ class Owner:
             return True
 
 
+UNKNOWN = Owner(token="", host="unknown", processes="", pid=0, started=0.0, since="unknown")
+"""Stands for an owner whose file cannot be read."""
+
+
 def this_process() -> Owner:
     """A new ownership of this process."""
     return Owner(
@@ -284,9 +288,14 @@ def _read(fs: fsspec.AbstractFileSystem, path: str) -> tuple[Owner, str] | None:
     """The owner, and the version of the object that names it; None where there is none."""
     try:
         version = "" if "file" in fs.protocol else _version(fs, path)
-        return Owner(**read_json(fs, path)), version
-    except (FileNotFoundError, ValueError, TypeError):  # half-written by a full disk, or another's
+    except FileNotFoundError:
         return None
+    try:
+        return Owner(**read_json(fs, path)), version
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):  # half-written by a full disk, or by another version
+        return UNKNOWN, version
 
 
 def _version(fs: fsspec.AbstractFileSystem, path: str) -> str:

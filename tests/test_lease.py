@@ -15,7 +15,7 @@ import pytest
 
 from distributed import lease
 from distributed.lease import InUseError, exclusive, in_use, owns
-from shards.storage import list_names, open_folder, write_json
+from shards.storage import list_names, open_folder, write, write_json
 
 HOLD = """
 import sys, time
@@ -113,6 +113,13 @@ def test_a_dead_owner_on_another_machine_loses_it_after_some_heartbeats(
     assert "waiting up to 1 s to see whether that process is alive" in told[0]
     assert "on host elsewhere" in told[1] and "is dead" in told[1]
     assert list_names(folder) == []
+
+
+def test_an_owner_that_cannot_be_read_is_replaced_too(bucket: str, tmp_path: Path) -> None:
+    folder = f"{bucket}/{tmp_path.name}"
+    write(f"{folder}/{lease.OWNER}", b"{}")
+    with exclusive(folder) as own:
+        assert owns(folder, own.owner.token)
 
 
 def test_a_killed_owner_on_this_machine_is_replaced_at_once(
