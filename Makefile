@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-gpu lint bench clean
+.PHONY: demo test test-slow test-cluster test-gpu lint bench clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -15,6 +15,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
+
+# Ray nodes that are lost with their disks; a run whose storage is an S3-compatible server.
+test-cluster: $(STAMP)
+	$(BIN)/python -m pytest -q -m slow tests/test_cluster_storage.py tests/test_nodes.py tests/test_lost_nodes.py
 
 # A GPU machine without a package registry may have the packages in its own python3.
 test-gpu:

@@ -23,7 +23,7 @@ from distributed.config import (
     TrainConfig,
 )
 from distributed.launch import launch
-from distributed.session import CONSUMED
+from distributed.run_log import CONSUMED
 from measnet import config as configs
 from shards.packing import pack
 

@@ -35,8 +35,8 @@ from distributed.config import (
 )
 from distributed.engine import build_optimizer
 from distributed.launch import launch
+from distributed.run_log import CONSUMED
 from distributed.schedule import learning_rate
-from distributed.session import CONSUMED
 from measnet.config import tiny
 from measnet.losses import restoration_loss
 from measnet.network import MEASNet

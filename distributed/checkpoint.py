@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import fsspec
 import tyro
 
+from distributed.lease import exclusive
 from shards.storage import open_folder, read_json, write_whole
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ class Snapshot:
 
         fs, root = open_folder(run)
         path = f"{root}/checkpoints/{self.state.samples:012d}-{secrets.token_hex(3)}"
+        started = time.monotonic()
         fs.makedirs(path, exist_ok=True)
         model = {"format": FORMAT, "config": json.dumps(self.state.config["model"])}
         files = {
@@ -176,6 +178,7 @@ class Snapshot:
             "samples": self.state.samples,
             "score": self.state.score,
             "written": time.time(),
+            "seconds": round(time.monotonic() - started, 3),
             "files": listed,
         }
         with fs.open(f"{path}/{MARKER}", "wb") as file:
@@ -224,8 +227,8 @@ def prune(run: str, keep: int) -> list[str]:
     """Keep the newest `keep` complete checkpoints and the best one; returns the names of those
     removed.
 
-    Also removes checkpoints that are damaged or have no marker. Do not call it while another
-    process writes checkpoints of this run.
+    Also removes checkpoints that are damaged or have no marker, so only the owner of the run may
+    call it (`distributed.lease`): another process may be writing one.
     """
     fs, root = open_folder(run)
     complete = [c for c in listed(run) if c.problem(hashes=False) is None]
@@ -322,7 +325,7 @@ class Export(_Command):
 
 @dataclass(frozen=True)
 class Prune(_Command):
-    """Remove all but the newest checkpoints and the best one; not while the run trains."""
+    """Remove all but the newest checkpoints and the best one; refused while the run trains."""
 
     keep: int = 2
     """Newest checkpoints to keep."""
@@ -362,7 +365,8 @@ def _run(command: List | Show | Verify | Export | Prune) -> int:
             chosen.export(*open_folder(command.out))
             print(f"wrote {command.out}: the averaged weights after {chosen.samples:,} samples")
         case Prune():
-            removed = prune(command.run, command.keep)
+            with exclusive(command.run, say=print):
+                removed = prune(command.run, command.keep)
             print(
                 f"removed {len(removed)} checkpoints" + "".join(f"\n  {name}" for name in removed)
             )

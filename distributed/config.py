@@ -124,7 +124,12 @@ class ScalingConfig:
     cpus_per_worker: int = 0
     """CPU cores per worker; 0: an equal part of this machine's; on a cluster 1, or 4 with a GPU."""
     max_failures: int = 3
-    """Restarts after a lost worker or node before the run fails; -1: no limit."""
+    """Restarts in a row without a new checkpoint before the run fails; -1: no limit. Restarts that
+    make progress are not limited."""
+    stop_grace_s: float = 0.0
+    """Seconds that the platform gives after a request to stop, such as Kubernetes'
+    terminationGracePeriodSeconds; the last checkpoint is written within it. 0: within
+    RAY_JOB_STOP_WAIT_TIME_S in a Ray job, else as long as checkpoints take."""
     start_timeout_s: float = 60.0
     """Seconds to wait for the workers' resources; then a message says what is missing, and the wait
     starts again."""
@@ -166,6 +171,8 @@ class ScalingConfig:
             raise ValueError(
                 f"scaling.cpus_per_worker is {self.cpus_per_worker}, but must be 0 or more"
             )
+        if self.stop_grace_s < 0:
+            raise ValueError(f"scaling.stop_grace_s is {self.stop_grace_s}, but must be 0 or more")
         if self.max_failures < -1:
             raise ValueError(f"scaling.max_failures is {self.max_failures}, but must be -1 or more")
         for name in (

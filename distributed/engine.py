@@ -13,14 +13,35 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distributed.config import Recipe, TrainConfig
-from distributed.decisions import Decisions, choose_precision
+from distributed.decisions import Decisions, choose_precision, decide
 from distributed.internals.deepspeed import light_deepspeed
-from measnet.hardware import Card
+from measnet.hardware import Card, card_of
 from measnet.memory import Fit, fit, parameter_count, state_bytes
+from measnet.ops import cpu_library, gpu_library
 
 BUCKET_ELEMENTS = 2**23
 """Elements of the buffers in which ZeRO exchanges gradients and weights: 32 MiB. DeepSpeed's own
 5e8 would take 2 GB of the GPU for a network of 30 million parameters."""
+
+
+def decide_for(device: torch.device, config: TrainConfig, world: int) -> Decisions:
+    """The decisions of a worker on its device; those about all of torch take effect.
+
+    Args:
+        device: of the worker.
+        config: of the run.
+        world: number of workers.
+    """
+    card = card_of(device)
+    kernels = gpu_library.choice(device) if card else cpu_library.choice()
+    # It counts for seconds what a step takes: only where something depends on it.
+    asked = card if config.engine.activation_checkpointing == "auto" else None
+    fused = kernels.choice == "triton"
+    predicted = predict_fit(config, world, asked, kernels=fused) if asked else None
+    decisions = decide(config, world, card, predicted, kernels)
+    if decisions.deterministic.choice == "on":
+        use_deterministic_algorithms()
+    return decisions
 
 
 def clips_itself(zero_stage: int, device_type: str) -> bool:

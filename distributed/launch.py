@@ -4,14 +4,13 @@ Mistakes of the user are reported before Ray starts. Ray Train restarts lost wor
 command resumes from the last complete checkpoint.
 """
 
+import contextlib
 import dataclasses
-import signal
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -28,14 +27,15 @@ from distributed.cluster import (
 )
 from distributed.config import TrainConfig, changed_fields, to_yaml
 from distributed.decisions import training_device
+from distributed.goodput import Goodput, Work, recording
+from distributed.lease import DEAD_S, InUseError, Lease, exclusive
+from distributed.run_log import join_parts
+from distributed.stopping import on_signal, platform_limit, stop_limit
 from measnet.hardware import Machine, this_machine
 from shards.manifest import Manifest
 from shards.manifest import read as read_manifest
 from shards.order import Plan
-from shards.storage import absolute, open_folder, write_json, write_whole
-
-GRACE_S = 12.0
-"""Seconds that a run may take to stop after a stop request; then its workers are ended."""
+from shards.storage import absolute, local_copy, open_folder, write_json, write_whole
 
 MODEL = "model.safetensors"
 """File of a finished run: the averaged weights, with the configuration inside."""
@@ -63,6 +63,8 @@ class Outcome:
     """Duration of this launch."""
     validation: dict[str, Any] = field(default_factory=dict)
     """The last validation's report."""
+    goodput: Goodput | None = None
+    """What the time of all launches was spent on."""
 
     @property
     def exit_code(self) -> int:
@@ -81,12 +83,11 @@ def resolve(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, storage=absolute(config.storage), data=data)
 
 
-def check(config: TrainConfig) -> tuple[Manifest, Plan, Checkpoint | None]:
-    """Read the manifests and the run's last checkpoint, and check that they fit the configuration.
+def check(config: TrainConfig) -> tuple[Manifest, Plan]:
+    """Read the manifests, and check that they fit the configuration.
 
     Raises:
-        ValueError: shards are missing, damaged or lack a task of the configuration; or a run of the
-            same name was started with another recipe or on other data.
+        ValueError: shards are missing, damaged or lack a task of the configuration.
     """
     manifest = read_manifest(config.data.train)
     plan = Plan.from_manifest(manifest, config.data.repeats, config.seed, config.data.order)
@@ -95,6 +96,15 @@ def check(config: TrainConfig) -> tuple[Manifest, Plan, Checkpoint | None]:
     from shards.stream import TrainStream  # imports torch, so only after the manifests
 
     TrainStream(config.data, config.seed)  # checks that every shard of the manifest is there
+    return manifest, plan
+
+
+def check_resume(config: TrainConfig, plan: Plan) -> Checkpoint | None:
+    """The checkpoint from which the run continues; None for a new one.
+
+    Raises:
+        ValueError: a run of the same name was started with another recipe or on other data.
+    """
     newest = checkpoints.newest_complete(config.folder)
     if newest is not None:
         state = newest.state()
@@ -104,7 +114,7 @@ def check(config: TrainConfig) -> tuple[Manifest, Plan, Checkpoint | None]:
                 "Use those values to resume it, or another --name to start a new run"
             )
         plan.refuse_changed(state.plan)
-    return manifest, plan, newest
+    return newest
 
 
 def launch(
@@ -115,6 +125,7 @@ def launch(
     tags: Mapping[str, str] | None = None,
     stop_requests: list[str] | None = None,
     export: bool = True,
+    wait_s: float = 0.0,
 ) -> Outcome:
     """Train, and return how the run ended.
 
@@ -126,51 +137,61 @@ def launch(
         stop_requests: append a reason to stop the run after a last checkpoint, as Ctrl-C does;
             append a second one to end it at once.
         export: whether a finished run writes model.safetensors and a model to MLflow.
+        wait_s: seconds to wait for another command that trains this run.
 
     Raises:
-        ValueError: see `check` and `distributed.decisions.training_device`.
+        ValueError: see `check`, `check_resume` and `distributed.decisions.training_device`;
+            `distributed.lease.InUseError` if another command trains this run.
     """
     console = console or Console(soft_wrap=True)
     config = resolve(config)
-    started = time.monotonic()
-    manifest, plan, newest = check(config)
-    if newest is not None and newest.state().finished:
-        return _already_finished(config, newest, console, export=export)
+    manifest, plan = check(config)
     machine = this_machine() if starts_its_own_ray() else None
-    if machine is not None:
+    known = checkpoints.newest_state(config.folder)
+    if machine is not None and not (known and known.finished):
         training_device(config.scaling, len(machine.cards), machine)
         if machine.problem and config.scaling.device != "cpu":
             console.print(f"using no GPU: {machine.problem}", highlight=False, markup=False)
-    _show_plan(console, config, plan)
 
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False)
+
+    with exclusive(config.folder, wait_s=wait_s, say=say) as lease:
+        started = time.monotonic()
+        newest = check_resume(config, plan)
+        if newest is not None and newest.state().finished:
+            return _already_finished(config, newest, console, export=export)
+        _show_plan(console, config, plan)
+        run, cost = _describe(config, manifest, tags)
+        fit = _Fit(config, machine, run, lease, console, newest, cost, started)
+        outcome = _train(fit, callbacks, [] if stop_requests is None else stop_requests)
+        if outcome.status == "finished":
+            join_parts(config.folder)
+            if export:
+                _export(config, dataclasses.replace(run, id=outcome.mlflow_run_id))
+        fs, root = open_folder(config.folder)
+        write_json(fs, f"{root}/outcome.json", dataclasses.asdict(outcome))
+    return outcome
+
+
+def _train(fit: "_Fit", callbacks: Sequence[Any], signals: list[str]) -> Outcome:
+    """Start Ray and train; MLflow gets the end."""
     from distributed import mlflow_tracker
 
-    fs, root = open_folder(config.folder)
-    fs.makedirs(root, exist_ok=True)
-    write_whole(fs, f"{root}/config.yaml", to_yaml(config).encode())
-    run = mlflow_tracker.prepare(
-        config.tracking, name=config.name, key=mlflow_tracker.run_key(config.folder), tags=tags
-    )
-    local_folder = Path(root) if "file" in fs.protocol else _scratch(run.key)
-    cost = _describe(run, config, manifest)
-
+    run, folder = fit.tracking, fit.config.folder
     try:
-        with ray_cluster(config, console):
-            requests = [] if stop_requests is None else stop_requests
-            ended = _fit(config, machine, run, local_folder, console, callbacks, requests, cost)
+        with ray_cluster(fit.config, fit.console):
+            ended = fit.run(callbacks, signals)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
-        mlflow_tracker.finish(run, "KILLED" if stopped else "FAILED", local_folder)
+        mlflow_tracker.finish(run, "KILLED" if stopped else "FAILED", folder)
         raise
-    outcome = dataclasses.replace(
-        ended, seconds=time.monotonic() - started, tracking_uri=run.uri, mlflow_run_id=run.id
-    )
-    status = {"finished": "FINISHED", "stopped": "KILLED"}.get(outcome.status, "FAILED")
-    run = mlflow_tracker.finish(run, status, local_folder)  # type: ignore[arg-type]
-    if outcome.status == "finished" and export:
-        _export(config, run)
-    write_json(fs, f"{root}/outcome.json", dataclasses.asdict(outcome))
-    return outcome
+    if ended.goodput is not None:
+        mlflow_tracker.annotate(run, {}, ended.goodput.metrics(), ended.samples)
+    status = {"finished": "FINISHED", "stopped": "KILLED"}.get(ended.status, "FAILED")
+    run = mlflow_tracker.finish(run, status, folder)  # type: ignore[arg-type]
+    seconds = time.monotonic() - fit.started
+    return dataclasses.replace(ended, seconds=seconds, tracking_uri=run.uri, mlflow_run_id=run.id)
 
 
 def _already_finished(
@@ -184,9 +205,8 @@ def _already_finished(
     if export and not fs.exists(f"{root}/{MODEL}"):
         run = mlflow_tracker.prepare(config.tracking, name=config.name, key=key)
         _export(config, run)
-        mlflow_tracker.finish(
-            run, "FINISHED", Path(root) if "file" in fs.protocol else _scratch(key)
-        )
+        mlflow_tracker.finish(run, "FINISHED", config.folder)
+        join_parts(config.folder)
     console.print(
         f"{config.folder} is finished: {newest.samples:,} samples. "
         f"Next: python -m distributed.evaluate {config.folder} {config.data.validation}"
@@ -194,108 +214,166 @@ def _already_finished(
     return Outcome("already finished", config.folder, samples=newest.samples)
 
 
-def _fit(
-    config: TrainConfig,
-    machine: Machine | None,
-    run: Any,
-    local_folder: Path,
-    console: Console,
-    callbacks: Sequence[Any],
-    signals: list[str],
-    cost: Mapping[str, float],
-) -> Outcome:
-    """Start the workers and watch them; one signal asks them to stop, a second one ends them."""
-    import ray
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig
+@dataclass
+class _Fit:
+    """Starts the workers and watches them."""
 
-    from distributed.environment import driver_process
-    from distributed.internals.ray import (
-        NodeWatch,
-        RecountBeforeStart,
-        ShardTrainer,
-        version_warning,
-    )
-    from distributed.progress import Display, start_monitor
-    from distributed.worker import train_loop
-    from measnet.config import to_dict
+    config: TrainConfig
+    machine: Machine | None
+    tracking: Any
+    """The run in MLflow."""
+    lease: Lease
+    console: Console
+    newest: Checkpoint | None
+    """From which it continues."""
+    cost: Mapping[str, float]
+    started: float
+    """`time.monotonic()` at the start of the command."""
 
-    if warning := version_warning():
-        console.print(f"[yellow]warning[/yellow]: {warning}")
-    scaling, (low, high) = config.scaling, config.scaling.bounds
-    monitor = start_monitor(scaling)
-    device = training_device(scaling, ray.cluster_resources().get("GPU", 0), machine)
-    use_gpu = device == "cuda"
-    cpus = cpus_per_worker(config, local=is_local(), use_gpu=use_gpu)
-    wanted = f"{scaling.workers} workers of {cpus} CPUs" + (" and 1 GPU" if use_gpu else "")
-    _forget_listed_checkpoints(config)
-    trainer = ShardTrainer(
-        train_loop,
-        train_loop_config={
-            "config": to_dict(config),
-            "device": device,
-            "monitor": monitor,
-            "tracking": run,
-            "tracking_folder": str(local_folder),
-            "driver_process": driver_process(),
-            "multiply_adds": cost["multiply_adds"],
-        },
-        torch_config=TorchConfig(
-            backend="nccl" if use_gpu else "gloo", timeout_s=int(scaling.collective_timeout_s)
-        ),
-        scaling_config=ScalingConfig(
-            num_workers=(low, high) if scaling.elastic else high,
-            use_gpu=use_gpu,
-            elastic_resize_monitor_interval_s=scaling.resize_interval_s,
-            resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {}),
-        ),
-        run_config=RunConfig(
-            name=config.name,
-            **ray_storage(config.storage),
-            worker_runtime_env={"env_vars": GPU_ENVIRONMENT} if use_gpu else None,
-            # The display limits the wait for workers, because it can say what is missing.
-            failure_config=FailureConfig(
-                max_failures=scaling.max_failures, controller_failure_limit=-1
-            ),
-            callbacks=[*callbacks, *([RecountBeforeStart()] if scaling.elastic else [])],
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
-    )
-    ended: dict[str, Any] = {}
+    def run(self, callbacks: Sequence[Any], signals: list[str]) -> Outcome:
+        """Train; one signal asks the workers to stop, a second one ends them."""
+        import ray
+        from ray.train import ControllerError
 
-    def fit() -> None:
-        try:
-            ended["result"] = trainer.fit()
-        except BaseException as error:
-            ended["error"] = error
+        from distributed.internals.ray import NodeWatch, version_warning
+        from distributed.progress import Display, start_monitor
+        from distributed.restarts import NoProgressError
 
-    # In another thread: in the main thread Ray would handle Ctrl-C and drop the last steps.
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    asked_at = 0.0
-    nodes = NodeWatch()
+        config, console, scaling = self.config, self.console, self.config.scaling
+        if warning := version_warning():
+            console.print(f"[yellow]warning[/yellow]: {warning}")
+        monitor = start_monitor(scaling)
+        trainer, wanted = self._trainer(monitor, callbacks)
+        ended: dict[str, Any] = {}
 
-    def over() -> bool:
-        nonlocal asked_at
-        if scaling.elastic:
-            nodes.look()
-        if signals and not asked_at:
-            asked_at = time.monotonic()
-            monitor.request_stop.remote(signals[0])
-            console.print(f"{signals[0]}: writing a last checkpoint; repeat it to end at once")
-        late = asked_at and time.monotonic() - asked_at > GRACE_S
-        return not thread.is_alive() or bool(late) or len(signals) > 1
+        def fit() -> None:
+            try:
+                ended["result"] = trainer.fit()
+            except ControllerError as error:
+                stuck = isinstance(error.controller_failure, NoProgressError)
+                ended["error"] = error.controller_failure if stuck else error
+            except BaseException as error:
+                ended["error"] = error
 
-    total = config.recipe.steps * config.recipe.global_batch
-    with on_signal(signals.append):
-        thread.start()
-        display = Display(monitor, console, total, scaling, wanted)
-        display.run_until(over)
-    if display.given_up:
-        ended["error"] = TimeoutError(
-            f"no message from a worker for {scaling.give_up_s:.0f} s (scaling.give_up_s); "
-            f"the run needs {wanted}"
+        # In another thread: in the main thread Ray would handle Ctrl-C and drop the last steps.
+        thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+        stop_by = math.inf
+        nodes = NodeWatch()
+        work = Work([], self._checkpoint_s, 0.0)
+
+        def ask() -> Work:
+            nonlocal work
+            with contextlib.suppress(ray.exceptions.RayError, TimeoutError):  # the last is kept
+                work = ray.get(monitor.work.remote(), timeout=5)
+            return work
+
+        def over() -> bool:
+            nonlocal stop_by
+            if scaling.elastic:
+                nodes.look()
+            if signals and stop_by == math.inf:
+                monitor.request_stop.remote(signals[0])
+                stop_by = time.monotonic() + self._stop_limit(signals[0], ask())
+            late = time.monotonic() > stop_by
+            return not thread.is_alive() or late or len(signals) > 1 or bool(self.lease.lost)
+
+        total = config.recipe.steps * config.recipe.global_batch
+        with (
+            on_signal(signals.append),
+            recording(config.folder, self.started, lambda: ask().attempts) as account,
+        ):
+            thread.start()
+            display = Display(monitor, console, total, scaling, wanted)
+            display.run_until(over)
+            spent = account()
+        if display.given_up:
+            ended["error"] = TimeoutError(
+                f"no message from a worker for {scaling.give_up_s:.0f} s (scaling.give_up_s); "
+                f"the run needs {wanted}"
+            )
+        if self.lease.lost:
+            ended["error"] = InUseError(
+                f"this command did not reach the storage for {DEAD_S:.0f} s, and {self.lease.lost} "
+                "trains the run now"
+            )
+        return dataclasses.replace(_outcome(config, ended, signals), goodput=spent)
+
+    @property
+    def _checkpoint_s(self) -> float:
+        """How long the newest checkpoint took to write; 0 if that is not known."""
+        return float(self.newest.marker.get("seconds", 0.0)) if self.newest else 0.0
+
+    def _stop_limit(self, signal: str, work: Work) -> float:
+        """Seconds that the workers may take to stop; says so."""
+        limit = stop_limit(
+            work.checkpoint_s or self._checkpoint_s,
+            work.step_s,
+            platform_limit(self.config.scaling.stop_grace_s),
         )
-    return _outcome(config, ended, signals)
+        self.console.print(
+            f"{signal}: writing a last checkpoint, for at most {limit.seconds:.0f} s "
+            f"({limit.reason}); repeat it to end at once",
+            highlight=False,
+        )
+        if limit.warning:
+            self.console.print(f"[yellow]warning[/yellow]: {limit.warning}", highlight=False)
+        return limit.seconds
+
+    def _trainer(self, monitor: Any, callbacks: Sequence[Any]) -> tuple[Any, str]:
+        """Ray's trainer; and the resources that it needs, as text."""
+        import ray
+        from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig
+
+        from distributed.environment import driver_process
+        from distributed.internals.ray import RecountBeforeStart, ShardTrainer
+        from distributed.restarts import EndWithoutProgress
+        from distributed.worker import train_loop
+        from measnet.config import to_dict
+
+        config = self.config
+        scaling, (low, high) = config.scaling, config.scaling.bounds
+        device = training_device(scaling, ray.cluster_resources().get("GPU", 0), self.machine)
+        use_gpu = device == "cuda"
+        cpus = cpus_per_worker(config, local=is_local(), use_gpu=use_gpu)
+        _forget_listed_checkpoints(config)
+        samples = self.newest.samples if self.newest else 0
+        trainer = ShardTrainer(
+            train_loop,
+            train_loop_config={
+                "config": to_dict(config),
+                "device": device,
+                "monitor": monitor,
+                "tracking": self.tracking,
+                "owner": self.lease.owner.token,
+                "driver_process": driver_process(),
+                "multiply_adds": self.cost["multiply_adds"],
+            },
+            torch_config=TorchConfig(
+                backend="nccl" if use_gpu else "gloo", timeout_s=int(scaling.collective_timeout_s)
+            ),
+            scaling_config=ScalingConfig(
+                num_workers=(low, high) if scaling.elastic else high,
+                use_gpu=use_gpu,
+                elastic_resize_monitor_interval_s=scaling.resize_interval_s,
+                resources_per_worker={"CPU": cpus} | ({"GPU": 1} if use_gpu else {}),
+            ),
+            run_config=RunConfig(
+                name=config.name,
+                **ray_storage(config.storage),
+                worker_runtime_env={"env_vars": GPU_ENVIRONMENT} if use_gpu else None,
+                # `EndWithoutProgress` limits the restarts. The display limits the wait for
+                # workers, because it can say what is missing.
+                failure_config=FailureConfig(max_failures=-1, controller_failure_limit=-1),
+                callbacks=[
+                    *callbacks,
+                    EndWithoutProgress(config.folder, scaling.max_failures, samples),
+                    *([RecountBeforeStart()] if scaling.elastic else []),
+                ],
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        return trainer, f"{scaling.workers} workers of {cpus} CPUs" + " and 1 GPU" * use_gpu
 
 
 def _outcome(config: TrainConfig, ended: dict[str, Any], signals: list[str]) -> Outcome:
@@ -317,27 +395,6 @@ def _outcome(config: TrainConfig, ended: dict[str, Any], signals: list[str]) -> 
         samples=result["samples"],
         validation=result["validation"],
     )
-
-
-@contextmanager
-def on_signal(handle: Callable[[str], object]) -> Iterator[None]:
-    """Inside the block, call `handle` with the name of SIGINT or SIGTERM instead of raising.
-
-    Does nothing outside the main thread, which alone gets signals.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def note(number: int, _frame: Any) -> None:
-        handle("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
-
-    before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _forget_listed_checkpoints(config: TrainConfig) -> None:
@@ -362,11 +419,20 @@ def _show_plan(console: Console, config: TrainConfig, plan: Plan) -> None:
     )
 
 
-def _describe(run: Any, config: TrainConfig, manifest: Manifest) -> dict[str, float]:
-    """Tell MLflow what the run is made of; the network's cost."""
+def _describe(
+    config: TrainConfig, manifest: Manifest, tags: Mapping[str, str] | None
+) -> tuple[Any, dict[str, float]]:
+    """Write the configuration, and tell MLflow what the run is made of; the run in MLflow, and the
+    network's cost."""
     from distributed import mlflow_tracker
     from measnet.complexity import network_cost
 
+    fs, root = open_folder(config.folder)
+    fs.makedirs(root, exist_ok=True)
+    write_whole(fs, f"{root}/config.yaml", to_yaml(config).encode())
+    run = mlflow_tracker.prepare(
+        config.tracking, name=config.name, key=mlflow_tracker.run_key(config.folder), tags=tags
+    )
     validation, cost = read_manifest(config.data.validation), network_cost(config.model)
     mlflow_tracker.describe(
         run,
@@ -377,7 +443,7 @@ def _describe(run: Any, config: TrainConfig, manifest: Manifest) -> dict[str, fl
         },
         cost=cost,
     )
-    return cost
+    return run, cost
 
 
 def _export(config: TrainConfig, run: Any) -> None:
@@ -389,13 +455,8 @@ def _export(config: TrainConfig, run: Any) -> None:
         return
     fs, root = open_folder(config.folder)
     newest.export(fs, f"{root}/{MODEL}")  # if this is interrupted, the same command writes it
-    if "file" in fs.protocol:
-        mlflow_model.log_model(run, Path(root) / MODEL)
-
-
-def _scratch(key: str) -> Path:
-    """A local folder for a run in an object store."""
-    return Path.home() / ".cache" / "measnet" / key
+    with local_copy(f"{config.folder}/{MODEL}") as weights:
+        mlflow_model.log_model(run, weights)
 
 
 def _one_line(error: BaseException) -> str:

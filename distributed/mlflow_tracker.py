@@ -1,9 +1,10 @@
 """Sends runs to MLflow; training never waits for it.
 
-Metrics go to a JSON-lines file first; a background thread sends the file to MLflow in batches. If
-MLflow does not answer, training continues, and the rest is sent later: by the thread, by a resumed
-run, or by `finish` in the driver. Sending a point twice is harmless, because it has the same name,
-step, time and value.
+Metrics go to a JSON-lines file first (`distributed.run_log`); a background thread sends the file to
+MLflow in batches. If MLflow does not answer, training continues, and the rest is sent later: by the
+thread, by a resumed run, or by `finish` in the driver. Sending a point twice is harmless, because
+it has the same name, step, time and value. A point is sent only when the run's storage has it, so
+a run that resumes on another node knows all points that were sent.
 
 A training run has a key in its folder, and its MLflow run has this key as a tag. So a run that is
 resumed, retried or moved continues the same MLflow run.
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distributed.config import TrackingConfig, TrainConfig, as_metrics, to_yaml
 from distributed.environment import SystemMetrics, code_version, installed_packages
+from distributed.run_log import EVENTS, METRICS, RunLog, read, records
 from shards.storage import open_folder
 
 if TYPE_CHECKING:
@@ -35,9 +37,10 @@ KEY_TAG = "measnet.key"
 KEY_FILE = "tracking.key"
 KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
 """Tag of an experiment whose runs train models; others are shown as traces of agents."""
-METRICS_FILE = "metrics.jsonl"
 UI = "http://127.0.0.1:5000"
 """Default address of `mlflow ui`."""
+EVERY_S, STORE_EVERY_S = 2.0, 30.0
+"""Seconds between two batches of metrics, for runs in a folder and in an object store."""
 SYSTEM_EVERY_S = 10.0
 """Seconds between two points of the system's metrics."""
 _BATCH, _PARAMS = 1000, 100
@@ -123,7 +126,7 @@ def prepare(
             "MLflow at %s does not answer (%s); %s keeps the metrics, they are sent later",
             run.uri,
             _first_line(error),
-            METRICS_FILE,
+            METRICS,
         )
         return run
 
@@ -174,13 +177,14 @@ def log_artifacts(run: Run, path: Path, folder: str = "") -> bool:
     return attempt(run, f"{path.name}", send)
 
 
-def finish(run: Run, status: Status, folder: Path | None = None) -> Run:
+def finish(run: Run, status: Status, folder: str | Path | None = None) -> Run:
     """Send what the workers could not send, and set the run's status; called by the driver.
 
     Args:
         run: from `prepare`.
         status: FINISHED, KILLED (stopped by the user) or FAILED.
-        folder: of the tracker's file; None: no metrics are sent.
+        folder: folder or URI of the training run, for its metrics and events; None: only the
+            status is sent.
 
     Returns:
         The run, with its id if MLflow answered.
@@ -189,8 +193,10 @@ def finish(run: Run, status: Status, folder: Path | None = None) -> Run:
 
     def send(client: "MlflowClient", run: Run) -> None:
         state["run"] = run
-        if folder is not None and (folder / METRICS_FILE).exists():
+        if folder is not None:
             _send_metrics(client, run.id, read_metrics(folder))
+            if events := read(str(folder), EVENTS):
+                client.log_text(run.id, events.decode(errors="replace"), EVENTS)
         client.set_terminated(run.id, status)
 
     attempt(run, f"the end of the run ({status})", send)
@@ -224,10 +230,9 @@ def run_page(uri: str, run_id: str) -> str:
     return f"{uri.rstrip('/') if uri.startswith('http') else UI}/#/runs/{run_id}"
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a tracker's file, without an incomplete last line."""
-    records, _ = _read_from(folder / METRICS_FILE, 0)
-    return records
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The points of a run in a folder or URI, without an incomplete last line."""
+    return records(read(str(folder), METRICS))
 
 
 RESUMED_S = 60.0
@@ -245,36 +250,37 @@ class Tracker:
 
     def __init__(
         self,
-        folder: Path,
+        run_log: RunLog,
         run: Run | None,
         *,
-        every_s: float = 2.0,
+        every_s: float | None = None,
         retry_s: float = 15.0,
         first_s: float | None = None,
         card: "torch.device | None" = None,
     ):
-        """Continue the file of an earlier attempt in `folder`, if there is one.
+        """Continue the file of an earlier attempt, if there is one.
 
         Args:
-            folder: of `metrics.jsonl`; a local or mounted folder.
+            run_log: has the file, `metrics.jsonl`.
             run: from `prepare`; None: only the file is written.
-            every_s: seconds between two batches.
+            every_s: seconds between two batches; None: `EVERY_S`, or `STORE_EVERY_S` if the run is
+                in an object store, where each batch is an object.
             retry_s: seconds to the next attempt if MLflow did not answer.
             first_s: seconds to the first batch, if not `every_s`.
             card: the GPU of this process, whose load is recorded too.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / METRICS_FILE
+        self._log, self._path = run_log, run_log.folder / METRICS
         self._last: dict[str, int] = {}
-        records, end = _read_from(self._path, 0)
-        for record in records:
+        data, end = _read_from(self._path, 0)
+        for record in records(data):
             self._last.update(dict.fromkeys(record["metrics"], record["step"]))
         self._system_step = self._last.get("system/cpu_utilization_percentage", -1)
         self._file = self._path.open("ab", buffering=0)
         self._file.truncate(end)  # removes half a line of a killed writer
         self._run, self._sent = run, 0
-        self._every_s, self._retry_s = every_s, retry_s
-        self._first_s = every_s if first_s is None else first_s
+        default_s = STORE_EVERY_S if run_log.in_store else EVERY_S
+        self._every_s, self._retry_s = every_s or default_s, retry_s
+        self._first_s = self._every_s if first_s is None else first_s
         self._artifacts: queue.SimpleQueue[tuple[Path, str]] = queue.SimpleQueue()
         self._waiting: list[tuple[Path, str]] = []
         self._lock, self._stop = threading.Lock(), threading.Event()
@@ -320,12 +326,13 @@ class Tracker:
         """Send one batch; False if MLflow did not accept it."""
         try:
             self._sample_system()
+            kept = self._log.keep_lines(METRICS)
             if self._run is None:
                 return True
             self._run = open_run(self._run)
-            records, end = _read_from(self._path, self._sent)
+            data, end = _read_from(self._path, self._sent, kept)
             client = client_of(self._run)
-            _send_metrics(client, self._run.id, records)
+            _send_metrics(client, self._run.id, records(data))
             self._sent = end
             self._send_artifacts(client, self._run.id)
         except Exception as error:  # no error of MLflow may stop training
@@ -419,19 +426,17 @@ def attempt(run: Run, what: str, send: Any) -> bool:
     return True
 
 
-def _send_metrics(
-    client: "MlflowClient", run_id: str, records: Sequence[Mapping[str, Any]]
-) -> None:
+def _send_metrics(client: "MlflowClient", run_id: str, points: Sequence[Mapping[str, Any]]) -> None:
     _configure()
     from mlflow.entities import Metric
 
-    points: list[Metric] = [
-        Metric(name, value, record["time"], record["step"])
-        for record in records
-        for name, value in record["metrics"].items()
+    metrics: list[Metric] = [
+        Metric(name, value, point["time"], point["step"])
+        for point in points
+        for name, value in point["metrics"].items()
     ]
-    for at in range(0, len(points), _BATCH):
-        client.log_batch(run_id, metrics=points[at : at + _BATCH])
+    for at in range(0, len(metrics), _BATCH):
+        client.log_batch(run_id, metrics=metrics[at : at + _BATCH])
 
 
 def _send_params(client: "MlflowClient", run_id: str, params: Mapping[str, str]) -> None:
@@ -469,20 +474,16 @@ def _send_artifact(client: "MlflowClient", run_id: str, path: Path, folder: str)
         client.log_artifact(run_id, str(path), folder or None)
 
 
-def _read_from(path: Path, start: int) -> tuple[list[dict[str, Any]], int]:
-    """Complete records after byte `start`, and the position after the last of them."""
+def _read_from(path: Path, start: int, end: int | None = None) -> tuple[bytes, int]:
+    """Complete lines from byte `start` to `end`, and the position after the last of them."""
     try:
         with path.open("rb") as file:
             file.seek(start)
-            data = file.read()
+            data = file.read(-1 if end is None else end - start)
     except FileNotFoundError:
-        return [], start
+        return b"", start
     complete = data[: data.rfind(b"\n") + 1]
-    records = []
-    for line in complete.splitlines():
-        with contextlib.suppress(ValueError):  # a full disk has cut a line
-            records.append(json.loads(line))
-    return records, start + len(complete)
+    return complete, start + len(complete)
 
 
 def _first_line(error: Exception) -> str:

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from distributed.config import ScalingConfig
+from distributed.goodput import Attempt, Work
 from distributed.hang import Activity, Phase, find_hang
 
 POLL_INTERVAL_S = 0.5
@@ -64,6 +65,8 @@ class Message:
     activity: Activity
     progress: dict[str, Any] | None = None
     """Progress of the run; only rank 0 sends it. None: nothing to report."""
+    attempt: Attempt | None = None
+    """What this start of the workers has done so far; only rank 0 sends it."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class Monitor:
         self._heard = time.monotonic()
         self._ranks: dict[int, tuple[Message, float]] = {}
         self._hung: dict[str, str] = {}
+        self._attempts: dict[str, Attempt] = {}
 
     def exchange(self, message: Message) -> Answer:
         """Receive a worker's message; returns what the worker has to do."""
@@ -96,6 +100,8 @@ class Monitor:
         self._progress = message.progress or self._progress
         self._heard = now
         self._ranks[message.rank] = message, now
+        if message.attempt is not None:
+            self._attempts[message.worker] = message.attempt
         if message.worker not in self._hung and message.activity.idle_s > self._least_limit_s:
             self._look_for_hang(message.world, now)
         return Answer(self._stop, self._hung.get(message.worker, ""))
@@ -120,6 +126,12 @@ class Monitor:
     def request_stop(self, reason: str) -> None:
         """Ask the workers to write a checkpoint and stop after the current step."""
         self._stop = self._stop or reason
+
+    def work(self) -> Work:
+        """See `Work`."""
+        steps = [message.activity.step_s or 0.0 for message, _ in self._ranks.values()]
+        checkpoint_s = float(self._progress.get("checkpoint_s", 0.0))
+        return Work(list(self._attempts.values()), checkpoint_s, max(steps, default=0.0))
 
     def read(self, shown: int) -> tuple[dict[str, Any], list[str], float]:
         """Progress, the lines after the first `shown`, seconds since the last worker's message."""
@@ -160,6 +172,9 @@ class Reporter:
         self._worker = uuid.uuid4().hex
         self._progress: dict[str, Any] = {}
         self._phase: Phase = "start"
+        self._attempt: Attempt | None = None
+        self._spent: dict[str, float] = {}
+        self._entered = time.monotonic()
         self._step, self._marks = 0, 0
         self._step_ended: float | None = None
         self._steps = 0
@@ -173,7 +188,9 @@ class Reporter:
 
     def enter(self, phase: Phase, step: int | None = None) -> None:
         """Record the phase that begins now, and its step (from 1) if the step is a new one."""
-        self._phase = phase
+        now = time.monotonic()
+        self._spent[self._phase] = self._spent.get(self._phase, 0.0) + now - self._entered
+        self._phase, self._entered = phase, now
         self._step = self._step if step is None else step
         self._marks += 1
 
@@ -194,6 +211,12 @@ class Reporter:
     def update(self, progress: dict[str, Any]) -> None:
         """Record the progress of the run; the thread sends it."""
         self._progress = progress
+        if self._attempt is not None:
+            self._attempt.last = progress["samples"]
+
+    def start_at(self, samples: int) -> None:
+        """Record from which checkpoint this worker starts."""
+        self._attempt = Attempt(samples, samples)
 
     def say(self, line: str, *, from_any_rank: bool = False) -> None:
         """Show a line on the terminal; by default only rank 0 does."""
@@ -231,8 +254,13 @@ class Reporter:
             step_s=self._step_s,
             where=where(self._trains) if idle_s > WHERE_AFTER_S else "",
         )
-        progress = self._progress if self._rank == 0 else None
-        return Message(self._worker, self._rank, self._world, activity, progress)
+        message = Message(self._worker, self._rank, self._world, activity)
+        if self._rank > 0 or self._attempt is None:
+            return message
+        spent = dict(self._spent)
+        spent[self._phase] = spent.get(self._phase, 0.0) + time.monotonic() - self._entered
+        attempt = replace(self._attempt, seconds=spent)
+        return replace(message, progress=self._progress, attempt=attempt)
 
     def _end(self, reason: str) -> None:
         """End this process; the stacks of all threads go to the worker's log in Ray."""

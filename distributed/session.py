@@ -6,7 +6,6 @@ All changes of the state of a run are here; `distributed.worker` is the loop tha
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -19,12 +18,11 @@ from distributed.checkpoint_writer import CheckpointWriter
 from distributed.cluster import own_device
 from distributed.compilation import compile_blocks
 from distributed.config import TrainConfig
-from distributed.decisions import decide, sharing_workers
+from distributed.decisions import sharing_workers
 from distributed.engine import (
+    decide_for,
     guarded_optimizer,
     initialize,
-    predict_fit,
-    use_deterministic_algorithms,
 )
 from distributed.environment import keep_environment, record_environment
 from distributed.exchange import Exchange, Step, StepSums, curve_point
@@ -44,6 +42,7 @@ from distributed.internals.deepspeed import version_warning
 from distributed.meter import Meter
 from distributed.mlflow_tracker import RESUMED_S, Tracker
 from distributed.progress import Reporter
+from distributed.run_log import RunLog
 from distributed.scores import write
 from distributed.sharded_state import (
     WeightAverage,
@@ -56,15 +55,9 @@ from distributed.validation import agree_on_tiling, validate
 from measnet.config import from_dict, to_dict
 from measnet.hardware import card_of
 from measnet.network import MEASNet
-from measnet.ops import cpu_library, gpu_library
 from measnet.tiling import Tiling
 from shards.reader import DamagedError
 from shards.stream import Batch, TrainStream
-
-CONSUMED = "consumed.jsonl"
-"""File of a run: a line per step, what was trained on."""
-EVENTS = "events.log"
-"""File of a run: a line per thing that went wrong, and what was done about it."""
 
 
 class Session:
@@ -86,22 +79,13 @@ class Session:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = own_device(settings["device"])
         self._folder = self.config.folder
-        self._local = Path(settings["tracking_folder"])
-        self._local.mkdir(parents=True, exist_ok=True)
-        self._reporter = Reporter(
-            settings["monitor"], self.rank, self.world, on_hang=self._keep_event
-        )
+        self._log = RunLog(self._folder, self.rank)
+        on_hang = self._log.event if self.rank == 0 else lambda line: None
+        self._reporter = Reporter(settings["monitor"], self.rank, self.world, on_hang=on_hang)
         self._stream = TrainStream(self.config.data, self.config.seed)
 
         card = card_of(self.device)
-        kernels = gpu_library.choice(self.device) if card else cpu_library.choice()
-        # It counts for seconds what a step takes: only where something depends on it.
-        asked = card if self.config.engine.activation_checkpointing == "auto" else None
-        fused = kernels.choice == "triton"
-        predicted = predict_fit(self.config, self.world, asked, kernels=fused) if asked else None
-        decisions = decide(self.config, self.world, card, predicted, kernels)
-        if decisions.deterministic.choice == "on":
-            use_deterministic_algorithms()
+        decisions = decide_for(self.device, self.config, self.world)
         self._accumulation = int(decisions.accumulation.choice)
         # An idle worker computes what another one computes, with a weight of 0: DeepSpeed's
         # collective calls need all ranks.
@@ -154,17 +138,24 @@ class Session:
         self._tracker: Tracker | None = None
         self._writer: CheckpointWriter | None = None
         if self.rank == 0:
-            self._writer = CheckpointWriter(self._folder, self.config.every.keep_checkpoints)
-            first_s = RESUMED_S if found else None
-            own = self.device if card else None
-            self._tracker = Tracker(self._local, settings["tracking"], first_s=first_s, card=own)
+            self._log.resume(state.samples if state else 0)
+            self._reporter.start_at(self.samples)
+            self._writer = CheckpointWriter(
+                self._folder, self.config.every.keep_checkpoints, self._log, settings["owner"]
+            )
+            self._tracker = Tracker(
+                self._log,
+                settings["tracking"],
+                first_s=RESUMED_S if found else None,
+                card=self.device if card else None,
+            )
         self._say_start(decisions._asdict(), found)
         driver = settings["driver_process"]
         environment, changes = record_environment(self.device, driver, self._folder)
         if changes:
             self.note(f"resumed on other hardware: {', '.join(changes)}")
         if self._tracker:
-            kept = keep_environment(environment, self._local, self.samples)
+            kept = keep_environment(environment, self._log.folder, self.samples)
             self._tracker.artifact(kept, "environment")  # with those of earlier starts
 
     @property
@@ -263,7 +254,8 @@ class Session:
         skipped = step.samples // self.config.recipe.global_batch - self.updates
         metrics = curve_point(step, sums, world=self.world, skipped=skipped)
         metrics |= self._speed.after_step(metrics, step.marks, last=step.ends_point)
-        self._reporter.update({"samples": step.samples, **metrics})
+        checkpoint_s = self._writer.seconds if self._writer else 0.0
+        self._reporter.update({"samples": step.samples, "checkpoint_s": checkpoint_s, **metrics})
         if step.ends_point or self.stop_reason:
             self.keep_metrics(metrics, step.samples)
             self._losses_before = [0.0] * Exchange.LOSSES
@@ -298,9 +290,8 @@ class Session:
         if self._writer:
             self._writer.wait()
         if self._tracker:
-            if (self._local / EVENTS).exists():
-                self._tracker.artifact(self._local / EVENTS)
             self._tracker.close()
+        self._log.close()
         self._reporter.close()
         return {
             "samples": self.samples,
@@ -360,8 +351,7 @@ class Session:
         """Add the step to the chained digest, and to the log of consumed samples."""
         self._consumed = chain(self._consumed, digests)
         if self.rank == 0:
-            with (self._local / CONSUMED).open("ab") as file:
-                file.write(log_line(step.samples, self._consumed, digests, time.time()))
+            self._log.consumed(log_line(step.samples, self._consumed, digests, time.time()))
 
     def _guard(self, step: Step, sums: StepSums) -> None:
         """Look at the numbers of the step, name what is wrong, and go back if need be."""
@@ -409,12 +399,8 @@ class Session:
     def note(self, line: str, *, from_any_rank: bool = False) -> None:
         """Show a line, and keep it among the events that MLflow gets."""
         self._reporter.say(line, from_any_rank=from_any_rank)
-        self._keep_event(line, from_any_rank=from_any_rank)
-
-    def _keep_event(self, line: str, *, from_any_rank: bool = False) -> None:
         if self.rank == 0 or from_any_rank:
-            with (self._local / EVENTS).open("a") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+            self._log.event(line)
 
     def _say_start(self, decisions: Mapping[str, Any], found: Checkpoint | None) -> None:
         if warning := version_warning():
@@ -457,7 +443,7 @@ class Session:
             self.note(warning)
         self.keep_metrics(report.metrics(), self.samples)
         if self._tracker:
-            folder = self._local / "validation" / f"{self.samples:012d}"
+            folder = self._log.folder / "validation" / f"{self.samples:012d}"
             write(report, grids, folder)
             self._tracker.artifact(folder, f"validation/{self.samples:012d}")
         by_task = "  ".join(

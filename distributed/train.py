@@ -57,11 +57,15 @@ def show(outcome: "Outcome", console: "Console") -> None:
             console.print(f"  weights   {outcome.folder}/model.safetensors")
             store = f"--backend-store-uri {outcome.tracking_uri}"
             console.print(f"  MLflow    mlflow ui --host 127.0.0.1 {store}")
+            if outcome.goodput is not None:
+                console.print(f"  goodput   {outcome.goodput}", highlight=False)
             if outcome.mlflow_run_id:
                 page = run_page(outcome.tracking_uri, outcome.mlflow_run_id)
                 console.print(f"  this run  {page}", soft_wrap=True)
         case "stopped":
             console.print(f"stopped ({reason}) after {outcome.samples:,} samples; {again}")
+            if outcome.goodput is not None:
+                console.print(f"  goodput   {outcome.goodput}", highlight=False)
         case "failed":
             where = f"after {outcome.samples:,} samples"
             console.print(f"[red]failed[/red] {where}: {reason}; {again}")

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -223,6 +224,18 @@ def upload(local: str, uri: str) -> None:
     """Copies a local file to a store."""
     fs, path = open_folder(uri)
     retrying(f"writing {uri}", lambda: fs.put_file(local, path))
+
+
+@contextlib.contextmanager
+def local_copy(uri: str) -> Iterator[Path]:
+    """A file as a path on this machine; one of a store is copied for the time of the block."""
+    if not is_remote(uri):
+        yield Path(uri)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / uri.rsplit("/", 1)[-1]
+        retrying(f"reading {uri}", lambda: download(uri, str(copy)))
+        yield copy
 
 
 def remove(uri: str) -> None:

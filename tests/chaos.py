@@ -33,7 +33,7 @@ from rich.table import Table
 
 from distributed import checkpoint as checkpoints
 from distributed.cluster import LOCAL_ENVIRONMENT
-from distributed.session import CONSUMED
+from distributed.run_log import CONSUMED
 from tests.hanging import FLAG
 from tests.photographs import pack_photographs
 
@@ -57,6 +57,12 @@ class Trial:
     """Seconds from each kill to the next training step."""
     problem: str = ""
     """What differs from the undisturbed run; empty where nothing does."""
+
+
+def python_path() -> str:
+    """The project's own folder, and behind it what is there, as packages that lie elsewhere."""
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join([str(ROOT), *(path for path in known if path and path != str(ROOT))])
 
 
 class Run:
@@ -83,12 +89,10 @@ class Run:
             *("--every.validate", "0", "--every.validation-pictures", "1"),
             *more,
         ]
-        # Behind the project's own folder comes what is there, such as packages that lie elsewhere.
-        python = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         self.folder = folder / "runs" / "demo"
         self.hang = folder / "hang"
         self.log = (folder / "log.txt").open("a")
-        environment = {**environment, FLAG: str(self.hang), "PYTHONPATH": python}
+        environment = {**environment, FLAG: str(self.hang), "PYTHONPATH": python_path()}
         self.process = psutil.Popen(
             arguments,
             cwd=folder,
@@ -158,7 +162,8 @@ class Cluster:
         self._cpus = cpus
         from ray.cluster_utils import Cluster as LocalCluster
 
-        os.environ.update(NODE_HEALTH | LOCAL_ENVIRONMENT)
+        # Workers use this project's code, also where another copy of it is installed.
+        os.environ.update(NODE_HEALTH | LOCAL_ENVIRONMENT | {"PYTHONPATH": python_path()})
         self._cluster = LocalCluster(
             initialize_head=True,
             head_node_args={"num_cpus": 0, "include_dashboard": False},
@@ -324,8 +329,13 @@ def disturb(trial: Trial, data: Path, draw: random.Random) -> None:
 
 
 def final_state(folder: Path) -> dict[str, Any]:
-    """Everything that must be identical."""
-    newest = checkpoints.newest_complete(str(folder / "runs" / "demo"))
+    """Everything that must be identical, of the run that was started in a folder."""
+    return state_of(str(folder / "runs" / "demo"))
+
+
+def state_of(run: str) -> dict[str, Any]:
+    """The same of the run in a folder or URI."""
+    newest = checkpoints.newest_complete(run)
     if newest is None:
         return {}
     state = newest.state()

@@ -1,6 +1,7 @@
 """Fixtures of several tests: real pictures, reference outputs, devices, a small Ray."""
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,6 +130,34 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.photographs import pack_photographs
 
     return pack_photographs(tmp_path_factory.mktemp("packed"))
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """An S3-compatible server on loopback; nothing of the machine's own credentials is used."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    pytest.importorskip("s3fs")
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line per request
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    import fsspec
+
+    fsspec.filesystem("s3").mkdir("shelf")
+    yield "s3://shelf"
+    for name, value in before.items():
+        os.environ.pop(name)
+        if value is not None:
+            os.environ[name] = value
+    server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -179,33 +179,6 @@ def test_inspect_and_pictures_over_http(server: Server, packed: Path, tmp_path: 
         assert np.array_equal(one.degraded.numpy(), other.degraded.numpy())
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """An S3-compatible server on loopback; nothing of the machine's own credentials is used."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    pytest.importorskip("s3fs")
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    import fsspec
-
-    fsspec.filesystem("s3").mkdir("shelf")
-    yield "s3://shelf"
-    for name, value in before.items():
-        os.environ.pop(name)
-        if value is not None:
-            os.environ[name] = value
-    server.stop()
-
-
 def test_packed_to_s3_and_streamed_from_it(
     bucket: str, photos: Path, packed: Path, tmp_path: Path
 ) -> None:

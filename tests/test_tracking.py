@@ -12,6 +12,7 @@ from distributed import environment, mlflow_model, mlflow_tracker
 from distributed.config import TrackingConfig, as_metrics
 from distributed.mlflow_tracker import Run, Tracker, finish, prepare, read_metrics, run_key
 from distributed.presets import PRESETS
+from distributed.run_log import RunLog
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def frozen_server() -> Iterator[str]:
 
 
 def test_metrics_reach_the_file_and_mlflow(tmp_path: Path, run: Run) -> None:
-    tracker = Tracker(tmp_path, run, every_s=0.05)
+    tracker = Tracker(RunLog(str(tmp_path), 0), run, every_s=0.05)
     for step in range(8, 33, 8):
         tracker.metrics({"train/loss": 1 / step, "train/lr": 0.1}, step)
     assert tracker.close()
@@ -61,7 +62,7 @@ def test_metrics_reach_the_file_and_mlflow(tmp_path: Path, run: Run) -> None:
 
 
 def test_the_first_batch_may_wait_and_the_end_does_not(tmp_path: Path, run: Run) -> None:
-    tracker = Tracker(tmp_path, run, every_s=0.01, first_s=60)
+    tracker = Tracker(RunLog(str(tmp_path), 0), run, every_s=0.01, first_s=60)
     tracker.metrics({"train/loss": 0.5}, 8)
     time.sleep(0.3)
     assert history(run, "train/loss") == []
@@ -72,7 +73,7 @@ def test_the_first_batch_may_wait_and_the_end_does_not(tmp_path: Path, run: Run)
 
 
 def test_replays_add_nothing(tmp_path: Path, run: Run) -> None:
-    tracker = Tracker(tmp_path, run)
+    tracker = Tracker(RunLog(str(tmp_path), 0), run)
     tracker.metrics({"train/loss": 0.5}, 8)
     assert tracker.close()
     finish(run, "FINISHED", tmp_path)
@@ -81,7 +82,7 @@ def test_replays_add_nothing(tmp_path: Path, run: Run) -> None:
 
 
 def test_a_resumed_run_goes_on_in_the_same_mlflow_run(tmp_path: Path, run: Run) -> None:
-    first = Tracker(tmp_path, run)
+    first = Tracker(RunLog(str(tmp_path), 0), run)
     for step in (8, 16, 24):
         first.metrics({"train/loss": step / 100}, step)
     assert first.close()
@@ -89,7 +90,9 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(tmp_path: Path, run: Run) 
     again = prepare(TrackingConfig(uri=run.uri), name="demo", key=run.key)
     assert again.id == run.id
     assert mlflow_tracker.client_of(run).get_run(run.id).info.status == "RUNNING"
-    second = Tracker(tmp_path, again)  # from the checkpoint at 8: two steps are done again
+    second = Tracker(
+        RunLog(str(tmp_path), 0), again
+    )  # from the checkpoint at 8: two steps are done again
     for step in (16, 24, 32):
         second.metrics({"train/loss": step / 100}, step)
     assert second.close()
@@ -99,7 +102,7 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(tmp_path: Path, run: Run) 
 def test_half_a_line_of_a_killed_writer_is_dropped(tmp_path: Path) -> None:
     whole = json.dumps({"time": 1, "step": 8, "metrics": {"a": 1.0}}) + "\n"
     (tmp_path / "metrics.jsonl").write_text(whole + '{"time": 2, "st')
-    tracker = Tracker(tmp_path, None)
+    tracker = Tracker(RunLog(str(tmp_path), 0), None)
     tracker.metrics({"a": 2.0}, 16)
     assert tracker.close()
     points = [(r["step"], r["metrics"]["a"]) for r in read_metrics(tmp_path) if "a" in r["metrics"]]
@@ -113,7 +116,7 @@ def test_the_driver_sets_the_end(run: Run, status: mlflow_tracker.Status) -> Non
 
 
 def test_what_a_killed_worker_kept_is_sent_by_the_driver(tmp_path: Path, run: Run) -> None:
-    worker = Tracker(tmp_path, None)  # never sent anything
+    worker = Tracker(RunLog(str(tmp_path), 0), None)  # never sent anything
     worker.metrics({"train/loss": 0.25}, 8)
     worker.close()
     finish(run, "KILLED", tmp_path)
@@ -125,7 +128,7 @@ def test_refused_connections_neither_stop_nor_slow_training(tmp_path: Path) -> N
     start = time.monotonic()
     run = prepare(TrackingConfig(uri=uri), name="demo", key="k")
     assert run.id == "" and time.monotonic() - start < 15
-    tracker = Tracker(tmp_path, run, every_s=0.01, retry_s=0.01)
+    tracker = Tracker(RunLog(str(tmp_path), 0), run, every_s=0.01, retry_s=0.01)
     slowest = 0.0
     for step in range(200):
         before = time.perf_counter()
@@ -144,7 +147,7 @@ def test_a_frozen_server_does_not_hold_up_the_end(
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     run = Run(uri=frozen_server, experiment="measnet", name="demo", key="k")
-    tracker = Tracker(tmp_path, run, every_s=0.01)
+    tracker = Tracker(RunLog(str(tmp_path), 0), run, every_s=0.01)
     tracker.metrics({"train/loss": 1.0}, 8)
     time.sleep(0.1)
     start = time.monotonic()
@@ -157,7 +160,7 @@ def test_a_store_that_comes_back_gets_everything(tmp_path: Path, database: str) 
     """A worker on a node without the database file fails softly and catches up later."""
     there, away = Path(database.removeprefix("sqlite:///")), tmp_path / "mlflow.db"
     run = Run(uri=f"sqlite:///{away}", experiment="measnet", name="demo", key="back")
-    tracker = Tracker(tmp_path, run, every_s=0.02, retry_s=0.02)
+    tracker = Tracker(RunLog(str(tmp_path), 0), run, every_s=0.02, retry_s=0.02)
     tracker.metrics({"train/loss": 1.0}, 8)
     time.sleep(0.2)
     assert tracker.problem is not None and not away.exists()
@@ -190,7 +193,7 @@ def test_describe_records_what_the_run_is_made_of(run: Run) -> None:
 def test_artifacts_go_through_the_background(tmp_path: Path, run: Run) -> None:
     (tmp_path / "grids").mkdir()
     (tmp_path / "grids" / "derain.png").write_bytes(b"png")
-    tracker = Tracker(tmp_path / "run", run)
+    tracker = Tracker(RunLog(str(tmp_path / "run"), 0), run)
     tracker.artifact(tmp_path / "grids", "samples/100")
     tracker.artifact(tmp_path / "nowhere.png")  # gone: said in the log, nothing else
     assert tracker.close()

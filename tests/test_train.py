@@ -19,7 +19,7 @@ from rich.console import Console
 from distributed import checkpoint as checkpoints
 from distributed.launch import Outcome
 from distributed.presets import PRESETS
-from distributed.session import CONSUMED
+from distributed.run_log import CONSUMED
 from distributed.train import main, show
 from measnet.network import MEASNet
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from measnet.config import from_dict
-from shards.storage import open_folder, write_whole
+from shards.storage import join, open_folder, write_whole
 from tune import plots
 from tune.config import SearchConfig
 from tune.record import FILE, SearchRecord, TrialRecord, is_number, load
@@ -34,8 +34,8 @@ class Arguments:
 
     search: tyro.conf.Positional[str]
     """Folder of the search, such as runs/demo-search."""
-    out: Path | None = None
-    """The file to write; default: report.html in the search's folder."""
+    out: str = ""
+    """The file to write; empty: report.html in the search's folder."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,18 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if record is None:
             raise ValueError(f"{folder} holds no {FILE}; give the folder of a search")
         record.rank()
-        print(write(record, given.out or Path(folder) / "report.html"))
+        out = given.out or join(folder, "report.html")
+        write(record, out)
+        print(out)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def write(record: SearchRecord, path: Path) -> Path:
-    """Write the report and return its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(*open_folder(str(path)), page(record).encode())
-    return path
+def write(record: SearchRecord, uri: str) -> None:
+    """Write the report to a file or an object of a store."""
+    write_whole(*open_folder(uri), page(record).encode())
 
 
 def page(record: SearchRecord) -> str:

@@ -3,16 +3,15 @@ the best trial, and send the result to MLflow and the report."""
 
 import dataclasses
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distributed import checkpoint as checkpoints
 from distributed import mlflow_tracker
 from distributed.config import TrainConfig, to_yaml
-from shards.storage import open_folder, write_whole
+from distributed.lease import in_use
+from shards.storage import exists, join, local_copy, open_folder, write_whole
 from tune.config import SearchConfig
-from tune.lock import in_use
-from tune.record import SearchRecord, TrialRecord, is_number
+from tune.record import FILE, SearchRecord, TrialRecord, is_number
 from tune.registry import register_champion
 from tune.space import apply, describe
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
 BEST_CONFIG = "best.yaml"
 CHAMPION = "champion.safetensors"
+REPORT = "report.html"
 
 
 def refresh(trial: TrialRecord) -> None:
@@ -77,6 +77,8 @@ def prune_losers(record: SearchRecord, keep: int) -> None:
 
 def write_results(config: SearchConfig, record: SearchRecord, console: "Console") -> None:
     """Complete the record, the best trial's files, MLflow and the report; may be called again."""
+    from tune.report import write
+
     for trial in record.trials:
         if trial.ended:
             refresh(trial)
@@ -88,18 +90,14 @@ def write_results(config: SearchConfig, record: SearchRecord, console: "Console"
     record.rank()
     _write_best(config, record)
     record.save()
-    local = "file" in fs.protocol
-    summary = _send_to_mlflow(config, record, Path(root) / CHAMPION if local else None)
+    summary = _send_to_mlflow(config, record)
     record.save()
-    if local:
-        from tune.report import write
-
-        page = write(record, Path(root) / "report.html")
-        if summary is not None:
-            for path in (page, page.with_name("search.json"), page.with_name(BEST_CONFIG)):
-                if path.exists():
-                    mlflow_tracker.log_artifacts(summary, path)
+    write(record, join(record.folder, REPORT))
     if summary is not None:
+        for name in (REPORT, FILE, BEST_CONFIG):
+            if fs.exists(f"{root}/{name}"):
+                with local_copy(join(record.folder, name)) as path:
+                    mlflow_tracker.log_artifacts(summary, path)
         mlflow_tracker.finish(summary, "FINISHED" if record.state == "finished" else "KILLED")
     _show_summary(record, console)
 
@@ -145,9 +143,7 @@ def _write_best(config: SearchConfig, record: SearchRecord) -> None:
         newest.export(fs, f"{root}/{CHAMPION}")
 
 
-def _send_to_mlflow(
-    config: SearchConfig, record: SearchRecord, weights: Path | None
-) -> mlflow_tracker.Run | None:
+def _send_to_mlflow(config: SearchConfig, record: SearchRecord) -> mlflow_tracker.Run | None:
     """How the trials ended, the summary, and the best model; returns the run of the summary.
 
     If MLflow does not answer, everything is on disk, and the same command sends it later.
@@ -176,8 +172,10 @@ def _send_to_mlflow(
                 "search/seconds": record.seconds,
             },
         )
-        if record.state == "finished" and weights is not None and weights.exists():
-            register_champion(config, record, best, weights, card(record, best))
+        weights = join(record.folder, CHAMPION)
+        if record.state == "finished" and exists(weights):
+            with local_copy(weights) as path:
+                register_champion(config, record, best, path, card(record, best))
     return summary
 
 
@@ -189,8 +187,7 @@ def _finish_trial(config: SearchConfig, record: SearchRecord, trial: TrialRecord
         return False
     trial.mlflow_run_id = run.id
     status: Any = {"finished": "FINISHED", "stopped": "KILLED"}.get(trial.state, "FAILED")
-    fs, root = open_folder(trial.folder)
-    mlflow_tracker.finish(run, status, Path(root) if "file" in fs.protocol else None)
+    mlflow_tracker.finish(run, status, trial.folder)
     return mlflow_tracker.annotate(
         run,
         {
@@ -212,7 +209,7 @@ def _show_summary(record: SearchRecord, console: "Console") -> None:
         console.print(f"  in full   {record.best_command}", soft_wrap=True)
     if record.registration:
         console.print(f"  registry  {record.registration}", soft_wrap=True, highlight=False)
-    console.print(f"  report    {record.folder}/report.html", soft_wrap=True)
+    console.print(f"  report    {record.folder}/{REPORT}", soft_wrap=True)
     if record.state == "stopped":
         console.print(f"  resume    {record.command}", soft_wrap=True)
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distributed.config import changed_fields
+from distributed.lease import exclusive
 from tune.config import SearchConfig, parse
-from tune.lock import exclusive
 from tune.record import SearchRecord, load
 from tune.space import Space, build, symbol
 
@@ -146,7 +146,7 @@ def _run_trials(
     import ray
 
     from distributed.internals import ray_tune
-    from distributed.launch import on_signal
+    from distributed.stopping import on_signal
     from tune.capacity import plan_capacity
     from tune.runner import Search, make_tuner
 

@@ -5,14 +5,16 @@ thread and reports each validation to Tune as soon as a checkpoint holds it. To 
 the run to stop, which leaves a checkpoint and a complete MLflow run.
 """
 
+import contextlib
 import dataclasses
+import io
 import math
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import ray
 from ray.tune import Trainable
@@ -21,17 +23,21 @@ from rich.console import Console
 from distributed import checkpoint as checkpoints
 from distributed.config import TrainConfig
 from distributed.guard import cause_of
-from distributed.launch import GRACE_S, Outcome, launch
+from distributed.launch import Outcome, launch
+from distributed.lease import exclusive
 from measnet.config import to_dict
-from shards.storage import open_folder
-from tune.lock import exclusive
+from shards.storage import exists, is_remote, join, read, write
 from tune.space import apply
 
 SPEC = "trial"
 """Key of a trial in Tune's configuration; its value has `name`, `changes` and known `costs`."""
+CONSOLE = "console.log"
+"""File of a trial: what its run prints."""
 POLL_S = 0.5
 """Seconds between two checks for a validation."""
-LOCK_WAIT_S = 2 * GRACE_S + 30
+STOP_S = 600.0
+"""Seconds that a stop may take at most; usually the run's own limit ends it earlier."""
+LOCK_WAIT_S = 60.0
 """Seconds to wait for a trial's last actor, which may still write a checkpoint."""
 
 
@@ -148,20 +154,15 @@ class Trial(Trainable):
         self._thread.start()
 
     def _run(self) -> None:
-        fs, root = open_folder(self._config.folder)
-        local = Path(root) if "file" in fs.protocol else Path.cwd()
         try:
-            local.mkdir(parents=True, exist_ok=True)
-            with (
-                exclusive(self._config.folder, wait_s=LOCK_WAIT_S),
-                (local / "console.log").open("a") as log,
-            ):
+            with console_log(self._config.folder) as log:
                 self._ended = launch(
                     self._config,
                     console=Console(file=log, width=120, no_color=True),
                     tags={**self._settings.tags, "measnet.trial": self.trial_name},
                     stop_requests=self._stop_requests,
                     export=False,
+                    wait_s=LOCK_WAIT_S,
                 )
         except BaseException as error:
             self._ended = error
@@ -176,7 +177,7 @@ class Trial(Trainable):
     def _stop(self, why: str) -> None:
         if self._thread is not None and self._running:
             self._stop_requests.append(why)
-            self._thread.join(GRACE_S + 15)
+            self._thread.join(STOP_S)
 
     def _count_costs(self) -> dict[str, float]:
         from measnet.complexity import latency_ms, network_cost
@@ -190,6 +191,22 @@ class Trial(Trainable):
             )
             costs["latency"] = ray.get(timed.remote(self._config.model, device))
         return costs
+
+
+@contextlib.contextmanager
+def console_log(folder: str) -> Iterator[TextIO]:
+    """The file for what a trial's run prints; in a store it appears when the run ends."""
+    if not is_remote(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with (Path(folder) / CONSOLE).open("a") as log:
+            yield log
+        return
+    text = io.StringIO()
+    try:
+        yield text
+    finally:
+        before = read(join(folder, CONSOLE)) if exists(join(folder, CONSOLE)) else b""
+        write(join(folder, CONSOLE), before + text.getvalue().encode())
 
 
 def take_over(donor: str, name: str, config: TrainConfig) -> checkpoints.Checkpoint:

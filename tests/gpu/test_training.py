@@ -101,12 +101,13 @@ import subprocess, sys, tempfile, time
 from pathlib import Path
 import torch
 from distributed.mlflow_tracker import Tracker, read_metrics
+from distributed.run_log import RunLog
 def used():
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     return list(map(int, subprocess.check_output(command, text=True).split()))
 torch.ones(1, device="cuda")
 before, folder = used(), Path(tempfile.mkdtemp())
-tracker = Tracker(folder, None, every_s=0.05)
+tracker = Tracker(RunLog(str(folder), 0), None, every_s=0.05)
 while not any("system/" in name for r in read_metrics(folder) for name in r["metrics"]):
     time.sleep(0.05)
 after = used()
