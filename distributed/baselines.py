@@ -30,8 +30,8 @@ def _bm3d(picture: Array, sigma: float) -> Array:
         import bm3d
     except ImportError as error:
         raise ValueError(
-            'cbm3d needs the package bm3d: pip install "measnet-ray[baselines]" (its licence is for '
-            "research only)"
+            'cbm3d needs the package bm3d: pip install "measnet-ray[baselines]" (its licence is '
+            "for research only)"
         ) from error
     return np.asarray(bm3d.bm3d_rgb(picture, sigma / 255.0))
 
