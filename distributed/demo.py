@@ -38,8 +38,8 @@ TEST = ("astronaut", "motorcycle")
 """Packaged photographs that all figures are measured on."""
 VALIDATION = ("hopper",)
 """Packaged photographs that validate while training; `tune.search demo` chooses by them."""
-SCALES = (1.0, 0.84, 0.7, 0.59, 0.5)
-"""Each training photograph is packed at these scales, each with its own degradations."""
+SCALES = tuple(round(1.0 - 0.5 * step / 14, 2) for step in range(15))
+"""Each training photograph is packed at these scales, 1 to 0.5, each with its own degradations."""
 MOST_PICTURES, MOST_TEST, LONGEST, SHORTEST = 24, 2, 768, 96
 """Limits with --pictures: number of pictures, of those to test on, longest and shortest side."""
 

@@ -41,18 +41,19 @@ def demo() -> TrainConfig:
             loader_workers=0,
         ),
         recipe=Recipe(
-            samples=8_000,
+            samples=9_600,
             global_batch=8,
             micro_batch=4,
             lr=3e-3,
             beta2=0.99,
             warmup_samples=160,
             ema_decay=0.98,
+            balance_weight=0.1,  # with the paper's 1e-4 the pixel experts collapse
         ),
         # Two workers of one thread each: small pictures do not fill two threads. On the CPU, so
         # that the preset runs on every machine; `make demo` takes the GPUs that it finds.
         scaling=ScalingConfig(workers="2", device="cpu", cpus_per_worker=1),
-        every=IntervalConfig(checkpoint=2_000, validate=4_000, validation_pictures=1, log=80),
+        every=IntervalConfig(checkpoint=2_400, validate=4_800, validation_pictures=1, log=80),
     )
 
 

@@ -32,7 +32,7 @@ EXPERTS = {
     "model.pixel_top_k": "1..4",
     "model.image_experts": "2..8",
     "model.image_top_k": "1..4",
-    "recipe.balance_weight": "log 1e-6..1e-2",
+    "recipe.balance_weight": "log 1e-5..1",
 }
 PAPER: Changes = {
     "model.pixel_experts": ModelConfig.pixel_experts,
