@@ -257,6 +257,10 @@ class TrainConfig:
     """Folder or URI of runs, reachable from all nodes; the run is in STORAGE/NAME."""
     seed: int = 0
     """Seed of weights, order, crops, flips, noise and gates."""
+    init: str = field(default="", metadata=MAY_CHANGE)
+    """Weights that a new run starts from: a run folder or URI, a .safetensors file, or a checkpoint
+    of the authors' program; all workers must reach it. Empty: random weights. A run that resumes
+    does not use it."""
     profile: int = field(default=0, metadata=MAY_CHANGE)
     """Optimizer steps that are recorded with torch's profiler, after three to warm up, into the
     run's folder `profile`; 0 records none."""

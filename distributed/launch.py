@@ -28,6 +28,7 @@ from distributed.cluster import (
 from distributed.config import TrainConfig, changed_fields, to_yaml
 from distributed.decisions import training_device
 from distributed.goodput import Goodput, Work, recording
+from distributed.initial import check_architecture
 from distributed.lease import DEAD_S, InUseError, Lease, exclusive
 from distributed.run_log import join_parts
 from distributed.stopping import on_signal, platform_limit, stop_limit
@@ -80,18 +81,23 @@ def resolve(config: TrainConfig) -> TrainConfig:
         validation=absolute(config.data.validation),
         cache_dir=absolute(config.data.cache_dir),
     )
-    return dataclasses.replace(config, storage=absolute(config.storage), data=data)
+    init = config.init and absolute(config.init)
+    return dataclasses.replace(config, storage=absolute(config.storage), init=init, data=data)
 
 
 def check(config: TrainConfig) -> tuple[Manifest, Plan]:
     """Read the manifests, and check that they fit the configuration.
 
     Raises:
-        ValueError: shards are missing, damaged or lack a task of the configuration.
+        ValueError: shards are missing, damaged or lack a task of the configuration; or `init` is of
+            another architecture.
+        OSError: there are no weights at `init`.
     """
     manifest = read_manifest(config.data.train)
     plan = Plan.from_manifest(manifest, config.data.repeats, config.seed, config.data.order)
     read_manifest(config.data.validation)
+    if config.init and checkpoints.newest_complete(config.folder) is None:
+        check_architecture(config.init, config.model)
 
     from shards.stream import TrainStream  # imports torch, so only after the manifests
 

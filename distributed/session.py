@@ -38,6 +38,7 @@ from distributed.guard import (
     routing_warnings,
     watch_unused,
 )
+from distributed.initial import start_from
 from distributed.internals.deepspeed import version_warning
 from distributed.meter import Meter
 from distributed.mlflow_tracker import RESUMED_S, Tracker
@@ -105,6 +106,8 @@ class Session:
             decisions = decisions._replace(compile=compile_blocks(model, self.device))
         if found:
             model.load_state_dict(found.tensors("weights"))
+        elif self.config.init:
+            start_from(self.config.init, model)
         self._name_unused: Callable[[], list[str]] | None = watch_unused(model)
         self.engine = initialize(self.config, decisions, model)
         made = graph_micro_batches(self.engine, self.config, decisions, self.loss_weight)
