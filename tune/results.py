@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from distributed import checkpoint as checkpoints
 from distributed import mlflow_tracker
 from distributed.config import TrainConfig, to_yaml
-from shards.storage import open_folder, write_whole
+from shards.storage import open_folder, read_json, write_whole
 from tune.config import SearchConfig
 from tune.lock import in_use
 from tune.record import SearchRecord, TrialRecord, is_number
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BEST_CONFIG = "best.yaml"
+WORTH = "evaluation/routing-fixed-pixel.json"
+"""What `python -m distributed.evaluate TRIAL DATA --routing fixed` writes."""
 CHAMPION = "champion.safetensors"
 
 
@@ -41,6 +43,9 @@ def refresh(trial: TrialRecord) -> None:
         trial.tasks = {task: row["restored_psnr"] for task, row in report["tasks"].items()}
         trial.routing = report["routing"]
         trial.input_psnr, trial.gain_error = report["mean"]["input_psnr"], report["gain_error"]
+    fs, root = open_folder(trial.folder)
+    if fs.exists(f"{root}/{WORTH}"):
+        trial.choice_worth = read_json(fs, f"{root}/{WORTH}")["worth"]["mean"]
 
 
 def open_summary(config: SearchConfig, record: SearchRecord) -> mlflow_tracker.Run:
