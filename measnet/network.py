@@ -111,7 +111,7 @@ class MEASNet(nn.Module):
             generator: source of the gates' noise in training (variant official, or
                 `RoutingConfig.noise`).
         """
-        padded = self._pad(image).to(self.patch_embed.weight.dtype)
+        padded = self.pad(image).to(self.patch_embed.weight.dtype)
         prompt = None if self.prompt is None else self.prompt(padded)
         uses: dict[str, Use] = {}
 
@@ -219,7 +219,7 @@ class MEASNet(nn.Module):
             routing=config.routing,
         )
 
-    def _pad(self, image: Tensor) -> Tensor:
+    def pad(self, image: Tensor) -> Tensor:
         """Pad to a multiple of 8 and to `min_side`, by repeating the last row and column."""
         height, width = image.shape[-2:]
         below = max(-height % 8, self.min_side - height)
