@@ -101,8 +101,10 @@ def choose_tile(height: int, width: int, at_once: int) -> int | None:
 
 
 def is_exact(model: MEASNet) -> bool:
-    """Whether tiles give the same result as restoring whole."""
-    return isinstance(model, MEASNet) and model.config.variant == "paper"
+    """Whether tiles give the same result as restoring whole: variant paper, in fp32."""
+    if not isinstance(model, MEASNet) or model.config.variant != "paper":
+        return False
+    return next(model.parameters()).dtype == torch.float32
 
 
 def choose_window(memory: Memory, available: float) -> int:
@@ -140,7 +142,7 @@ def choose_tiling(
     free = free_memory(device) // (processes if device.type == "cpu" else 1)
     kind = "free"
     if memory is not None and device.type == "cpu":
-        free, kind = int(memory / RESERVE), "to be used"
+        free, kind = memory, "left to be used"
     per_pixel = f"{needed.per_pixel / 1e3:.1f} kB a pixel"
     reason = f"{free / 1e9:.1f} GB of memory is {kind}, the network takes {per_pixel}"
     window = choose_window(needed, RESERVE * free) if is_exact(model) else None

@@ -85,6 +85,8 @@ def attend_channels(
     Norms and softmax are fp32 under every precision. A norm of 0 has a gradient of 0.
     """
     heads = len(temperature)
+    if q_bpc.dtype == torch.float16:  # sums over the pixels of a photo exceed its largest number
+        q_bpc, k_bpc = q_bpc.float(), k_bpc.float()
     q_bhcp = q_bpc.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)
     k_bhpc = k_bpc.unflatten(-1, (heads, -1)).transpose(1, 2)
     gram = (q_bhcp @ k_bhpc).float()
