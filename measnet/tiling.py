@@ -165,11 +165,10 @@ class Room(NamedTuple):
         tiles = int(needed.constant + 2 * needed.per_pixel * side * side)
         ram = int(RESERVE * free_memory(torch.device("cpu"))) if self.ram is None else self.ram
         ram -= _BYTES_OF_RESULT * pixels
-        on_device = 0
-        if device.type == "cuda":
-            on_device = int(RESERVE * free_memory(device)) - tiles
+        if device.type == "cpu":
+            on_device, ram = 0, ram - tiles
         else:
-            ram -= tiles
+            on_device = int(RESERVE * free_memory(device)) - tiles
         folder = Path(tempfile.gettempdir()) if self.folder is None else self.folder
         return Store(device, on_device=on_device, in_ram=ram, folder=folder)
 
