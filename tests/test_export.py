@@ -154,7 +154,11 @@ def test_the_digest_of_a_protocol_is_that_of_its_fields() -> None:
     assert protocol_digest(one) != protocol_digest({**one, "border": 4})
 
 
-LOAD = "import sys; from measnet.network import MEASNet; print(MEASNet.from_pretrained(sys.argv[1]))"
+LOAD = """
+import sys
+from measnet.network import MEASNet
+MEASNet.from_pretrained(sys.argv[1])
+"""
 
 
 @pytest.mark.skipif(not find_spec("huggingface_hub"), reason="pip install huggingface_hub")
