@@ -13,6 +13,7 @@ from measnet.ops import gpu_library
 from measnet.ops.convolution import convolve, pointwise
 from measnet.ops.low_pass import low_pass
 from measnet.ops.normalization import layer_norm
+from measnet.ops.whole import pixel_mean
 from measnet.selection import Choice, Selector
 from measnet.step_statistics import StepStatistics
 from measnet.transformer import Merge, weight
@@ -92,7 +93,7 @@ class FrequencySplit(nn.Module):
         """(B, H, W, C) -> (F_low, F_high), each (B, H, W, C); their sum is the input."""
         batch, channels = len(x_bhwc), x_bhwc.shape[-1]
         with autocast_off(x_bhwc):
-            pooled_bc = x_bhwc.mean((1, 2), dtype=torch.float32)
+            pooled_bc = pixel_mean(x_bhwc)
             taps = self.norm(F.linear(pooled_bc, self.predict.float()), defer)
             kernel = torch.softmax(taps.view(batch, GROUPS, TAPS), dim=-1)
         return low_pass(
@@ -162,7 +163,7 @@ class PictureExperts(nn.Module):
         self, depth_bhwc: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Choice]:
         with autocast_off(depth_bhwc):
-            pooled_bc = depth_bhwc.mean((1, 2), dtype=torch.float32)
+            pooled_bc = pixel_mean(depth_bhwc)
             logits = F.linear(pooled_bc, self.gate.float(), self.gate_bias.float())
             return logits, self.select(logits, generator)
 

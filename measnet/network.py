@@ -6,6 +6,7 @@ concatenated there.
 """
 
 import json
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from measnet import config as configs
 from measnet.config import ModelConfig
 from measnet.experts import PixelExperts, Use
 from measnet.frequency import FrequencyExperts
+from measnet.hub import weights_file
 from measnet.official import network as official
 from measnet.prompts import PromptConcat, TaskPrompt
 from measnet.transformer import Conv3x3, Downsample, Merge, TransformerBlock, Upsample
@@ -31,6 +33,8 @@ PIXEL_LIBRARIES = ("encoder1", "encoder2", "encoder3")
 """Names of the per-pixel libraries; those of the per-picture ones are like `decoder3.low`."""
 FORMAT = "measnet-1"
 """Format name in the metadata of our safetensors files."""
+CONFIG_ENTRY = "measnet.config"
+"""Entry of such a file that holds the config: bytes of JSON in UTF-8."""
 
 
 class Restoration(NamedTuple):
@@ -111,7 +115,7 @@ class MEASNet(nn.Module):
             generator: source of the gates' noise in training (variant official, or
                 `RoutingConfig.noise`).
         """
-        padded = self._pad(image).to(self.patch_embed.weight.dtype)
+        padded = self.pad(image).to(self.patch_embed.weight.dtype)
         prompt = None if self.prompt is None else self.prompt(padded)
         uses: dict[str, Use] = {}
 
@@ -147,20 +151,35 @@ class MEASNet(nn.Module):
         return Restoration(image + residual, balance, shares, z_loss)
 
     def save_pretrained(self, path: str | PathLike[str]) -> None:
-        """Write weights and running statistics as safetensors, the config in its metadata."""
+        """Write weights and running statistics as safetensors, the config in its metadata.
+
+        The config is also an entry, for programs that read the tensors only.
+        """
+        config = json.dumps(configs.to_dict(self.config))
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
-        metadata = {"format": FORMAT, "config": json.dumps(configs.to_dict(self.config))}
+        state[CONFIG_ENTRY] = torch.frombuffer(bytearray(config.encode()), dtype=torch.uint8)
+        metadata = {"format": FORMAT, "config": config}
         aside = Path(f"{path}.part")
         save_file(state, aside, metadata)
         aside.replace(path)
 
     @classmethod
-    def from_pretrained(cls, path: str | PathLike[str]) -> "MEASNet":
-        """Read a file of `save_pretrained`; in evaluation mode, on the CPU.
+    def from_pretrained(
+        cls, source: str | PathLike[str], *, revision: str | None = None
+    ) -> "MEASNet":
+        """Read trained weights; in evaluation mode, on the CPU.
+
+        Args:
+            source: a file of `save_pretrained`, a folder that `measnet.export` wrote, or the name
+                of such a folder on the Hugging Face hub (`owner/name`).
+            revision: branch, tag or commit on the hub; None: its main branch.
 
         Raises:
             ValueError: another kind of file, or its weights do not fit its config.
+            OSError: there is no such file, or the hub cannot be reached.
+            ImportError: a name of the hub, but huggingface_hub is not installed.
         """
+        path = weights_file(source, revision=revision)
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -174,9 +193,22 @@ class MEASNet(nn.Module):
                 f"{path} has no MEASNet config; read weights of the authors' program by "
                 "measnet.official.weights.load"
             )
-        model = cls(configs.from_dict(ModelConfig, json.loads(metadata["config"]), "model"))
+        return cls.from_entries(state, metadata["config"], path)
+
+    @classmethod
+    def from_entries(
+        cls, entries: Mapping[str, Tensor], config: str, path: str | PathLike[str] = "the file"
+    ) -> "MEASNet":
+        """The network in evaluation mode, from the entries of its file and its config as JSON.
+
+        `path` is for messages.
+
+        Raises:
+            ValueError: the weights do not fit the config.
+        """
+        model = cls(configs.from_dict(ModelConfig, json.loads(config), "model"))
         try:
-            model.load_state_dict(state)
+            model.load_state_dict({k: v for k, v in entries.items() if k != CONFIG_ENTRY})
         except RuntimeError as error:
             raise ValueError(f"{path} does not fit its own config: {error}") from error
         return model.eval()
@@ -219,7 +251,7 @@ class MEASNet(nn.Module):
             routing=config.routing,
         )
 
-    def _pad(self, image: Tensor) -> Tensor:
+    def pad(self, image: Tensor) -> Tensor:
         """Pad to a multiple of 8 and to `min_side`, by repeating the last row and column."""
         height, width = image.shape[-2:]
         below = max(-height % 8, self.min_side - height)

@@ -26,6 +26,8 @@ WHITE: dict[np.dtype[Any], int] = {
     np.dtype(np.float32): 1,
 }
 """Type of the pixels -> the value of white; black is 0."""
+ROWS = 256
+"""Rows of a picture that are converted at once."""
 
 
 class PictureError(ValueError):
@@ -100,12 +102,16 @@ class Picture:
         Raises:
             ValueError: a value is not finite.
         """
-        if not image.isfinite().all():
-            raise ValueError("the network gave values that are not finite; check its weights")
-        if self.colour.shape[2] == 1:
-            image = image.mean(0, keepdim=True, dtype=torch.float64)
-        unit = image.clamp(0, 1).permute(1, 2, 0).float().numpy()
-        return dataclasses.replace(self, colour=_from_unit(unit, self.colour.dtype))
+        colour = np.empty_like(self.colour)
+        for top in range(0, len(colour), ROWS):  # a few rows need little memory
+            part = image[:, top : top + ROWS]
+            if not part.isfinite().all():
+                raise ValueError("the network gave values that are not finite; check its weights")
+            if self.colour.shape[2] == 1:
+                part = part.mean(0, keepdim=True, dtype=torch.float64)
+            unit = part.clamp(0, 1).permute(1, 2, 0).float().numpy()
+            colour[top : top + ROWS] = _from_unit(unit, colour.dtype)
+        return dataclasses.replace(self, colour=colour)
 
 
 def _to_unit(pixels: np.ndarray) -> np.ndarray:

@@ -5,10 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from measnet.ops.convolution import pointwise
+from measnet.ops.whole import pixel_mean
 from measnet.transformer import weight
 
 PROMPT_MIN_SIDE = 9
-"""Smallest side in pixels for two convolutions of stride 3."""
+"""Smallest side in pixels for two convolutions of stride 3; their joint stride."""
 
 
 class TaskPrompt(nn.Module):
@@ -53,7 +54,8 @@ class TaskPrompt(nn.Module):
                 f"the picture is {height}x{width}, but needs at least "
                 f"{PROMPT_MIN_SIDE} pixels a side"
             )
-        read_bc = self.reader(image_bchw).mean((2, 3))
+        read_bchw = self.reader(image_bchw)
+        read_bc = pixel_mean(read_bchw.permute(0, 2, 3, 1)).to(read_bchw.dtype)
         return F.gelu(self.weights(read_bc) @ self.prompts.to(read_bc.dtype))
 
     def weights(self, read_bc: Tensor) -> Tensor:

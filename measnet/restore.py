@@ -1,6 +1,6 @@
-"""Restore picture files of any size, in tiles if memory is short.
+"""Restore picture files of any size, within a limit of memory.
 
-    python -m measnet.restore IN OUT --weights model.safetensors
+    python -m measnet.restore IN [IN ...] OUT --weights model.safetensors
 
 docs/restore.md says what is kept, what is converted and how results are named.
 """
@@ -10,23 +10,37 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from glob import glob
 from itertools import chain, count
 from pathlib import Path, PurePath
 from typing import Annotated, NamedTuple
 
+import psutil
 import tyro
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from measnet import decoding, pictures
+from measnet.ensemble import TURNS, self_ensemble
 from measnet.hardware import DeviceChoice, choose_device, this_machine
 from measnet.network import MEASNet
-from measnet.tiling import OVERLAP, Tiling, check_overlap, choose_tiling, restore
+from measnet.tiling import (
+    OVERLAP,
+    Room,
+    Tiling,
+    choose_tiling,
+    restore_routed,
+)
 from measnet.weights import load_weights
 
 SUFFIXES = tuple(pictures.FORMATS)
 """Files with other suffixes in a folder are left out."""
+LEAST_MEMORY = 200_000_000
+"""Bytes without which no picture is started."""
 KEEP_SUFFIX = (".png", ".tif", ".tiff")
 """Results of these keep their name; results of others are PNG."""
 
@@ -46,17 +60,18 @@ def result_names(files: Sequence[PurePath]) -> list[PurePath]:
     give NAME.png too; if that is taken, a number is added.
     """
     wanted = Counter(_folded(_first_name(file)) for file in files)
-    named: dict[PurePath, PurePath] = {}
+    named: dict[int, PurePath] = {}
     taken: set[str] = set()
-    for file in sorted(files, key=lambda file: file.suffix.lower() not in KEEP_SUFFIX):
+    for at in sorted(range(len(files)), key=lambda at: files[at].suffix.lower() not in KEEP_SUFFIX):
+        file = files[at]
         first = _first_name(file)
         alone = wanted[_folded(first)] == 1 or file.suffix.lower() in KEEP_SUFFIX
         whole = file.with_name(file.name + ".png")
         numbered = (first.with_name(f"{first.stem}-{n}{first.suffix}") for n in count(2))
         candidates = chain([first] if alone else [whole], numbered)
-        named[file] = next(name for name in candidates if _folded(name) not in taken)
-        taken.add(_folded(named[file]))
-    return [named[file] for file in files]
+        named[at] = next(name for name in candidates if _folded(name) not in taken)
+        taken.add(_folded(named[at]))
+    return [named[at] for at in range(len(files))]
 
 
 def _first_name(file: PurePath) -> PurePath:
@@ -67,18 +82,45 @@ def _folded(path: PurePath) -> str:
     return str(path).casefold()
 
 
-def plan(source: Path, target: Path) -> list[Job]:
+def plan(sources: Sequence[Path], target: Path) -> list[Job]:
     """Each picture with its result; a folder keeps its structure.
 
+    Args:
+        sources: files, folders and patterns such as `photos/*.jpg`; what is named twice counts
+            once.
+        target: a folder; for one file also a file.
+
     Raises:
-        ValueError: nothing to restore, or the target does not fit the source.
+        ValueError: nothing to restore, or the target does not fit the sources.
     """
-    if source.is_file():
-        return [Job(source, _target_of_file(source, target))]
-    if not source.is_dir():
-        raise ValueError(f"there is no file or folder {source}")
+    given = list(chain.from_iterable(map(_expand, sources)))
+    if len(given) == 1 and given[0].is_file():
+        return [Job(given[0], _target_of_file(given[0], target))]
     if target.is_file() or (target.suffix.lower() in SUFFIXES and not target.is_dir()):
-        raise ValueError(f"{source} is a folder, so {target} must be one too, not a file")
+        what = f"{given[0]} is a folder" if len(given) == 1 else f"{len(given)} inputs are given"
+        raise ValueError(f"{what}, so {target} must be a folder, not a file")
+    found: dict[Path, PurePath] = {}
+    for source in given:
+        pictures_in_it = {source: PurePath(source.name)} if source.is_file() else None
+        for path, name in (pictures_in_it or _pictures(source, target)).items():
+            if all(not path.samefile(other) for other in found if other.name == path.name):
+                found[path] = name
+    names = result_names(list(found.values()))
+    return [Job(path, target / name) for path, name in zip(found, names, strict=True)]
+
+
+def _expand(source: Path) -> list[Path]:
+    """The file or folder, or what a pattern finds."""
+    if source.exists():
+        return [source]
+    matches = sorted(Path(name) for name in glob(str(source), recursive=True))
+    if not matches:
+        raise ValueError(f"there is no file or folder {source}")
+    return matches
+
+
+def _pictures(source: Path, target: Path) -> dict[Path, PurePath]:
+    """The pictures in a folder, with their names relative to it."""
     if target.resolve().is_relative_to(source.resolve()):
         raise ValueError(
             f"{target} is inside {source}, whose pictures are restored: choose a folder outside it"
@@ -95,8 +137,7 @@ def plan(source: Path, target: Path) -> list[Job]:
         print(
             f"{left} other files in {source} are skipped: hidden, or not a picture by their suffix"
         )
-    names = result_names(found)
-    return [Job(source / path, target / name) for path, name in zip(found, names, strict=True)]
+    return {source / path: path for path in found}
 
 
 def _target_of_file(source: Path, target: Path) -> Path:
@@ -145,23 +186,30 @@ def _identity(path: Path) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Restore a picture, or all pictures of a folder, of any size.
+    """Restore pictures of any size: files, folders, or patterns such as "photos/*.jpg".
 
     8 and 16 bits, floats, grey, transparency, ICC profile and EXIF are kept; docs/restore.md says
     how. The exit code is 0 if all pictures were restored, 1 if some failed (the others are
     written), 2 if nothing was started.
     """
 
-    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="IN")]
-    """Picture (PNG, JPEG, TIFF, WebP, BMP), or folder of pictures with any subfolders."""
-    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
-    """Folder to write to; for one picture also a file, whose suffix gives the format."""
+    paths: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="IN [IN ...] OUT")
+    ]
+    """IN: pictures (PNG, JPEG, TIFF, WebP, BMP), or folders of pictures with any subfolders. OUT:
+    folder to write to; for one picture also a file, whose suffix gives the format."""
     weights: Path
     """A .safetensors file, a checkpoint of the authors' program, or a run folder (runs/demo)."""
+    memory: float = 0.0
+    """GB of RAM (10⁹ bytes) that the program may take; larger pictures are restored in tiles, and
+    what does not fit is kept in a file beside the result. 0: 90 % of the free memory."""
     tile: int = 0
     """Larger pictures are restored in tiles of this side, in pixels; 0: chosen by memory."""
     overlap: int = OVERLAP
-    """Pixels that neighbouring tiles share."""
+    """Pixels that neighbouring tiles share and blend; only for weights of variant official, whose
+    tiles differ a little from the whole picture."""
+    self_ensemble: bool = False
+    """Mean over the eight mirrored and turned pictures: a little better, eight times as long."""
     device: DeviceChoice = "auto"
     """Device for restoring; `auto`: the GPU if there is one."""
     force: bool = False
@@ -171,20 +219,32 @@ class Arguments:
     megapixels: Annotated[int, tyro.conf.arg(name="max-megapixels")] = decoding.MEGAPIXELS
     """Larger pictures are refused, because a small file can claim any size."""
 
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """All IN."""
+        return self.paths[:-1]
+
+    @property
+    def target(self) -> Path:
+        """OUT."""
+        return self.paths[-1]
+
     def check(self) -> None:
         """Refuse values out of range.
 
         Raises:
             ValueError: with the flag, its value and the limit.
         """
+        if len(self.paths) < 2:
+            raise ValueError("give at least one IN and the OUT: python -m measnet.restore IN OUT")
         for flag, value, least in (
+            ("memory", self.memory, 0),
             ("tile", self.tile, 0),
             ("overlap", self.overlap, 0),
             ("max-megapixels", self.megapixels, 1),
         ):
             if value < least:
                 raise ValueError(f"--{flag} is {value}, but must be {least} or more")
-        check_overlap(self.tile or None, self.overlap)
         if self.force and self.skip_existing:
             raise ValueError("--force and --skip-existing exclude each other: use one of them")
 
@@ -195,12 +255,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given.check()
         device = choose_device(given.device, this_machine())
-        planned = plan(given.source, given.target)
+        planned = plan(given.sources, given.target)
         jobs = check_overwriting(planned, force=given.force, skip_existing=given.skip_existing)
         if skipped := len(planned) - len(jobs):
             print(f"{skipped} results exist already and are skipped")
         model = load_weights(given.weights).to(device.choice)
-        tiling = choose_tiling(model, tile=given.tile or None, overlap=given.overlap)
+        tiling = choose_tiling(
+            model,
+            tile=given.tile or None,
+            overlap=given.overlap,
+            memory=memory_left(given.memory) if given.memory else None,
+        )
         for folder in {job.target.parent for job in jobs}:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
@@ -215,6 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _restore_all(model: MEASNet, jobs: Sequence[Job], tiling: Tiling, given: Arguments) -> int:
     """Restore the pictures one by one; a failed one does not stop the others."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn())
     failed: list[str] = []
     done = 0
     begin = time.perf_counter()
@@ -223,8 +289,11 @@ def _restore_all(model: MEASNet, jobs: Sequence[Job], tiling: Tiling, given: Arg
             start = time.perf_counter()
             label = f"[{number}/{len(jobs)}] {job.source}"
             try:
-                with console.status(label.replace("[", "\\[")):
-                    picture = _restore_file(model, job, tiling, given.megapixels)
+                with Progress(
+                    *columns, TimeRemainingColumn(), console=console, transient=True
+                ) as bar:
+                    show = partial(_show, bar, bar.add_task(label, total=None))
+                    picture = _restore_file(model, job, tiling, given, show)
             except (OSError, ValueError, MemoryError, RuntimeError) as error:
                 failed.append(_failure(job, error))
                 print(f"error: {failed[-1]}", file=sys.stderr)
@@ -244,15 +313,55 @@ def _restore_all(model: MEASNet, jobs: Sequence[Job], tiling: Tiling, given: Arg
     return 1 if failed else 0
 
 
-def _restore_file(model: MEASNet, job: Job, tiling: Tiling, megapixels: int) -> pictures.Picture:
+def _show(bar: Progress, task: TaskID, done: float) -> None:
+    bar.update(task, completed=done, total=1.0)
+
+
+def _restore_file(
+    model: MEASNet,
+    job: Job,
+    tiling: Tiling,
+    given: Arguments,
+    report: Callable[[float], None],
+) -> pictures.Picture:
     """Restore one picture; returns the original, with notes on how the result was written."""
-    picture = decoding.read(job.source, megapixels=megapixels)
+    picture = decoding.read(job.source, megapixels=given.megapixels)
     fitting = pictures.fit(picture, job.target)  # may refuse it, so before the restoring
     tensor = picture.tensor()
     tile = tiling.side(*tensor.shape[-2:])
-    image = restore(model, tensor, tile=tile, overlap=tiling.overlap)
-    pictures.write(picture.with_colour(image), job.target)
+    folder = job.target.parent
+    turns = TURNS if given.self_ensemble else 1
+
+    def restore_turned(image: Tensor, turn: int) -> Tensor:
+        room = Room(memory_left(given.memory) if given.memory else None, folder)
+        return restore_routed(
+            model,
+            image,
+            tile=tile,
+            overlap=tiling.overlap,
+            room=room,
+            progress=lambda done: report((turn + done) / turns),
+        ).image
+
+    whole = self_ensemble(restore_turned, tensor) if turns > 1 else restore_turned(tensor, 0)
+    pictures.write(picture.with_colour(whole), job.target)
     return fitting
+
+
+def memory_left(gigabytes: float) -> int:
+    """Bytes that this process can still allocate below the limit of `--memory`.
+
+    Raises:
+        ValueError: the limit is below what the process has already.
+    """
+    taken = psutil.Process().memory_info().rss
+    left = int(gigabytes * 1e9) - taken
+    if left <= LEAST_MEMORY:
+        least = (taken + LEAST_MEMORY) / 1e9
+        raise ValueError(
+            f"--memory is {gigabytes:g} GB, but the program needs at least {least:.1f} GB here"
+        )
+    return left
 
 
 def _failure(job: Job, error: Exception) -> str:

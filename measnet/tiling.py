@@ -1,23 +1,31 @@
-"""Restore pictures of any size: whole if the memory allows it, else in overlapping tiles.
+"""Restore pictures of any size: whole if the memory allows it, else in tiles.
 
-Prompt, channel attention and frequency gates depend on the whole input, so a picture restored in
-tiles differs a little from the same picture restored whole. Tiles limit the memory.
+Variant paper: `measnet.windows` gives what restoring the picture whole gives. Variant official:
+tiles overlap and are blended. There prompt, channel attention and frequency gates see one tile
+instead of the whole picture, so the result differs a little.
 """
 
 import logging
+import math
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from measnet.features import Store
 from measnet.hardware import Decision, free_memory
 from measnet.memory import RESERVE, Memory, inference
 from measnet.network import MEASNet
+from measnet.windows import Progress, restore_in_windows
 
 OVERLAP = 32
-"""Pixels that neighbouring tiles share by default."""
+"""Pixels that neighbouring tiles share by default, where they are blended."""
+WINDOW = 512
+"""Largest side of an exact tile that is chosen here: larger ones would hardly be faster."""
 STEP = 64
 """Chosen sides are multiples of this."""
 LEAST_TILE = 128
@@ -38,7 +46,7 @@ class Restored(NamedTuple):
     tile: int | None
     """Side of the tiles; None: restored whole."""
     overlap: int
-    """Pixels that neighbouring tiles share; 0: restored whole."""
+    """Pixels that neighbouring tiles share and blend; 0: restored whole, or in exact tiles."""
 
 
 class Tiling(NamedTuple):
@@ -49,14 +57,19 @@ class Tiling(NamedTuple):
     tile: int | None = None
     """Side of the tiles that the user asked for; None: chosen by `at_once`."""
     overlap: int = OVERLAP
-    """Pixels that neighbouring tiles share."""
+    """Pixels that neighbouring tiles share, where they are blended."""
     reason: str = "asked for"
     """The reason, for the user."""
+    window: int | None = None
+    """Side of the tiles of larger pictures, if they are exact; None: blended tiles."""
 
     def side(self, height: int, width: int) -> int | None:
         """Side of the tiles for one picture; None restores it whole."""
         if self.tile is not None:
             return self.tile if max(height, width) > self.tile else None
+        if self.window is not None:
+            fits = height * width <= self.at_once or max(height, width) <= self.window
+            return None if fits else self.window
         return choose_tile(height, width, self.at_once)
 
     @property
@@ -65,7 +78,8 @@ class Tiling(NamedTuple):
         if self.tile is not None:
             return Decision(f"tiles of {self.tile} pixels", self.reason)
         megapixels = f"{self.at_once / 1e6:.3g} megapixels"
-        return Decision(f"pictures up to {megapixels} whole, larger ones in tiles", self.reason)
+        tiles = "tiles" if self.window is None else f"tiles of {self.window} pixels, without seams"
+        return Decision(f"pictures up to {megapixels} whole, larger ones in {tiles}", self.reason)
 
 
 def pixels_at_once(memory: Memory, free: float) -> int:
@@ -86,29 +100,82 @@ def choose_tile(height: int, width: int, at_once: int) -> int | None:
     return side if side < max(height, width) else None
 
 
+def is_exact(model: MEASNet) -> bool:
+    """Whether tiles give the same result as restoring whole: variant paper, in fp32."""
+    if not isinstance(model, MEASNet) or model.config.variant != "paper":
+        return False
+    return next(model.parameters()).dtype == torch.float32
+
+
+def choose_window(memory: Memory, available: float) -> int:
+    """Side of exact tiles: a quarter of the memory is for them, the rest for whole features."""
+    side = math.isqrt(max(0, int(available / (4 * memory.per_pixel))))
+    return min(WINDOW, max(STEP, side // STEP * STEP))
+
+
 def choose_tiling(
-    model: MEASNet, *, tile: int | None = None, overlap: int = OVERLAP, processes: int = 1
+    model: MEASNet,
+    *,
+    tile: int | None = None,
+    overlap: int = OVERLAP,
+    processes: int = 1,
+    memory: int | None = None,
 ) -> Tiling:
     """Choose the tiling for a network on its device, by the free memory.
 
     Args:
         model: on its device.
         tile: side of the tiles that the user asks for; None: chosen by the memory.
-        overlap: pixels that neighbouring tiles share.
+        overlap: pixels that neighbouring tiles share, where they are blended.
         processes: number of processes that restore pictures at the same time on this machine.
+        memory: bytes of RAM that restoring may take; None: by the free memory.
 
     Raises:
         ValueError: the overlap does not fit the tile.
     """
-    check_overlap(tile, overlap)
+    if not is_exact(model):
+        check_overlap(tile, overlap)
     if tile is not None:
         return Tiling(tile * tile, tile, overlap)
     device = next(model.parameters()).device
-    memory = inference(model.config, device.type)
+    needed = inference(model.config, device.type)
     free = free_memory(device) // (processes if device.type == "cpu" else 1)
-    per_pixel = f"{memory.per_pixel / 1e3:.1f} kB a pixel"
-    reason = f"{free / 1e9:.1f} GB of memory is free, the network takes {per_pixel}"
-    return Tiling(pixels_at_once(memory, free), None, overlap, reason)
+    kind = "free"
+    if memory is not None and device.type == "cpu":
+        free, kind = memory, "left to be used"
+    per_pixel = f"{needed.per_pixel / 1e3:.1f} kB a pixel"
+    reason = f"{free / 1e9:.1f} GB of memory is {kind}, the network takes {per_pixel}"
+    window = choose_window(needed, RESERVE * free) if is_exact(model) else None
+    return Tiling(pixels_at_once(needed, free), None, overlap, reason, window)
+
+
+class Room(NamedTuple):
+    """Memory for the features of a picture that is restored in exact tiles."""
+
+    ram: int | None = None
+    """Bytes of RAM that restoring may take, the result included; None: by the free memory."""
+    folder: Path | None = None
+    """Features that do not fit are kept in a file here; None: Python's `tempfile.gettempdir()`."""
+
+    def store(self, model: MEASNet, side: int, pixels: int) -> Store:
+        """The store for a picture of so many pixels, in tiles of this side."""
+        device = next(model.parameters()).device
+        needed = inference(model.config, "cpu" if device.type == "cpu" else "cuda")
+        # Rows of features that are read together take up to as much as one tile.
+        tiles = int(needed.constant + 2 * needed.per_pixel * side * side)
+        ram = int(RESERVE * free_memory(torch.device("cpu"))) if self.ram is None else self.ram
+        ram -= _BYTES_OF_RESULT * pixels
+        if device.type == "cpu":
+            on_device, ram = 0, ram - tiles
+        else:
+            on_device = int(RESERVE * free_memory(device)) - tiles
+        folder = Path(tempfile.gettempdir()) if self.folder is None else self.folder
+        return Store(device, on_device=on_device, in_ram=ram, folder=folder)
+
+
+ANYWHERE = Room()
+_BYTES_OF_RESULT = 3 * 4
+"""Per pixel: RGB in fp32."""
 
 
 def restore(
@@ -122,7 +189,8 @@ def restore(
         model: in evaluation mode, on any device; the result is on the device of `image`.
         image: (3, H, W) or (B, 3, H, W) in [0, 1], any size.
         tile: side of the square tiles in pixels; None restores the picture whole.
-        overlap: pixels that neighbouring tiles share and blend; less than `tile`.
+        overlap: pixels that neighbouring tiles share and blend; less than `tile`. Not used with
+            variant paper, whose tiles give what the whole picture gives.
 
     Returns:
         Same shape as `image`, clamped to [0, 1].
@@ -135,19 +203,29 @@ def restore(
 
 
 def restore_routed(
-    model: MEASNet, image: Tensor, *, tile: int | None = None, overlap: int = OVERLAP
+    model: MEASNet,
+    image: Tensor,
+    *,
+    tile: int | None = None,
+    overlap: int = OVERLAP,
+    room: Room = ANYWHERE,
+    progress: Progress | None = None,
 ) -> Restored:
-    """As `restore`; also returns the chosen experts and the used tiles."""
+    """As `restore`; also returns the chosen experts and the used tiles.
+
+    `progress` is called with the share that is done, if the tiles are exact.
+    """
     if image.ndim not in (3, 4) or image.shape[-3] != 3:
         raise ValueError(f"a picture is (3, H, W) or (B, 3, H, W), not {tuple(image.shape)}")
-    check_overlap(tile, overlap)
+    if not is_exact(model):
+        check_overlap(tile, overlap)
     batch = image if image.ndim == 4 else image[None]
     height, width = batch.shape[-2:]
     if tile is not None and max(height, width) <= tile:
         tile = None
     while True:
         try:
-            restored = _restore(model, batch, tile, overlap)
+            restored = _restore(model, batch, tile, overlap, room, progress)
             return restored._replace(image=restored.image.view(image.shape))
         except (torch.OutOfMemoryError, MemoryError):
             smaller = smaller_tile(tile or max(height, width))
@@ -188,10 +266,19 @@ def full_precision() -> Iterator[None]:
 
 
 @torch.no_grad()
-def _restore(model: MEASNet, batch: Tensor, tile: int | None, overlap: int) -> Restored:
+def _restore(
+    model: MEASNet,
+    batch: Tensor,
+    tile: int | None,
+    overlap: int,
+    room: Room,
+    progress: Progress | None,
+) -> Restored:
     if tile is None:
         image, routing = _run(model, batch)
         return Restored(image.clamp(0, 1), routing, None, 0)
+    if is_exact(model):
+        return _restore_exactly(model, batch, tile, room, progress)
     # The picture stays on its device; the network's device holds one tile only.
     total, weights = torch.zeros_like(batch), torch.zeros_like(batch[:1, :1])
     shares: dict[str, Tensor] = {}
@@ -209,6 +296,32 @@ def _restore(model: MEASNet, batch: Tensor, tile: int | None, overlap: int) -> R
                 shares[name] = shares.get(name, 0) + height * width * chosen
     routing = {name: share / area for name, share in shares.items()}
     return Restored((total / weights).clamp(0, 1), routing, tile, overlap)
+
+
+def _restore_exactly(
+    model: MEASNet, batch: Tensor, tile: int, room: Room, progress: Progress | None
+) -> Restored:
+    report = progress or (lambda share: None)
+    done = []
+    for at, image in enumerate(batch):
+        store = room.store(model, tile, image.shape[-2:].numel())
+        with full_precision():
+            done.append(
+                restore_in_windows(
+                    model,
+                    image,
+                    side=tile,
+                    store=store,
+                    progress=lambda share, at=at: report((at + share) / len(batch)),  # type: ignore[misc]
+                )
+            )
+    routing = {
+        name: torch.cat([one.routing[name] for one in done]).to(batch.device).double()
+        for name in done[0].routing
+    }
+    images = [one.image for one in done]
+    whole = images[0][None] if len(images) == 1 else torch.stack(images)
+    return Restored(whole, routing, tile, 0)
 
 
 def _run(model: MEASNet, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -4,11 +4,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from measnet.hub import WEIGHTS, weights_file
 from measnet.network import MEASNet
 from measnet.official.weights import load as load_official
 
-OF_A_RUN = "model.safetensors"
-"""Weights in the folder of a finished training run."""
+OF_A_RUN = WEIGHTS
+"""Weights in the folder of a finished training run, named as on the Hugging Face hub."""
 
 
 def load_weights(path: str | Path) -> MEASNet:
@@ -16,7 +17,8 @@ def load_weights(path: str | Path) -> MEASNet:
 
     Args:
         path: a file of `MEASNet.save_pretrained`; a checkpoint of the authors' program (.ckpt, .pth
-            or .safetensors); or the folder of a finished run.
+            or .safetensors); the folder of a finished run or of `measnet.export`; or the name of
+            such a folder on the Hugging Face hub (owner/name).
 
     Returns:
         The network in evaluation mode, on the CPU.
@@ -24,6 +26,7 @@ def load_weights(path: str | Path) -> MEASNet:
     Raises:
         ValueError: none of these; gives the reason.
         OSError: there is no such file, or it cannot be read.
+        ImportError: a name of the hub, but huggingface_hub is not installed.
     """
     file = _file(Path(path))
     if file.suffix == ".safetensors" and _is_ours(file):
@@ -38,10 +41,8 @@ def load_weights(path: str | Path) -> MEASNet:
 
 def _file(path: Path) -> Path:
     """The file that holds the weights: `path` itself, or the file in a run's folder."""
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file or run folder {path}")
     if not path.is_dir():
-        return path
+        return weights_file(path)
     inside = path / OF_A_RUN
     if inside.is_file():
         return inside

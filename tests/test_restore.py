@@ -16,7 +16,8 @@ from measnet import decoding
 from measnet import restore as module
 from measnet.config import replace_dotted
 from measnet.network import MEASNet
-from measnet.restore import main, restore
+from measnet.restore import main
+from measnet.tiling import restore
 from measnet.weights import OF_A_RUN, load_weights
 
 
@@ -208,7 +209,7 @@ def test_wrong_inputs_are_one_line(
         (picture, "out.xyz", [], ".xyz; known are .png"),
         (picture, "a-file/out", [], "a-file"),
         (picture, "out", ["--tile", "-1"], "--tile is -1"),
-        (picture, "out", ["--tile", "32"], "overlap is 32"),
+        (picture, "out", ["--memory", "0.1"], "--memory is 0.1 GB"),
         (picture, "out", ["--force", "--skip-existing"], "exclude each other"),
         (picture, "out", ["--weights", "nowhere.ckpt"], "no file"),
         (picture, "out", ["--weights", str(tmp_path / "bad.safetensors")], "complete safetensors"),

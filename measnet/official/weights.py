@@ -29,7 +29,12 @@ def load(path: str | PathLike[str]) -> MEASNet:
     Raises:
         ValueError: another kind of file; or an entry (named) is missing, unknown or misshapen.
     """
-    entries = strip_prefix(_read(Path(path)))
+    return from_entries(_read(Path(path)))
+
+
+def from_entries(entries: Mapping[str, Tensor]) -> MEASNet:
+    """The same from the entries of a checkpoint, with or without a prefix."""
+    entries = strip_prefix(entries)
     model = MEASNet(infer_config(entries))
     state = convert(entries, model.config)
     model.load_state_dict(state)

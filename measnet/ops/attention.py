@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from measnet.ops import cpu, gpu_library
 from measnet.ops.convolution import convolve, pointwise
 from measnet.ops.cpu_library import fits
+from measnet.ops.whole import in_parts, inner, total
 
 EPSILON = 1e-12
 """The least norm that a query or key is divided by."""
@@ -37,9 +38,10 @@ def residual_attention(x_bhwc: Tensor, norm: nn.LayerNorm, attention: AttentionW
         *(attention.temperature, attention.project_out),
     )
     heads = len(attention.temperature)
-    if fits(x_bhwc, norm.weight, norm.bias, *weights, heads=heads):
+    fused = not in_parts()  # a fused kernel sums over the pixels that it is given
+    if fused and fits(x_bhwc, norm.weight, norm.bias, *weights, heads=heads):
         return cpu.attention(x_bhwc, norm, *weights)
-    if gpu_library.fits(x_bhwc, norm.weight, norm.bias, *weights, heads=heads):
+    if fused and gpu_library.fits(x_bhwc, norm.weight, norm.bias, *weights, heads=heads):
         from measnet.ops.gpu import block
 
         return block.attention(x_bhwc, norm, *weights)
@@ -57,19 +59,21 @@ def attend_planes(
 ) -> Tensor:
     """Channel attention after each plane's own of the depth-wise convolutions (3, C, 1, 3, 3)."""
     heads = len(temperature)
-    if fits(v_bhwc, depthwise, temperature, project_out, heads=heads):
+    fused = not in_parts()
+    if fused and fits(v_bhwc, depthwise, temperature, project_out, heads=heads):
         planes = (q_bhwc, k_bhwc, v_bhwc)
         return cpu.attend_planes(*planes, depthwise, temperature, project_out)
-    if gpu_library.fits(v_bhwc, depthwise, temperature, project_out, heads=heads):
+    if fused and gpu_library.fits(v_bhwc, depthwise, temperature, project_out, heads=heads):
         from measnet.ops.gpu import block
 
         planes = (q_bhwc, k_bhwc, v_bhwc)
         return block.attend_planes(*planes, depthwise, temperature, project_out)
-    q_bpc, k_bpc, v_bpc = (
-        convolve(plane, kernel, groups=len(kernel)).flatten(1, 2)
+    q_bhwc, k_bhwc, v_bhwc = (
+        convolve(plane, kernel, groups=len(kernel))
         for plane, kernel in zip((q_bhwc, k_bhwc, v_bhwc), depthwise, strict=True)
     )
-    out = attend_channels(q_bpc, k_bpc, v_bpc, temperature, project_out)
+    q_bpc, k_bpc = (inner(plane).flatten(1, 2) for plane in (q_bhwc, k_bhwc))
+    out = attend_channels(q_bpc, k_bpc, v_bhwc.flatten(1, 2), temperature, project_out)
     return out.view(v_bhwc.shape)
 
 
@@ -78,13 +82,17 @@ def attend_channels(
 ) -> Tensor:
     """Channel attention over P pixels and its 1×1 convolution; `temperature` is (heads, 1, 1).
 
-    Norms and softmax are fp32 under every precision.
+    Norms and softmax are fp32 under every precision. A norm of 0 has a gradient of 0.
     """
     heads = len(temperature)
+    if q_bpc.dtype == torch.float16:  # sums over the pixels of a photo exceed its largest number
+        q_bpc, k_bpc = q_bpc.float(), k_bpc.float()
     q_bhcp = q_bpc.unflatten(-1, (heads, -1)).permute(0, 2, 3, 1)
     k_bhpc = k_bpc.unflatten(-1, (heads, -1)).transpose(1, 2)
     gram = (q_bhcp @ k_bhpc).float()
-    matrix_boc = channel_matrix(gram, _norm(q_bpc), _norm(k_bpc), temperature, project_out)
+    gram, *squares = total(gram, _squares(q_bpc), _squares(k_bpc))
+    q_norm, k_norm = (square.clamp_min(EPSILON**2).sqrt() for square in squares)
+    matrix_boc = channel_matrix(gram, q_norm, k_norm, temperature, project_out)
     if len(matrix_boc) == 1:
         return pointwise(v_bpc, matrix_boc[0].to(v_bpc.dtype))
     return v_bpc @ matrix_boc.transpose(1, 2).to(v_bpc.dtype)
@@ -112,6 +120,6 @@ def channel_matrix(
     return (project_hcc @ attention_bhcc).transpose(1, 2).flatten(2)
 
 
-def _norm(x_bpc: Tensor) -> Tensor:
-    """L2 norm along the pixels, (B, C) fp32; at 0 its gradient is 0."""
-    return x_bpc.square().sum(1, dtype=torch.float32).clamp_min(EPSILON**2).sqrt()
+def _squares(x_bpc: Tensor) -> Tensor:
+    """Squared L2 norm along the pixels, (B, C) fp32."""
+    return x_bpc.square().sum(1, dtype=torch.float32)

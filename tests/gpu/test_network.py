@@ -14,7 +14,7 @@ from measnet import config as configs
 from measnet.config import ModelConfig, replace_dotted
 from measnet.losses import restoration_loss
 from measnet.network import MEASNet
-from measnet.restore import restore
+from measnet.tiling import restore
 
 pytestmark = pytest.mark.gpu
 
