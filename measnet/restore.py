@@ -27,6 +27,7 @@ from torch import Tensor
 from measnet import decoding, pictures
 from measnet.ensemble import TURNS, self_ensemble
 from measnet.hardware import DeviceChoice, choose_device, this_machine
+from measnet.memory import RESERVE
 from measnet.network import MEASNet
 from measnet.tiling import (
     OVERLAP,
@@ -351,13 +352,15 @@ def _restore_file(
 def memory_left(gigabytes: float) -> int:
     """Bytes that this process can still allocate below the limit of `--memory`.
 
+    A tenth of the limit is not used: the allocator keeps some of what was freed.
+
     Raises:
         ValueError: the limit is below what the process has already.
     """
     taken = psutil.Process().memory_info().rss
-    left = int(gigabytes * 1e9) - taken
+    left = int(RESERVE * gigabytes * 1e9) - taken
     if left <= LEAST_MEMORY:
-        least = (taken + LEAST_MEMORY) / 1e9
+        least = (taken + LEAST_MEMORY) / (RESERVE * 1e9)
         raise ValueError(
             f"--memory is {gigabytes:g} GB, but the program needs at least {least:.1f} GB here"
         )

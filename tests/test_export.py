@@ -64,7 +64,7 @@ def test_onnx_in_fp16_is_near(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     arguments = [str(tmp_path / name) for name in ("model.safetensors", "half.onnx")]
     assert export.main([*arguments, "--half"]) == 0
     assert "onnxruntime gives the network's result" in capsys.readouterr().out
-    assert export.check_onnx(model, tmp_path / "half.onnx") < 5e-3
+    assert export.check_onnx(model, tmp_path / "half.onnx") < 2e-2
     sizes = [(tmp_path / name).stat().st_size for name in ("half.onnx", "model.safetensors")]
     assert sizes[0] < sizes[1]
 
