@@ -5,6 +5,8 @@
 docs/restore.md says what is kept, what is converted and how results are named.
 """
 
+import contextlib
+import ctypes
 import os
 import sys
 import tempfile
@@ -253,6 +255,8 @@ class Arguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; the exit code is that of `Arguments`."""
     given = tyro.cli(Arguments, args=argv, prog="python -m measnet.restore")
+    if given.memory:
+        return_freed_memory()
     try:
         given.check()
         device = choose_device(given.device, this_machine())
@@ -347,6 +351,15 @@ def _restore_file(
     whole = self_ensemble(restore_turned, tensor) if turns > 1 else restore_turned(tensor, 0)
     pictures.write(picture.with_colour(whole), job.target)
     return fitting
+
+
+def return_freed_memory() -> None:
+    """Tell glibc to return freed tensors to the kernel at once.
+
+    Otherwise it keeps some of them, which count against the limit: a third more in measurements.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 def memory_left(gigabytes: float) -> int:
