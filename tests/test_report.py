@@ -73,7 +73,7 @@ def trial(number: int, changes: dict, config: SearchConfig, space: Space) -> Tri
     return row
 
 
-class _Tags(HTMLParser):
+class Tags(HTMLParser):
     """Checks that what is opened is closed, and collects what could load something."""
 
     VOID = ("meta", "br", "img", "link", "input")
@@ -99,7 +99,7 @@ class _Tags(HTMLParser):
 def test_the_page_is_whole_and_loads_nothing(more: tuple[str, ...]) -> None:
     record, _ = searched(16, *more)
     text = page(record)
-    tags = _Tags()
+    tags = Tags()
     tags.feed(text)
     assert not tags.open
     assert all(link.startswith(("#", "data:image/png;")) for link in tags.links)
