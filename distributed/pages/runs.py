@@ -26,7 +26,7 @@ from measnet.config import ModelConfig, from_dict
 from measnet.metrics import FIELD
 from measnet.network import PIXEL_LIBRARIES, MEASNet
 from measnet.routing import Measures, has_collapsed, measures
-from measnet.tiling import choose_tiling
+from measnet.tiling import Tiling, choose_tiling
 from shards.storage import open_folder
 from shards.stream import Picture, pictures
 
@@ -318,6 +318,7 @@ def show_pictures(
     Raises:
         ValueError, OSError: shards that cannot be read.
     """
+    tilings: dict[ModelConfig, Tiling] = {}  # networks of equal size need equal memory
     for run in runs:
         uri = data or run.state.config["data"]["validation"]
         if not uri:
@@ -326,10 +327,11 @@ def show_pictures(
         model.load_state_dict(run.checkpoint.tensors("ema"))
         model.to(device).eval()
         say(f"{run.name}: restores pictures of {uri}")
-        tiling = choose_tiling(model, overlap=OVERLAP)
+        if run.model not in tilings:
+            tilings[run.model] = choose_tiling(model, overlap=OVERLAP)
         with views.looking(model) as look:
             keep = _Keeper(run, look)
-            for _ in score(model, pictures(uri, limit=limit), tiling, seen=keep):
+            for _ in score(model, pictures(uri, limit=limit), tilings[run.model], seen=keep):
                 pass
 
 
