@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from measnet.config import to_dict
+from tests.browser import Page, browse, needs_chromium
+from tune import plots
 from tune.config import SearchConfig, parse
 from tune.record import SearchRecord, TrialRecord
-from tune.report import importance, main, page
+from tune.report import effective_experts, importance, main, page
 from tune.sampler import next_changes
 from tune.space import Space, build
 
@@ -102,7 +104,7 @@ def test_the_page_is_whole_and_loads_nothing(more: tuple[str, ...]) -> None:
     tags = Tags()
     tags.feed(text)
     assert not tags.open
-    assert all(link.startswith(("#", "data:image/png;")) for link in tags.links)
+    assert all(link.startswith(("#", "data:")) for link in tags.links)
     assert "url(http" not in text and "@import" not in text
     assert ("every row trained to the end" in text) == bool(more)
     for row in record.trials:
@@ -205,3 +207,69 @@ def test_curves_have_axis_titles_and_a_legend() -> None:
     assert "training samples" in text and "validation PSNR (dB)" in text
     for label in ("stopped here", "the paper’s point", "the best"):
         assert label in text
+
+
+def test_effective_experts_and_the_worth_of_the_choice_have_columns() -> None:
+    record, _ = searched()
+    head = page(record).partition("</thead>")[0]
+    assert "effective experts" in head and "worth of the choice" not in head
+    best = record.best
+    assert best is not None
+    best.choice_worth = -0.03
+    best.routing = {"derain": {"encoder1": [1.0, 1.0, 0.0], "decoder1.low": [1.0, 0.0]}}
+    assert effective_experts(best) == pytest.approx(2)
+    text = page(record)
+    assert "worth of the choice" in text and "<td>-0.03</td>" in text
+    for trial in record.trials:
+        trial.routing = {}
+    assert '<th scope="col">effective experts' not in page(record)
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        [(0.0, 0.0)],
+        [(0.0, 0.0), (5.0, 0.0)],
+        [(0.0, 0.0), (0.0, 0.0), (0.0, 0.0)],
+        [(10.0 * n, 7.0 * n) for n in range(9)],
+        [(0.0, 4.0 * n) for n in range(6)],
+    ],
+)
+def test_labels_cover_neither_points_nor_labels(places: list[tuple[float, float]]) -> None:
+    widths = [11.0] * len(places)
+    offsets = plots.free_offsets(places, widths)
+    boxes = [(x + dx, y + dy) for (x, y), (dx, dy) in zip(places, offsets, strict=True)]
+    for number, (left, middle) in enumerate(boxes):
+        for other, height in boxes[:number]:
+            assert abs(left - other) >= 11 or abs(middle - height) >= plots.LINE
+        for x, y in places:
+            beside = x + plots.MARK <= left or left + 11 <= x - plots.MARK
+            assert beside or abs(middle - y) >= plots.MARK + plots.LINE / 2
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_page_fits_the_screen(tmp_path: Path, width: int) -> None:
+    more = ("--vary", "recipe.lr=log 1e-4..1e-2", "--vary", "model.prompts=2..8")
+    record, _ = searched(12, *more, cost="latency")
+    for entry in record.trials:
+        entry.tasks = dict.fromkeys(("denoise", "derain", "dehaze", "deblur", "lowlight"), 25.123)
+        entry.choice_worth, entry.costs["latency"] = 0.12, 12.34
+    path = tmp_path / "page.html"
+    path.write_text(page(record))
+    scrolls = "[...document.querySelectorAll('.scroll')].map(e => e.scrollWidth - e.clientWidth)"
+    first = "document.querySelector('table.sort')"
+
+    async def visit(shown: Page) -> None:
+        await shown.open(path.as_uri(), width)
+        assert await shown.sideways() == 0
+        if width == 1200:
+            assert set(await shown.evaluate(scrolls)) == {0}
+        await shown.evaluate(f"{first}.querySelector('th button').click()")
+        numbers = await shown.evaluate(
+            f"[...{first}.tBodies[0].rows].map(r => parseInt(r.cells[0].textContent))"
+        )
+        assert numbers == sorted(numbers)
+        assert not shown.problems and not shown.requests
+
+    browse(visit)

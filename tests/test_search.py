@@ -26,7 +26,7 @@ from shards.reader import DamagedError
 from tune.config import parse
 from tune.record import SearchRecord, TrialRecord
 from tune.registry import DATA, PROTOCOL, PSNR, decide, register_champion
-from tune.results import prune_losers, refresh
+from tune.results import WORTH, prune_losers, refresh
 from tune.runner import trial_share
 from tune.schedulers import explore, make_scheduler
 from tune.search import main
@@ -368,6 +368,11 @@ def test_what_a_killed_search_did_not_hear_is_read_from_the_checkpoint(tmp_path:
     assert entry.curve == [(80, 20.0), (160, 21.0), (240, 22.0)]
     assert (entry.samples, entry.psnr, entry.input_psnr) == (240, 22.0, 15.0)
     assert entry.tasks == {"denoise": 22.0} and entry.gain() == (7.0, True)
+    assert entry.choice_worth is None
+    (tmp_path / WORTH).parent.mkdir()
+    (tmp_path / WORTH).write_text('{"worth": {"derain": 0.4, "mean": 0.2}}')
+    refresh(entry)
+    assert entry.choice_worth == 0.2
     refresh(fresh := TrialRecord(number=1, name="1", changes={}, folder=str(tmp_path / "none")))
     assert fresh.psnr is None and not fresh.curve
 

@@ -4,22 +4,19 @@ Colours: the best trial blue, trial 0 orange, other finished trials dark grey, s
 grey, failed ones red.
 """
 
-import io
-import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from distributed.pages import charts
+from distributed.pages.charts import INK, MIDDLE, PALE, figure, svg
 from tune.record import SearchRecord, TrialRecord, front, is_number
 from tune.space import symbol
 
 if TYPE_CHECKING:
     from optuna import Study
 
-BEST, PAPER, FINISHED, STOPPED, INK = "#1565c0", "#e07b00", "#5f7285", "#b4bfc9", "#22303c"
-FAILED = "#c62828"
+BEST, PAPER, FINISHED, STOPPED, FAILED = charts.BLUE, charts.ORANGE, MIDDLE, PALE, charts.RED
 COSTS = {
     "multiply_adds": ("multiply-adds of 256×256 (10⁹)", 1e-9),
     "parameters": ("parameters (10⁶)", 1e-6),
@@ -35,21 +32,23 @@ def cost_plot(record: SearchRecord, cost: str) -> str | None:
     if not done:
         return None
     label, scale = COSTS[cost]
-    figure, axis = _axes(5.6, 3.7)
+    made, (axis,) = figure(5.6, 3.7)
     steps = front(done, cost)
+    named: dict[tuple[float, float], str] = {}
     for trial in _best_last(record, done):
         special = trial.number in (0, record.champion)
         at = (trial.costs[cost] * scale, trial.psnr or 0)
         colour, size = _colour(record, trial), 90 if special else 50
         axis.scatter(*at, s=size, color=colour, edgecolor="white", linewidth=0.8, zorder=3)
         if special or trial in steps:
-            _annotate(axis, str(trial.number), at, (5, 4), va="baseline")
+            named[at] = str(trial.number)
     line = [(t.costs[cost] * scale, t.psnr) for t in steps]
     axis.step(*zip(*line, strict=True), where="post", color=BEST, linestyle="--", linewidth=1.2)
     axis.set_xlabel(label)
     axis.set_ylabel(VALIDATION_PSNR)
     axis.margins(0.1)
-    return _svg(figure)
+    _name_points(made, axis, named)
+    return svg(made, f"Validation PSNR against {label} of {len(done)} trials")
 
 
 def curves(record: SearchRecord) -> str | None:
@@ -57,7 +56,7 @@ def curves(record: SearchRecord) -> str | None:
     trials = [t for t in record.trials if any(is_number(p) for _, p in t.curve)]
     if not trials:
         return None
-    figure, axis = _axes(10.2, 4.2)
+    made, (axis,) = figure(10.2, 4.2)
     for trial in _best_last(record, trials):
         special = trial.number in (0, record.champion)
         points = [(s, p) for s, p in trial.curve if is_number(p)]
@@ -76,13 +75,12 @@ def curves(record: SearchRecord) -> str | None:
             style: Any = {"color": STOPPED, "linestyle": ":", "label": "took over better weights"}
             axis.axvline(event["samples"], **style)
     handles, labels = axis.get_legend_handles_labels()
-    legend = dict(zip(labels, handles, strict=True))
-    axis.legend(legend.values(), legend.keys(), loc="lower right", fontsize=9)
+    charts.legend_below(made, dict(zip(labels, handles, strict=True)))
     axis.set_xlabel("training samples")
     axis.set_ylabel(VALIDATION_PSNR)
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.set_xlim(0, record.budget * 1.02)
-    return _svg(figure)
+    return svg(made, f"Validation PSNR over training samples of {len(trials)} trials")
 
 
 def parallel(study: "Study") -> str:
@@ -101,10 +99,14 @@ def parallel(study: "Study") -> str:
         for text in shown
     ]
     axis.set_xticklabels(names, rotation=0)
-    figure: Any = axis.figure
-    figure.set_size_inches(10.2, 4.2)
-    text = _svg(figure)
-    pyplot.close(figure)
+    made: Any = axis.figure
+    for one in made.axes:
+        for label in (*one.get_yticklabels(), *one.get_yticklabels(minor=True)):
+            label.set_fontsize(8)
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5})
+    made.set_size_inches(10.2, 4.2)
+    text = svg(made, "Parallel coordinates: the values and the PSNR of each trial")
+    pyplot.close(made)
     return text
 
 
@@ -116,7 +118,7 @@ def bars(
     notes: Mapping[str, str] | None = None,
 ) -> str:
     """A row per value, from top to bottom; the axis begins at `start`."""
-    figure, axis = _axes(6.4, 0.4 * len(values) + 1.0)
+    made, (axis,) = figure(6.4, 0.4 * len(values) + 1.0)
     names, lengths = list(values)[::-1], list(values.values())[::-1]
     axis.hlines(names, start, lengths, color=STOPPED, linewidth=2)
     axis.scatter(lengths, names, color=BEST, s=60, zorder=3)
@@ -126,34 +128,9 @@ def bars(
     axis.set_xlim(start - 0.05 * span, start + span * (2 if notes else 1.2))
     axis.margins(y=0.12)
     axis.set_xlabel(label)
-    return _svg(figure)
-
-
-def usage(trials: Sequence[tuple[str, TrialRecord]], library: str) -> str | None:
-    """Use of each expert of a library by each task: a heat map per trial, side by side."""
-    tables = [
-        (title, {task: shares[library] for task, shares in t.routing.items() if library in shares})
-        for title, t in trials
-    ]
-    tables = [(title, rows) for title, rows in tables if rows]
-    if not tables:
-        return None
-    widths = [len(next(iter(rows.values()))) for _, rows in tables]
-    figure, axes = _figure(10.2, 0.34 * len(tables[0][1]) + 0.9, widths)
-    for axis, (title, rows) in zip(axes, tables, strict=True):
-        table = np.array(list(rows.values()))
-        axis.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-        for (y, x), value in np.ndenumerate(table):
-            text = f"{value:.2f}".removeprefix("0") if value < 1 else "1"
-            ink = "white" if value > 0.6 else INK
-            axis.text(x, y, text, ha="center", va="center", fontsize=8, color=ink)
-        axis.set_title(title, fontsize=9, loc="left")
-        axis.set_xticks(range(table.shape[1]))
-        axis.set_yticks(range(len(rows)), list(rows))
-        axis.tick_params(length=0)
-        axis.grid(False)
-        axis.spines[:].set_visible(False)
-    return _svg(figure)
+    return svg(
+        made, f"{label}: " + ", ".join(f"{name} {value:.2f}" for name, value in values.items())
+    )
 
 
 def _kind(record: SearchRecord, trial: TrialRecord) -> str:
@@ -178,39 +155,67 @@ def _best_last(record: SearchRecord, trials: Iterable[TrialRecord]) -> list[Tria
     return sorted(trials, key=lambda t: order.index(_colour(record, t)))
 
 
-def _annotate(axis: Any, text: str, at: Any, offset: tuple[int, int], va: str = "center") -> None:
+def _name_points(made: Any, axis: Any, named: Mapping[tuple[float, float], str]) -> None:
+    """Write the name of each point beside it, where it covers no other name or point."""
+    made.draw_without_rendering()  # fixes the places of the axes
+    per_point = made.dpi / 72
+    places = [tuple(axis.transData.transform(at) / per_point) for at in named]
+    offsets = free_offsets(places, [LETTER * len(name) for name in named.values()])
+    for (at, name), offset in zip(named.items(), offsets, strict=True):
+        _annotate(axis, name, at, offset)
+
+
+LETTER, LINE, MARK = 5.4, 10.0, 4.5
+"""Width of a digit, height of a line and radius of a mark, in points."""
+
+
+def free_offsets(
+    places: Sequence[tuple[float, float]], widths: Sequence[float]
+) -> list[tuple[float, float]]:
+    """For each point the offset of its label's left end, so that labels do not collide.
+
+    Args:
+        places: (x, y) of the points, in typographic points.
+        widths: of the labels.
+
+    Returns:
+        Of eight directions, near and further away, the first that covers no point and no earlier
+        label; if all do, the nearest to the upper left.
+    """
+    boxes = [(x - MARK, y - MARK, x + MARK, y + MARK) for x, y in places]
+    found = []
+    for (x, y), width in zip(places, widths, strict=True):
+        choices = [
+            offset
+            for away in (6.0, 12.0, 20.0)
+            for offset in (
+                *((-away - width, away), (away, -away)),  # the front's line passes neither
+                *((-away - width, 0.0), (away, 0.0)),
+                *((-width / 2, away + 3), (-width / 2, -away - 3)),
+                *((away, away), (-away - width, -away)),
+            )
+        ]
+        free = (o for o in choices if not any(_overlap(_box(x, y, o, width), b) for b in boxes))
+        offset = next(free, choices[0])
+        boxes.append(_box(x, y, offset, width))
+        found.append(offset)
+    return found
+
+
+Box = tuple[float, float, float, float]
+
+
+def _box(x: float, y: float, offset: tuple[float, float], width: float) -> Box:
+    left, middle = x + offset[0], y + offset[1]
+    return left, middle - LINE / 2, left + width, middle + LINE / 2
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _annotate(
+    axis: Any, text: str, at: Any, offset: tuple[float, float], va: str = "center"
+) -> None:
     where = {"xytext": offset, "textcoords": "offset points", "va": va}
     axis.annotate(text, at, fontsize=8.5, color=INK, **where)
-
-
-def _axes(width: float, height: float) -> tuple[Any, Any]:
-    figure, (axis,) = _figure(width, height, [1])
-    return figure, axis
-
-
-def _figure(width: float, height: float, ratios: Sequence[float]) -> tuple[Any, list[Any]]:
-    """A figure with axes side by side; not from pyplot, which needs a display."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = list(figure.subplots(1, len(ratios), squeeze=False, width_ratios=list(ratios)).flat)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.spines[["left", "bottom"]].set_color("#9aa7b2")
-        axis.tick_params(labelsize=9, colors=INK)
-        axis.grid(color="#e6eaee", linewidth=0.8)
-        axis.set_axisbelow(True)
-    return figure, axes
-
-
-def _svg(figure: Any) -> str:
-    """The figure as an SVG element that scales with the page and links to nothing."""
-    import matplotlib as mpl
-
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "measnet"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    return text.replace("DejaVu Sans", "system-ui, DejaVu Sans")

@@ -54,6 +54,9 @@ class TrialRecord:
     `changes` after that."""
     routing: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     """Task -> expert library -> mean share per expert."""
+    choice_worth: float | None = None
+    """What the learned choice of experts is worth in dB, mean over tasks, by `distributed.evaluate
+    --routing fixed` of the trial's folder; None: not measured."""
     seconds: float = 0.0
     """Time of all its launches."""
     folder: str = ""

@@ -11,11 +11,16 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import tyro
+from markupsafe import Markup
 
+from distributed.pages.render import parts, render, signed
 from measnet.config import from_dict
+from measnet.network import PIXEL_LIBRARIES
+from measnet.routing import measures
 from shards.storage import join, open_folder, write_whole
 from tune import plots
 from tune.config import SearchConfig
@@ -69,24 +74,19 @@ def page(record: SearchRecord) -> str:
     except ValueError:  # the FILE.yaml of its ranges is gone
         space = Space()
     sections = [
-        f"<header><h1>{_text(record.name)}</h1><p>{record.counts}; {record.budget:,} samples per "
-        "full trial.</p></header>",
         _best(record),
         _section("Trials", _trials_table(record), _table_note(record)),
+        _section("PSNR by task", _tasks_table(record)),
         _fixed_list(record),
         *_plots(record, config, space),
         _section("Cost of the search", _spent(record)),
         _section("How it was measured", _protocol(record, config)),
     ]
-    body = "\n".join(section for section in sections if section)
-    style, script = (
-        Path(__file__).with_name(f"report.{kind}").read_text() for kind in ("css", "js")
-    )
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(record.name)}</title>\n<style>{style}</style></head>\n"
-        f"<body><main>\n{body}\n</main><script>{script}</script></body></html>\n"
+    return render(
+        "search.html",
+        name=record.name,
+        summary=f"{record.counts}; {record.budget:,} samples per full trial.",
+        sections=[Markup(section) for section in sections if section],
     )
 
 
@@ -103,6 +103,12 @@ def importance(record: SearchRecord, config: SearchConfig, space: Space) -> dict
     study = _complete_study(trials, config, space)
     found = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
     return {name: float(value) for name, value in found.items()}
+
+
+def effective_experts(trial: TrialRecord) -> float | None:
+    """Experts that are used, mean over the per-pixel libraries; None: there are none."""
+    own = [one for name, one in measures(trial.routing).items() if name in PIXEL_LIBRARIES]
+    return fmean(one.effective_experts for one in own) if own else None
 
 
 def comparable_trials(record: SearchRecord) -> list[tuple[TrialRecord, float]]:
@@ -158,28 +164,48 @@ def _best(record: SearchRecord) -> str:
 
 def _trials_table(record: SearchRecord) -> str:
     fields = list(dict.fromkeys(f for trial in record.trials for f in trial.changes))
-    tasks = list(dict.fromkeys(t for trial in record.trials for t in trial.tasks))
     costs = [c for c in plots.COSTS if any(c in trial.costs for trial in record.trials)]
     units = {"multiply_adds": "10⁹ mult.-adds", "parameters": "10⁶ param.", "latency": "ms"}
     labelled = any(trial.label for trial in record.trials)
     if labelled:
         fields = [f for f in fields if not f.startswith("data.")]
     head = ["trial", "state", *(["row"] if labelled else []), *map(symbol, fields), "PSNR"]
-    head += [*tasks, *(units[c] for c in costs), "samples"]
-    order = {"finished": 0, "stopped": 1, "running": 2, "waiting": 2, "failed": 3}
+    effective = {trial.number: effective_experts(trial) for trial in record.trials}
+    experts = any(one is not None for one in effective.values())
+    worth = any(trial.choice_worth is not None for trial in record.trials)
+    head += ["effective experts"] if experts else []
+    head += [*(["worth of the choice"] if worth else []), *(units[c] for c in costs), "samples"]
     rows = []
-    for trial in sorted(record.trials, key=lambda t: (order[t.state], -(_number(t.psnr)))):
+    for trial in _sorted(record):
         cells = [f"{trial.number}{_badges(record, trial)}", trial.state]
         cells += [_text(trial.label)] if labelled else []
         cells += [_text(show(trial.changes.get(f, ""))) for f in fields]
         cells.append(f"<b>{_db(trial.psnr)}</b>")
-        cells += [_db(trial.tasks.get(task)) for task in tasks]
+        cells += [_db(effective[trial.number])] if experts else []
+        cells += [signed(trial.choice_worth)] if worth else []
         cells += [
             f"{trial.costs[c] * plots.COSTS[c][1]:.2f}" if c in trial.costs else "" for c in costs
         ]
         best = " best" if trial.number == record.champion else ""
         rows.append((f"{trial.state}{best}", [*cells, f"{trial.samples:,}"]))
     return _table(head, rows, words=2 if labelled else 1, sort=True)
+
+
+def _tasks_table(record: SearchRecord) -> str:
+    """PSNR of each task; a table of its own, so that the table of trials fits a screen."""
+    tasks = list(dict.fromkeys(task for trial in record.trials for task in trial.tasks))
+    rows = [
+        (trial.state, [str(trial.number), *(_db(trial.tasks.get(task)) for task in tasks)])
+        for trial in _sorted(record)
+        if trial.tasks
+    ]
+    return _table(["trial", *tasks], rows, words=0, sort=True) if rows else ""
+
+
+def _sorted(record: SearchRecord) -> list[TrialRecord]:
+    """Finished trials first, then by PSNR."""
+    order = {"finished": 0, "stopped": 1, "running": 2, "waiting": 2, "failed": 3}
+    return sorted(record.trials, key=lambda t: (order[t.state], -(_number(t.psnr))))
 
 
 def _badges(record: SearchRecord, trial: TrialRecord) -> str:
@@ -201,8 +227,10 @@ def _table_note(record: SearchRecord) -> str:
     )
     return (f"Failed:<ul>{failed}</ul>" if failed else "") + (
         "PSNR in dB on the validation pictures, mean over tasks. A stopped trial has the PSNR of "
-        "its last validation; do not compare it with trials that ran to the end. Click a heading "
-        "to sort."
+        "its last validation; do not compare it with trials that ran to the end. Effective "
+        "experts: the exponential of the entropy of their use, mean over the libraries per pixel. "
+        "Worth of the choice: PSNR less that with the same experts for all pixels, if it was "
+        "evaluated. Click a heading to sort."
     )
 
 
@@ -246,7 +274,11 @@ def _plots(record: SearchRecord, config: SearchConfig, space: Space) -> list[str
             "Trials that ran to the end. Dashed: the Pareto front.",
         ),
         _section("Learning curves", plots.curves(record)),
-        _section("Parallel coordinates", lines, "Each line is a trial: the darker, the better."),
+        _section(
+            "Parallel coordinates",
+            f'<div class="light">{lines}</div>' if lines else "",
+            "Each line is a trial: the darker, the better.",
+        ),
         _importance(record, config, space) if space.parameters else "",
         _usage(record, config),
     ]
@@ -287,15 +319,15 @@ def _usage(record: SearchRecord, config: SearchConfig) -> str:
     libraries = dict.fromkeys(
         library for _, t in trials for shares in t.routing.values() for library in shares
     )
-    parts = [
-        f"<h3>{_text(library)}</h3>{plot}"
+    tables = [
+        f'<h3>{_text(library)}</h3><div class="row">{"".join(_usage_of(trials, library))}</div>'
         for library in libraries
-        if (plot := plots.usage(trials, library))
     ]
-    shown = "".join(parts[:2])
-    if len(parts) > 2:
-        rest = "".join(parts[2:])
-        shown += f"<details><summary>{len(parts) - 2} more libraries</summary>{rest}</details>"
+    shown = "".join(tables[:2])
+    if len(tables) > 2:
+        rest = "".join(tables[2:])
+        more = "1 more library" if len(tables) == 3 else f"{len(tables) - 2} more libraries"
+        shown += f"<details><summary>{more}</summary>{rest}</details>"
     trained_fully = record.budget >= config.train.recipe.samples
     return _section(
         "Expert usage",
@@ -303,6 +335,17 @@ def _usage(record: SearchRecord, config: SearchConfig) -> str:
         "Share of the pixels (encoder) or pictures (decoder) that chose each expert. A row sums to "
         "K." + (" If no task uses an expert, N can be smaller." if trained_fully else ""),
     )
+
+
+def _usage_of(trials: Sequence[tuple[str, TrialRecord]], library: str) -> list[str]:
+    """Use of each expert of a library by each task: a table per trial that has the library."""
+    found = []
+    for title, trial in trials:
+        rows = {task: own[library] for task, own in trial.routing.items() if library in own}
+        if rows:
+            experts = range(len(next(iter(rows.values()))))
+            found.append(str(parts().heat(title, list(experts), rows, "task")))
+    return found
 
 
 def _spent(record: SearchRecord) -> str:
@@ -340,15 +383,11 @@ def _protocol(record: SearchRecord, config: SearchConfig) -> str:
 
 
 def _section(title: str, body: str | None, note: str = "") -> str:
-    if not body:
-        return ""
-    small = f'<div class="note">{note}</div>' if note else ""
-    return f"<section><h2>{_text(title)}</h2>{body}{small}</section>"
+    return str(parts().section(title, Markup(body or ""), Markup(note)))
 
 
 def _facts(pairs: Iterable[tuple[str, str]]) -> str:
-    cells = "".join(f"<div><dt>{_text(n)}</dt><dd>{_text(v)}</dd></div>" for n, v in pairs)
-    return f'<dl class="values">{cells}</dl>'
+    return str(parts().facts(list(pairs)))
 
 
 def _table(
@@ -360,16 +399,9 @@ def _table(
     first: str = "right",
 ) -> str:
     """A table of (CSS class, cells in HTML); `words` cells after the first are aligned left."""
-
-    def row(tag: str, cells: Sequence[str]) -> str:
-        left = [first == "left", *([True] * words), *([False] * len(cells))]
-        pairs = zip(cells, left, strict=False)
-        return "".join(f"<{tag}{' class=left' * at}>{cell}</{tag}>" for cell, at in pairs)
-
-    top = row("th", [_text(h) for h in head])
-    body = "".join(f'<tr class="{kind}">{row("td", cells)}</tr>' for kind, cells in rows)
-    kind = ' class="sort"' if sort else ""
-    return f"<table{kind}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    left = ([0] if first == "left" else []) + list(range(1, words + 1))
+    marked = [(kind, [Markup(cell) for cell in cells]) for kind, cells in rows]
+    return str(parts().table(list(head), marked, left, sort))
 
 
 def _number(psnr: float | None) -> float:

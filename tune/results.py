@@ -9,7 +9,7 @@ from distributed import checkpoint as checkpoints
 from distributed import mlflow_tracker
 from distributed.config import TrainConfig, to_yaml
 from distributed.lease import in_use
-from shards.storage import exists, join, local_copy, open_folder, write_whole
+from shards.storage import exists, join, local_copy, open_folder, read_json, write_whole
 from tune.config import SearchConfig
 from tune.record import FILE, SearchRecord, TrialRecord, is_number
 from tune.registry import register_champion
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BEST_CONFIG = "best.yaml"
+WORTH = "evaluation/routing-fixed-pixel.json"
+"""What `python -m distributed.evaluate TRIAL DATA --routing fixed` writes."""
 CHAMPION = "champion.safetensors"
 REPORT = "report.html"
 
@@ -41,6 +43,9 @@ def refresh(trial: TrialRecord) -> None:
         trial.tasks = {task: row["restored_psnr"] for task, row in report["tasks"].items()}
         trial.routing = report["routing"]
         trial.input_psnr, trial.gain_error = report["mean"]["input_psnr"], report["gain_error"]
+    fs, root = open_folder(trial.folder)
+    if fs.exists(f"{root}/{WORTH}"):
+        trial.choice_worth = read_json(fs, f"{root}/{WORTH}")["worth"]["mean"]
 
 
 def open_summary(config: SearchConfig, record: SearchRecord) -> mlflow_tracker.Run:

@@ -53,9 +53,11 @@ def figure(width: float, height: float, ratios: Sequence[float] = (1,)) -> tuple
     return made, axes
 
 
-def legend_below(figure: Any) -> None:
-    """A legend below the axes, where it covers nothing."""
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8.5, labelcolor=INK, frameon=False)
+def legend_below(figure: Any, handles: Mapping[str, Any] | None = None) -> None:
+    """A legend below the axes, where it covers nothing; `handles`: name -> line, default: all."""
+    shown = {} if handles is None else {"labels": list(handles), "handles": [*handles.values()]}
+    style: dict[str, Any] = {"fontsize": 8.5, "labelcolor": INK, "frameon": False}
+    figure.legend(loc="outside lower center", ncols=4, **shown, **style)
 
 
 def svg(figure: Any, alt: str) -> Markup:
