@@ -1,6 +1,6 @@
 """What a network does with a picture, as small pictures: experts per pixel, frequency bands."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -82,12 +82,20 @@ def looking(model: MEASNet) -> Iterator[Look]:
             hook.remove()
 
 
-def expert_maps(choices: dict[str, Choice], window: Window) -> dict[str, Image.Image]:
-    """Library -> the most probable expert of each pixel as a colour, at the library's own scale."""
+def expert_maps(
+    choices: Mapping[str, Choice], window: Window, number: int = 0
+) -> dict[str, Image.Image]:
+    """Library -> the most probable expert of each pixel as a colour, at the library's own scale.
+
+    Args:
+        choices: of a batch, from `measnet.routing.record`.
+        window: the part of the picture.
+        number: of the picture in the batch.
+    """
     maps = {}
     for level, name in enumerate(PIXEL_LIBRARIES):
         if name in choices:
-            first_hw = choices[name].chosen[0, ..., 0].cpu()
+            first_hw = choices[name].chosen[number, ..., 0].cpu()
             experts = choices[name].probability.shape[-1]
             maps[name] = _palette(window.cut(first_hw, 2**level), experts)
     return maps
