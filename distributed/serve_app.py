@@ -38,8 +38,8 @@ from measnet.pictures import Picture, PictureError, write
 from measnet.routing import record
 from measnet.tiling import Tiling, choose_tiling, restore
 
-ATTEMPTS = 8
-"""Times that a request is sent to a replica, if replicas die."""
+LOSSES = 5
+"""Times that a request is sent again because its replica died; more is the request's own fault."""
 PAUSE_S = 0.5
 """Seconds before a request is sent again."""
 
@@ -153,28 +153,27 @@ class Restorer:
 # `serve.ingress` copies the functions that exist when the class is made, so these come first.
 
 
-async def again_if_lost(call: Callable[[], Any], *, attempts: int, pause_s: float) -> Any:
+async def again_if_lost(call: Callable[[], Any], *, losses: int, pause_s: float) -> Any:
     """Await `call()`; again if the actor that worked on it has died.
 
-    A full queue refuses a new request only. A request that was accepted and lost waits for a place.
+    A full queue refuses a new request only. One that was accepted and lost waits for a place.
 
     Raises:
-        BackPressureError: the queue is full at the first attempt.
-        RayActorError: it was lost at every attempt.
+        BackPressureError: the queue is full, and the request is a new one.
+        RayActorError: it was lost more than `losses` times.
     """
-    accepted = False
-    for left in reversed(range(attempts)):
+    lost = 0
+    while True:
         try:
             return await call()
         except RayActorError:
-            accepted = True
-            if not left:
+            lost += 1
+            if lost > losses:
                 raise
         except BackPressureError:
-            if not accepted or not left:
+            if not lost:
                 raise
         await asyncio.sleep(pause_s)
-    raise AssertionError(f"attempts is {attempts}")
 
 
 async def received(chunks: AsyncIterator[bytes], most: int, announced: int) -> bytes:
@@ -342,7 +341,7 @@ class Ingress:
         self._waiting += 1
         try:
             done = await again_if_lost(
-                lambda: self._restorer.restore.remote(job), attempts=ATTEMPTS, pause_s=PAUSE_S
+                lambda: self._restorer.restore.remote(job), losses=LOSSES, pause_s=PAUSE_S
             )
         except BackPressureError as error:
             wait = retry_after(self._waiting, self._seconds, self._limits.batch, self._replicas)
