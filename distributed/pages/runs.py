@@ -3,7 +3,7 @@
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, NamedTuple
@@ -14,12 +14,11 @@ from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
-from distributed import run_log
 from distributed.checkpoint import Checkpoint, RunState, newest_complete
 from distributed.config import TrackingConfig
 from distributed.cost import amount
 from distributed.evaluate import OVERLAP, held_by, score
-from distributed.mlflow_tracker import KEY_FILE, Run, tracking_uri
+from distributed.mlflow_tracker import KEY_FILE, Run, read_metrics, tracking_uri
 from distributed.pages import charts, views
 from distributed.scores import EvaluationReport, Score
 from measnet.complexity import Complexity, count
@@ -253,7 +252,7 @@ def read(folder: str, *, price: float = 0.0) -> RunPage:
             f"{folder} holds no complete checkpoint; give the folder of a run, such as runs/demo"
         )
     state = newest.state()
-    raw = curves(run_log.read(folder, run_log.METRICS).decode())
+    raw = curves(read_metrics(folder))
     return RunPage(
         name=str(state.config.get("name") or folder),
         folder=folder,
@@ -267,17 +266,13 @@ def read(folder: str, *, price: float = 0.0) -> RunPage:
     )
 
 
-def curves(lines: str) -> Curves:
-    """Metric -> (samples, value), from the lines of metrics.jsonl, without the machine's load."""
+def curves(records: Iterable[Mapping[str, Any]]) -> Curves:
+    """Metric -> (samples, value), from `read_metrics`, without the machine's load."""
     found: Curves = {}
-    for line in lines[: lines.rfind("\n") + 1].splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:  # a full disk has cut a line
-            continue
-        for name, value in entry["metrics"].items():
+    for record in records:
+        for name, value in record["metrics"].items():
             if not name.startswith("system/") and value is not None and np.isfinite(value):
-                found.setdefault(name, []).append((entry["step"], value))
+                found.setdefault(name, []).append((record["step"], value))
     return found
 
 
