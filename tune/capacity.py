@@ -38,7 +38,7 @@ def needed(config: SearchConfig) -> tuple[list[dict[str, float]], str]:
     scaling, trials = config.train.scaling, config.parallel or 1
     gpu = scaling.device == "gpu"
     cpus = cpus_per_worker(config.train, local=False, use_gpu=gpu)
-    worker: dict[str, float] = {"CPU": cpus} | ({"GPU": 1} if gpu else {})
+    worker: dict[str, float] = {"CPU": cpus, "GPU": 1} if gpu else {"CPU": cpus}
     count = trials * scaling.bounds[1]
     each = f"{cpus} CPU{'s' * (cpus > 1)}" + (" and 1 GPU" if gpu else "")
     words = f"{count} worker{'s' * (count > 1)} of {each} ({trials} trial{'s' * (trials > 1)})"

@@ -1,9 +1,9 @@
 """Starts spot machines first, and on-demand ones where there are none. Tested with Ray 2.60.
 
-Ray's autoscaler does not turn to another node type if a cloud refuses a machine: it asks for the
-same type again, without end. (It turns to another type only for machines that were granted and did
-not come up.) So the cluster files have one type of GPU nodes, and name a node provider that is Ray's
-own for this cloud behind `SpotFirst`. tests/test_autoscaling.py shows both.
+If a cloud refuses a machine, Ray's autoscaler asks for the same node type again, without end. (It
+turns to another type only for machines that were granted and did not come up.) So the cluster files
+have one type of GPU nodes. They name a node provider that is Ray's own for this cloud behind
+`SpotFirst`. tests/test_autoscaling.py shows both.
 """
 
 import logging
