@@ -127,7 +127,8 @@ class AutoscalingCluster:
         own = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
         own |= {"PYTHONPATH": python, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
         self.environment = own | {"RAY_ADDRESS": self.address, "OMP_NUM_THREADS": "1"}
-        self._log = (folder / "head.txt").open("ab")
+        log = folder / "head.txt"
+        self._log = log.open("ab")
         self._head = psutil.Popen(
             [
                 *(str(Path(sys.executable).parent / "ray"), "start", "--head", "--block"),
@@ -152,7 +153,7 @@ class AutoscalingCluster:
         )
 
         try:
-            self.wait_for(lambda: _answers(port), 120)
+            self.wait_for(lambda: "Ray runtime started" in log.read_text(), 300)
         except BaseException:
             self.close()
             raise
@@ -180,18 +181,15 @@ class AutoscalingCluster:
 
     def close(self) -> None:
         """End all of its processes."""
-        processes = [self._head, *self._head.children(recursive=True)]
+        processes = [self._head]
+        with contextlib.suppress(psutil.NoSuchProcess):
+            processes += self._head.children(recursive=True)
         for process in reversed(processes):
-            if process.is_running():
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGKILL)
         psutil.wait_procs(processes, timeout=10)
         self._log.close()
         shutil.rmtree(self._temporary, ignore_errors=True)
-
-
-def _answers(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _name(process: psutil.Process) -> str:
