@@ -18,7 +18,7 @@ test-slow: $(STAMP)
 
 # Ray nodes that are lost with their disks; a run whose storage is an S3-compatible server.
 test-cluster: $(STAMP)
-	$(BIN)/python -m pytest -q -m slow tests/test_cluster_storage.py tests/test_nodes.py tests/test_lost_nodes.py
+	$(BIN)/python -m pytest -q -m slow tests/test_cluster_storage.py tests/test_nodes.py tests/test_lost_nodes.py tests/test_autoscaling.py
 
 # A GPU machine without a package registry may have the packages in its own python3.
 test-gpu:
