@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-cluster test-gpu lint bench clean
+.PHONY: demo test test-slow test-cluster test-gpu lint bench wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -18,7 +18,7 @@ test-slow: $(STAMP)
 
 # Ray nodes that are lost with their disks; a run whose storage is an S3-compatible server.
 test-cluster: $(STAMP)
-	$(BIN)/python -m pytest -q -m slow tests/test_cluster_storage.py tests/test_nodes.py tests/test_lost_nodes.py
+	$(BIN)/python -m pytest -q -m slow tests/test_cluster_storage.py tests/test_nodes.py tests/test_lost_nodes.py tests/test_autoscaling.py
 
 # A GPU machine without a package registry may have the packages in its own python3.
 test-gpu:
@@ -36,16 +36,23 @@ bench: $(STAMP)
 	$(BIN)/python bench/stream.py
 	$(BIN)/python bench/overhead.py
 
-# What the nodes of a cluster install, and the token without which nobody talks to it.
-deploy/node/requirements.txt: pyproject.toml constraints.txt $(STAMP)
-	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], '-c constraints.txt', sep='\n')" > $@
-	cp constraints.txt deploy/node/constraints.txt
+# The project as one file with its compiled parts, for the nodes of a cluster and for its jobs
+# (`ray job submit --runtime-env dist/job.yaml`). Build it on Linux with the nodes' processor.
+wheel: $(STAMP)
+	rm -rf dist build deploy/node/*.whl
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+	@for part in _kernels16 _kernels8 _pixels _jpeg; do \
+	  $(BIN)/python -m zipfile -l dist/*.whl | grep -q "$$part.*so" || echo "warning: the wheel \
+	lacks $$part: see pip's output with a C compiler and libjpeg's headers (libjpeg-dev)"; done
+	printf 'py_modules: [%s]\n' dist/*.whl > dist/job.yaml
+	cp dist/*.whl constraints.txt deploy/node/
 
+# The token without which nobody talks to the cluster.
 deploy/node/ray.token:
 	umask 077 && openssl rand -hex 32 > $@
 
 clean:
-	rm -rf $(VENV) data/demo runs/demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) dist build data/demo runs/demo .pytest_cache .mypy_cache .ruff_cache
 
 # The seconds that the installation took are written down: the demo's summary shows them.
 $(STAMP): pyproject.toml constraints.txt

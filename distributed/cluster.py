@@ -4,13 +4,14 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from distributed.config import TrainConfig
+from distributed.config import ScalingConfig, TrainConfig
 from shards.storage import open_folder
 
 if TYPE_CHECKING:
@@ -138,6 +139,50 @@ def start_local_ray(**options: Any) -> None:
     finally:
         for name in pinned:  # for Ray's own processes only
             del os.environ[name]
+
+
+def wait_for_room(
+    workers: Sequence[dict[str, float]],
+    wanted: str,
+    patience: ScalingConfig,
+    console: Console,
+    over: Callable[[], bool] = lambda: False,
+) -> None:
+    """Wait until all workers fit on the cluster's free resources at once.
+
+    A placement group asks for them, so Ray's autoscaler starts the nodes that are missing. It is
+    removed again when they are there, and the nodes stay until they are idle for too long.
+
+    Args:
+        workers: resources of each worker.
+        wanted: the same in words, for messages.
+        patience: how long to wait (`give_up_s`), and how often to say so (`start_timeout_s`).
+        console: for messages.
+        over: whether the user no longer wants it; asked twice a second.
+
+    Raises:
+        TimeoutError: they did not fit within `give_up_s`.
+    """
+    from ray.util import placement_group, remove_placement_group
+
+    from distributed.progress import waiting_line
+
+    group = placement_group(list(workers))
+    started = said = time.monotonic()
+    try:
+        while not over() and not group.wait(0.5):
+            now = time.monotonic()
+            if now - started > patience.give_up_s:
+                raise TimeoutError(
+                    f"no room for {wanted} within {patience.give_up_s:.0f} s (scaling.give_up_s); "
+                    "`ray status` shows which nodes are requested; the same command tries again"
+                )
+            if now - said > patience.start_timeout_s:
+                said = now
+                line = waiting_line("the search", wanted, now - started, patience)
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+    finally:
+        remove_placement_group(group)
 
 
 def ray_storage(storage: str) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def hardware(device: "torch.device") -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "compiled": [name for name, module in COMPILED.items() if _importable(module)],
+        "compiled": [name for name, module in COMPILED.items() if importable(module)],
     }
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
@@ -288,7 +288,8 @@ def _driver() -> str:
     return ""
 
 
-def _importable(module: str) -> bool:
+def importable(module: str) -> bool:
+    """Whether a module is there and can be loaded on this machine."""
     try:
         importlib.import_module(module)
     except ImportError:

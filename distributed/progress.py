@@ -352,17 +352,24 @@ class Display:
                 self._print(text)
         if self._silent_s > self._complain_after_s:
             self._complain_after_s += self._patience.start_timeout_s
-            left = self._patience.give_up_s - self._silent_s
             self._print(
-                f"no message from a worker for {self._silent_s:.0f} s; waiting for {self._wanted}; "
-                f"the cluster has {free_resources()}; the run fails in {max(0.0, left):.0f} s "
-                "(scaling.give_up_s)"
+                f"no message from a worker for {self._silent_s:.0f} s; "
+                + waiting_line("the run", self._wanted, self._silent_s, self._patience)
             )
         elif self._silent_s < self._patience.start_timeout_s:
             self._complain_after_s = self._patience.start_timeout_s
 
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def waiting_line(who: str, wanted: str, waited_s: float, patience: ScalingConfig) -> str:
+    """What is waited for, what the cluster has, and when `who` gives up."""
+    left = max(0.0, patience.give_up_s - waited_s)
+    return (
+        f"waiting for {wanted}; the cluster has {free_resources()}; {who} fails in {left:.0f} s "
+        "(scaling.give_up_s)"
+    )
 
 
 def free_resources() -> str:

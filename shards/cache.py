@@ -7,6 +7,7 @@ frees the locks of a process that dies.
 
 import contextlib
 import os
+import shutil
 from dataclasses import dataclass
 
 from filelock import FileLock
@@ -23,7 +24,7 @@ class Cache:
     """Where copies are kept, and how much of them."""
 
     folder: str
-    """Local folder; made where it is missing."""
+    """Local folder; made where it is missing. `~` is the home on the node that uses it."""
     limit: int
     """Most bytes to keep. The least recently used copies are removed first; the one just fetched
     always stays."""
@@ -31,6 +32,10 @@ class Cache:
     """Tries before a fetch counts as failed."""
     delay: float = 0.5
     """Seconds before the second try; doubled for each later one."""
+
+    def __post_init__(self) -> None:
+        """Find the home folder."""
+        object.__setattr__(self, "folder", os.path.expanduser(self.folder))
 
     def path(self, sha256: str) -> str:
         """Where the copy with this content is, or would be."""
@@ -50,6 +55,7 @@ class Cache:
             if not self._mark_used(path, size):
                 # We hold the lock, so a temporary file for this content is from a dead process.
                 storage.remove_unfinished(self.folder, f"{sha256}.*")
+                self._evict(path, room=size)
                 self._download(uri, path, sha256, size)
                 self._evict(path)
         return path
@@ -76,7 +82,8 @@ class Cache:
 
         storage.retrying(f"fetching {uri}", copy, self.attempts, self.delay)
 
-    def _evict(self, keep: str) -> None:
+    def _evict(self, keep: str, room: int = 0) -> None:
+        """Remove copies until the limit holds, and until `room` bytes are free on the disk."""
         with FileLock(os.path.join(self.folder, "locks", "evict")):
             copies = []
             for entry in os.scandir(self.folder):
@@ -84,7 +91,8 @@ class Cache:
                     if entry.is_file() and not entry.name.endswith(".part"):
                         status = entry.stat()
                         copies.append((status.st_mtime_ns, status.st_size, entry.path))
-            excess = sum(size for _, size, _ in copies) - self.limit
+            free = shutil.disk_usage(self.folder).free
+            excess = max(sum(size for _, size, _ in copies) - self.limit, room - free)
             for _, size, path in sorted(copies):
                 if excess <= 0:
                     return

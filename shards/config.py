@@ -57,10 +57,12 @@ class DataConfig:
     prefetch: int = field(default=64, metadata=MAY_CHANGE)
     """Micro-batches whose remote shards are fetched in advance; 0 fetches a shard when it is
     read."""
-    cache_dir: str = field(default="data/cache", metadata=MAY_CHANGE)
-    """Folder for each node's local copies of remote shards; relative to the working directory."""
+    cache_dir: str = field(default="~/.cache/measnet/shards", metadata=MAY_CHANGE)
+    """Folder for each node's local copies of remote shards: one for all runs of a node, for
+    training and validation."""
     cache_gib: float = field(default=50.0, metadata=MAY_CHANGE)
-    """Limit of the cache in GiB; the least recently used shards are removed first."""
+    """Limit of the cache in GiB; the least recently used shards are removed first, earlier if the
+    disk is full."""
     on_corrupt: Literal["stop", "substitute"] = "stop"
     """A corrupt sample stops the run (`stop`), or is replaced by another sample of its task
     (`substitute`; the same one for any world size)."""

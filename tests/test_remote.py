@@ -286,6 +286,27 @@ def test_the_cache_keeps_its_limit_and_drops_the_least_recently_used(tmp_path: P
     assert os.path.getsize(small.fetch(*files[0])) == 1000  # one shard always has room
 
 
+def test_the_cache_makes_room_on_a_full_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount a small disk here")
+    try:
+        cache = Cache(folder=str(disk / "cache"), limit=10**9, attempts=1)
+        for number in range(6):
+            file = blob(tmp_path, f"{number}", 300_000 + number)
+            assert os.path.getsize(cache.fetch(*file)) == file[2]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_the_cache_of_a_node_is_in_the_home_of_its_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/on-this-node")
+    cache = Cache(folder=DataConfig().cache_dir, limit=1)
+    assert cache.path("ab") == "/home/on-this-node/.cache/measnet/shards/ab"
+
+
 def test_an_open_copy_survives_its_eviction(tmp_path: Path) -> None:
     cache = Cache(folder=str(tmp_path / "cache"), limit=1_500)
     one, other = blob(tmp_path, "a", 1000), blob(tmp_path, "b", 1001)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from distributed.config import changed_fields
 from distributed.presets import demo
 from measnet.config import ABLATION, to_dict
-from tune.capacity import plan_capacity
+from tune.capacity import needed, plan_capacity
 from tune.config import SearchConfig, parse
 from tune.record import SearchRecord, TrialRecord, front, load
 from tune.sampler import build_study, next_changes
@@ -374,3 +374,26 @@ def test_what_does_not_fit_is_refused_before_the_start(
     with pytest.raises(ValueError) as error:
         plan_capacity(parse(arguments), nodes)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "workers", "words"),
+    [
+        ([], [{"CPU": 1}], "1 worker of 1 CPU (1 trial)"),
+        (
+            ["--scaling.workers", "1..3", "--parallel", "2"],
+            [{"CPU": 1}] * 6,
+            "6 workers of 1 CPU (2 trials)",
+        ),
+        (
+            ["--scaling.device", "gpu", "--scaling.workers", "2"],
+            [{"CPU": 4, "GPU": 1}] * 2,
+            "2 workers of 4 CPUs and 1 GPU (1 trial)",
+        ),
+        (["--scaling.cpus-per-worker", "7"], [{"CPU": 7}], "1 worker of 7 CPUs (1 trial)"),
+    ],
+)
+def test_a_search_asks_the_cluster_for_the_workers_of_its_trials(
+    arguments: list[str], workers: list[dict[str, float]], words: str
+) -> None:
+    assert needed(parse(arguments)) == (workers, words)

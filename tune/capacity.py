@@ -7,6 +7,7 @@ that its own workers wait for.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from distributed.cluster import cpus_per_worker
 from tune.config import SearchConfig
 
 
@@ -26,6 +27,22 @@ class Capacity:
         """One line for the user."""
         each = f"{self.cpus} CPU{'s' if self.cpus > 1 else ''}" + (" and 1 GPU" if self.gpu else "")
         return f"{self.parallel} trials at a time, each of {self.workers} workers with {each}"
+
+
+def needed(config: SearchConfig) -> tuple[list[dict[str, float]], str]:
+    """What must be free before a search can start on a cluster, per worker and in words.
+
+    The workers of `--parallel` trials; of one trial where that is left open. Nodes that an
+    autoscaler has yet to start are not known, so they cannot be counted.
+    """
+    scaling, trials = config.train.scaling, config.parallel or 1
+    gpu = scaling.device == "gpu"
+    cpus = cpus_per_worker(config.train, local=False, use_gpu=gpu)
+    worker: dict[str, float] = {"CPU": cpus, "GPU": 1} if gpu else {"CPU": cpus}
+    count = trials * scaling.bounds[1]
+    each = f"{cpus} CPU{'s' * (cpus > 1)}" + (" and 1 GPU" if gpu else "")
+    words = f"{count} worker{'s' * (count > 1)} of {each} ({trials} trial{'s' * (trials > 1)})"
+    return [worker] * count, words
 
 
 def plan_capacity(config: SearchConfig, nodes: Sequence[Mapping[str, float]]) -> Capacity:

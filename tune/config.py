@@ -51,7 +51,8 @@ class SearchConfig:
     grace: int = 0
     """Samples that every trial gets before ASHA may stop it; 0: 1/reduction^2 of a trial."""
     parallel: int = field(default=0, metadata=MAY_CHANGE)
-    """Trials at the same time; 0: as many as the cluster holds, two on one machine without GPU."""
+    """Trials at the same time; 0: as many as fit on the nodes that are there, two on one machine
+    without GPU. A cluster that starts nodes on demand starts enough for this number, or for one."""
     search_seed: int = 0
     """Seed for the choice of trials; `--seed` is the seed of the training."""
     keep: int = field(default=3, metadata=MAY_CHANGE)

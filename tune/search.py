@@ -145,11 +145,19 @@ def _run_trials(
     """Let Ray Tune run what is left, until the end or a signal."""
     import ray
 
+    from distributed.cluster import is_local, wait_for_room
     from distributed.internals import ray_tune
     from distributed.stopping import on_signal
-    from tune.capacity import plan_capacity
+    from tune.capacity import needed, plan_capacity
     from tune.runner import Search, make_tuner
 
+    signals: list[str] = []
+    if not is_local():
+        workers, wanted = needed(config)
+        with on_signal(signals.append):
+            wait_for_room(workers, wanted, config.train.scaling, console, lambda: bool(signals))
+    if signals:
+        return
     capacity = plan_capacity(config, [n["Resources"] for n in ray.nodes() if n["Alive"]])
     console.print(capacity.describe())
     with tempfile.TemporaryDirectory(prefix="measnet-search-") as folder:
@@ -157,7 +165,6 @@ def _run_trials(
         running = Search(config, space, record, total, console, capacity, stop_file)
         tuner = make_tuner(running, ray_tune.this_node())
         failed: list[BaseException] = []
-        signals: list[str] = []
 
         def run() -> None:
             try:
