@@ -84,6 +84,9 @@ def export_onnx(model: MEASNet, path: str | PathLike[str], *, half: bool = False
         dynamo=True,
     )
     assert program is not None
+    graph = program.model.graph
+    for part in (graph, *graph):  # torch's notes name files of this machine, and are large
+        part.metadata_props.clear()
     program.save(path)
 
 

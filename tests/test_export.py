@@ -67,6 +67,7 @@ def test_onnx_in_fp16_is_near(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert export.check_onnx(model, tmp_path / "half.onnx") < 2e-2
     sizes = [(tmp_path / name).stat().st_size for name in ("half.onnx", "model.safetensors")]
     assert sizes[0] < sizes[1]
+    assert b"stack_trace" not in (tmp_path / "half.onnx").read_bytes()
 
 
 def test_a_saved_program_can_be_loaded(tmp_path: Path) -> None:
