@@ -162,13 +162,8 @@ class EvaluationReport:
 
     @property
     def tiles(self) -> dict[str, int]:
-        """`whole` or `in tiles of 512, overlap 64` -> number of pictures."""
-        return dict(
-            Counter(
-                f"in tiles of {one.tile}, overlap {one.overlap}" if one.tile else "whole"
-                for one in self.scores
-            )
-        )
+        """`whole`, `in exact tiles of 512`, or `in tiles of 512, overlap 64` -> pictures."""
+        return dict(Counter(_restored_how(one) for one in self.scores))
 
     def describe(self) -> str:
         """Protocol, arithmetic and tiles; also which packed sets are a part of a benchmark."""
@@ -245,6 +240,14 @@ def routing_table(report: EvaluationReport) -> Table:
         information = f"{own.mutual_information:.3f} nat"
         view.add_row(name, str(len(shares)), chosen, effective, information)
     return view
+
+
+def _restored_how(score: Score) -> str:
+    if not score.tile:
+        return "whole"
+    if not score.overlap:
+        return f"in exact tiles of {score.tile}"
+    return f"in tiles of {score.tile}, overlap {score.overlap}"
 
 
 def _mean(rows: Sequence[Score] | Sequence[Summary]) -> Summary:

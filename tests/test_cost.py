@@ -42,10 +42,10 @@ def test_workers_on_one_machine_share_its_cores(capsys: pytest.CaptureFixture[st
 
 def test_a_short_run_costs_minutes_and_cents() -> None:
     rate = Rate(10.0, 10.0, "as given", cpu=True)
-    minutes = "13.3 min"  # 8,000 samples
+    minutes = "16.0 min"  # 9,600 samples
     assert rows(PRESETS["demo"](), rate, 1.2) == [
-        ("1", "10.0", minutes, minutes, "0.27"),
-        ("2", "10.0", minutes, minutes, "0.27"),
+        ("1", "10.0", minutes, minutes, "0.32"),
+        ("2", "10.0", minutes, minutes, "0.32"),
     ]
 
 
