@@ -118,7 +118,7 @@ def test_where_names_the_innermost_line_of_this_project() -> None:
     thread = threading.Thread(target=lambda: list(score(MEASNet(tiny()), blocked(), tiling)))
     thread.start()
     assert ready.wait(timeout=30)
-    assert re.fullmatch(r"distributed/evaluate\.py:\d+, score", where(thread.ident or 0))
+    assert re.fullmatch(r"distributed/evaluate\.py:\d+, score_with", where(thread.ident or 0))
     go_on.set()
     thread.join()
     assert where(thread.ident or 0) == ""
