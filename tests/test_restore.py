@@ -204,8 +204,8 @@ def test_wrong_inputs_are_one_line(
     for source, out, options, expected in (
         ("nowhere", "out", [], "no file or folder"),
         ("empty", "out", [], "no pictures"),
-        ("folder", "out.png", [], "must be one too"),
-        ("folder", "a-file", [], "must be one too"),
+        ("folder", "out.png", [], "must be a folder, not a file"),
+        ("folder", "a-file", [], "must be a folder, not a file"),
         (picture, "out.xyz", [], ".xyz; known are .png"),
         (picture, "a-file/out", [], "a-file"),
         (picture, "out", ["--tile", "-1"], "--tile is -1"),
