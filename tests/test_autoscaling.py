@@ -32,10 +32,11 @@ CPU_NODE: dict[str, Any] = {
 SPOT = {"InstanceMarketOptions": {"MarketType": "spot"}}
 SPOT_NODE = {"node_config": SPOT}
 ASK = """
+import sys
 import ray
 from ray.util import placement_group
 ray.init(logging_level="ERROR", log_to_driver=False)
-placement_group([{"CPU": 1}, {"CPU": 1}]).wait(20)
+placement_group([{"CPU": 1}, {"CPU": 1}]).wait(float(sys.argv[1]))
 """
 """A program that asks the cluster for two CPUs on two nodes."""
 
@@ -125,7 +126,8 @@ def test_spot_machines_come_first_and_on_demand_ones_where_there_are_none(
 ) -> None:
     cluster = AutoscalingCluster(tmp_path, types, provider=provider, idle_s=600)
     try:
-        subprocess.run([sys.executable, "-c", ASK], env=cluster.environment, check=True)
+        ask = [sys.executable, "-c", ASK, "120" if nodes else "20"]
+        subprocess.run(ask, env=cluster.environment, check=True)
         assert cluster.nodes() == nodes
         assert set(cluster.machines()) == machines
         assert machines != {"refused"} or len(cluster.machines()) > 4
