@@ -79,10 +79,15 @@ def resolve(config: TrainConfig) -> TrainConfig:
         config.data,
         train=absolute(config.data.train),
         validation=absolute(config.data.validation),
-        cache_dir=absolute(config.data.cache_dir),
+        cache_dir=_of_each_node(config.data.cache_dir),
     )
     init = config.init and absolute(config.init)
     return dataclasses.replace(config, storage=absolute(config.storage), init=init, data=data)
+
+
+def _of_each_node(folder: str) -> str:
+    """Absolute, except in the home of each node's user, `~`."""
+    return folder if folder.startswith("~") else absolute(folder)
 
 
 def check(config: TrainConfig) -> tuple[Manifest, Plan]:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distributed.access import check_storage
 from distributed.checkpoint import Checkpoint, RunState, Snapshot, newest_complete
 from distributed.checkpoint_writer import CheckpointWriter
 from distributed.cluster import own_device
@@ -80,6 +81,7 @@ class Session:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = own_device(settings["device"])
         self._folder = self.config.folder
+        check_storage(self.config.storage)
         self._log = RunLog(self._folder, self.rank)
         on_hang = self._log.event if self.rank == 0 else lambda line: None
         self._reporter = Reporter(settings["monitor"], self.rank, self.world, on_hang=on_hang)

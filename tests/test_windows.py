@@ -132,10 +132,11 @@ def test_windows(width: int, pixels: int, multiple: int, expected: tuple[int, in
 # --- A large photo ---
 
 RESTORE = """
-import resource, sys
+import sys
 from measnet.restore import main
 code = main(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+status = open("/proc/self/status").read()
+print(1024 * int(status.split("VmHWM:")[1].split()[0]))
 sys.exit(code)
 """
 
