@@ -357,7 +357,7 @@ def interrupted(arguments: list[str], after: float, gap: float) -> tuple[int, fl
         time.sleep(gap)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=90)
         return process.returncode, time.monotonic() - start, errors
     finally:
         with contextlib.suppress(ProcessLookupError):
@@ -375,7 +375,7 @@ def test_two_interrupts_end_it_cleanly(
     code, seconds, errors = interrupted(arguments, after, gap)
     assert (code, "Traceback" in errors) == (130, False), errors
     assert errors == "stopped; run the same command again to continue\n"
-    assert seconds < 20  # a second or two on an idle machine
+    assert seconds < 60  # a second or two on an idle machine
     # Nothing incomplete is left, and no process.
     assert not list(out.glob(".*.part"))
     assert not (out / "manifest.json").exists()
