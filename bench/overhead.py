@@ -33,8 +33,8 @@ from distributed.config import (
     TrackingConfig,
     TrainConfig,
 )
-from distributed.engine import build_optimizer
 from distributed.launch import launch
+from distributed.optimizer import build_optimizer
 from distributed.run_log import CONSUMED
 from distributed.schedule import learning_rate
 from measnet.config import tiny

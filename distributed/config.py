@@ -27,12 +27,16 @@ class Recipe:
     micro_batch: int = 4
     """Samples per forward pass. Part of the recipe: batch norm and the balance loss see one
     micro-batch."""
-    optimizer: Literal["adam", "adamw"] = "adam"
-    """`adam` as in the paper; `adamw` as in the authors' program."""
+    optimizer: Literal["adam", "adamw", "muon"] = "adam"
+    """`adam` as in the paper; `adamw` as in the authors' program; `muon`: Muon for the matrices,
+    AdamW for the rest."""
     lr: float = 2e-4
     """Peak learning rate."""
+    muon_lr: float = 0.02
+    """Peak learning rate of the matrices with optimizer muon: the size of an update's singular
+    values. It follows the same schedule."""
     weight_decay: float = 0.0
-    """Decoupled weight decay with adamw, L2 penalty with adam."""
+    """Decoupled weight decay with adamw and muon, L2 penalty with adam."""
     beta1: float = 0.9
     """Decay of the first moment."""
     beta2: float = 0.999
@@ -83,8 +87,9 @@ class Recipe:
                 raise ValueError(
                     f"recipe.{name} is {getattr(self, name)}, but must not be negative"
                 )
-        if self.lr <= 0:
-            raise ValueError(f"recipe.lr is {self.lr}, but must be above 0")
+        for name in ("lr", "muon_lr"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"recipe.{name} is {getattr(self, name)}, but must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +288,11 @@ class TrainConfig:
             raise ValueError(f"seed is {self.seed}, but must lie in [0, 2^63)")
         if self.profile < 0:
             raise ValueError(f"profile is {self.profile} steps, but must be 0 or more")
+        if self.recipe.optimizer == "muon" and self.engine.zero_stage:
+            raise ValueError(
+                f"recipe.optimizer muon needs whole matrices on each worker, but engine.zero_stage "
+                f"is {self.engine.zero_stage}; set it to 0, or take adamw"
+            )
         workers, _ = self.scaling.bounds
         if not self.scaling.elastic and self.recipe.micro_batches % workers:
             fits = [

@@ -63,7 +63,7 @@ def measure(config: TrainConfig, steps: int) -> Rate:
     import torch
 
     from distributed.decisions import decide
-    from distributed.engine import build_optimizer
+    from distributed.optimizer import build_optimizer
     from measnet.hardware import card_of, choose_device
     from measnet.losses import restoration_loss
     from measnet.network import MEASNet

@@ -4,17 +4,17 @@ The forward pass runs in bf16 by autocast where the device supports it. Weights,
 optimizer state are always fp32.
 """
 
-import inspect
 import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
-from distributed.config import Recipe, TrainConfig
+from distributed.config import TrainConfig
 from distributed.decisions import Decisions, choose_precision, decide
 from distributed.internals.deepspeed import light_deepspeed
+from distributed.optimizer import build_optimizer, clips_itself
 from measnet.hardware import Card, card_of
 from measnet.memory import Fit, fit, parameter_count, state_bytes
 from measnet.ops import cpu_library, gpu_library
@@ -42,15 +42,6 @@ def decide_for(device: torch.device, config: TrainConfig, world: int) -> Decisio
     if decisions.deterministic.choice == "on":
         use_deterministic_algorithms()
     return decisions
-
-
-def clips_itself(zero_stage: int, device_type: str) -> bool:
-    """Whether `GuardedAdam` clips the gradients, and not DeepSpeed.
-
-    DeepSpeed's clipping at stage 0 starts some three kernels for each parameter. On a CPU it stays
-    as it is, so that runs repeat to the bit.
-    """
-    return zero_stage == 0 and device_type == "cuda"
 
 
 def deepspeed_config(
@@ -88,89 +79,6 @@ def deepspeed_config(
     }
 
 
-class GuardedAdam(torch.optim.Adam):
-    """Adam that skips the update on all ranks where any rank holds a gradient that is not finite.
-
-    Not every ZeRO stage and precision of DeepSpeed looks for that; a NaN would stay in the moments
-    for good. On a GPU the check, the clipping and the skip are decided on the device, by torch's
-    fused Adam: the host does not wait for them.
-    """
-
-    def __init__(
-        self,
-        parameters: Any,
-        *,
-        clip: float = 0.0,
-        equal: bool = False,
-        fused: bool = False,
-        **options: Any,
-    ) -> None:
-        """Adam with the `options` of torch.
-
-        Args:
-            parameters: see torch.
-            clip: largest norm of the gradients; 0: they are not clipped here. For `fused` only.
-            equal: all ranks hold the same gradients, so each finds the same.
-            fused: decide on the device.
-            options: see torch.
-        """
-        super().__init__(parameters, fused=fused or None, **options)
-        self._clip, self._equal, self._fused = clip, equal, fused
-        self.applied = torch.ones(())
-        """1 where the last step updated the weights, 0 where it was skipped; on the device."""
-
-    # As torch has them, but for wrappers that keep its compiler out of them. To say so they import
-    # all of the compiler: two seconds of every start, of a run that lost a worker too.
-    add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.Adam.zero_grad)
-    state_dict = inspect.unwrap(torch.optim.Adam.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.Adam.load_state_dict)
-    _update = inspect.unwrap(torch.optim.Adam.step)
-
-    @property
-    def updates(self) -> int:
-        """Updates made so far; less than the steps asked for where some were skipped.
-
-        On a GPU this waits for the device.
-        """
-        return max((int(held["step"]) for held in self.state.values() if held), default=0)
-
-    @property
-    def device_updates(self) -> Tensor:
-        """The same as a tensor () on the device; only after the first step."""
-        return next(held["step"] for held in self.state.values() if held)
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update where all gradients of all ranks are finite; else leave everything as it is."""
-        parameters = [
-            p for group in self.param_groups for p in group["params"] if p.grad is not None
-        ]
-        if self._fused:
-            self._step_on_device([p.grad for p in parameters if p.grad is not None])
-            return
-        finite = torch.ones((), device=parameters[0].device if parameters else "cpu")
-        for p in parameters:
-            finite *= torch.isfinite(p.grad.sum())
-        if dist.is_initialized():
-            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        self.applied = finite
-        if finite.item():
-            self._update(closure)
-
-    def _step_on_device(self, gradients: list[Tensor]) -> None:
-        norm = torch.nn.utils.get_total_norm(gradients)
-        self.applied = norm.isfinite().float()
-        if not self._equal and dist.is_initialized():
-            dist.all_reduce(self.applied, op=dist.ReduceOp.MIN)
-        # The fused kernel divides the gradients by the one, and does nothing where the other is 1.
-        self.grad_scale = (
-            (norm / self._clip).clamp_min(1.0) if self._clip else torch.ones_like(norm)
-        )
-        self.found_inf = 1.0 - self.applied
-        self._update()
-
-
 def predict_fit(config: TrainConfig, world: int, card: Card, *, kernels: bool = False) -> Fit:
     """What a micro-batch needs of `card`, without and if need be with activation checkpointing.
 
@@ -192,22 +100,6 @@ def predict_fit(config: TrainConfig, world: int, card: Card, *, kernels: bool = 
         else "fp32",
         state=state,
         kernels=kernels,
-    )
-
-
-def build_optimizer(model: nn.Module, recipe: Recipe, zero_stage: int = 0) -> GuardedAdam:
-    """Adam, or AdamW where the recipe names it, over the parameters that are trained."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    device = parameters[0].device.type
-    return GuardedAdam(
-        parameters,
-        clip=recipe.clip if clips_itself(zero_stage, device) else 0.0,
-        equal=zero_stage == 0,
-        fused=device == "cuda",
-        lr=recipe.lr,
-        betas=(recipe.beta1, recipe.beta2),
-        weight_decay=recipe.weight_decay,
-        decoupled_weight_decay=recipe.optimizer == "adamw",
     )
 
 
@@ -236,17 +128,3 @@ def initialize(config: TrainConfig, decisions: Decisions, model: nn.Module) -> A
         # Alone there is nothing to add up; DeepSpeed would still copy all gradients twice.
         engine.enable_backward_allreduce = False
     return engine
-
-
-def guarded_optimizer(engine: Any) -> GuardedAdam:
-    """The optimizer given to DeepSpeed, inside whatever wraps it."""
-    optimizer = engine.optimizer
-    while not isinstance(optimizer, GuardedAdam):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def set_learning_rate(engine: Any, lr: float) -> None:
-    """Write the learning rate of the coming step into all parameter groups."""
-    for group in guarded_optimizer(engine).param_groups:
-        group["lr"] = lr

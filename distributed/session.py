@@ -20,11 +20,7 @@ from distributed.cluster import own_device
 from distributed.compilation import compile_blocks
 from distributed.config import TrainConfig
 from distributed.decisions import sharing_workers
-from distributed.engine import (
-    decide_for,
-    guarded_optimizer,
-    initialize,
-)
+from distributed.engine import decide_for, initialize
 from distributed.environment import keep_environment, record_environment
 from distributed.exchange import Exchange, Step, StepSums, curve_point
 from distributed.graphs import graph_micro_batches
@@ -43,6 +39,7 @@ from distributed.initial import start_from
 from distributed.internals.deepspeed import version_warning
 from distributed.meter import Meter
 from distributed.mlflow_tracker import RESUMED_S, Tracker
+from distributed.optimizer import guarded_optimizer
 from distributed.progress import Reporter
 from distributed.run_log import RunLog
 from distributed.scores import write

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distributed.engine import GuardedAdam, guarded_optimizer
 from distributed.internals.deepspeed import parts
+from distributed.optimizer import GuardedAdam, guarded_optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The tensors that Adam keeps for each parameter."""

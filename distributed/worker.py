@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from distributed.engine import set_learning_rate
 from distributed.exchange import Upload
+from distributed.optimizer import set_learning_rate
 from distributed.profiling import Profiling
 from distributed.schedule import learning_rate
 from distributed.session import Session

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed import engine as engines
+from distributed import optimizer as optimizers
 from distributed import sharded_state
 from distributed.config import EngineConfig, Recipe, TrainConfig
 from distributed.decisions import decide
@@ -56,8 +57,8 @@ def _steps(engine: Any, average: WeightAverage, steps: range, poison: int) -> li
     share = RECIPE.micro_batches // world
     means = []
     for step in steps:
-        engines.set_learning_rate(engine, learning_rate(RECIPE, step * RECIPE.global_batch))
-        updates = engines.guarded_optimizer(engine).updates
+        optimizers.set_learning_rate(engine, learning_rate(RECIPE, step * RECIPE.global_batch))
+        updates = optimizers.guarded_optimizer(engine).updates
         total = torch.zeros(1, dtype=torch.float64)
         for place in range(rank * share, (rank + 1) * share):
             noise = torch.Generator().manual_seed(1000 * step + place)
@@ -69,7 +70,7 @@ def _steps(engine: Any, average: WeightAverage, steps: range, poison: int) -> li
             engine.backward(loss)
             engine.step()
             total += loss.detach().double() / RECIPE.micro_batches
-        if engines.guarded_optimizer(engine).updates > updates:
+        if optimizers.guarded_optimizer(engine).updates > updates:
             average.update(updates + 1)
         dist.all_reduce(total)
         means.append(total.item())
@@ -99,7 +100,7 @@ def train_and_resume(stages: list[int], precision: str) -> list[dict[str, Any]]:
         average = sharded_state.WeightAverage(engine, RECIPE.ema_decay)
         losses = _steps(engine, average, range(3), poison=2)
         middle = _state(engine, average)
-        updates = engines.guarded_optimizer(engine).updates
+        updates = optimizers.guarded_optimizer(engine).updates
         later = _steps(engine, average, range(3, 6), poison=-1)
 
         shared = [middle]
@@ -115,7 +116,7 @@ def train_and_resume(stages: list[int], precision: str) -> list[dict[str, Any]]:
             {
                 "losses": losses + later,
                 "resumed": resumed,
-                "updates": engines.guarded_optimizer(engine).updates,
+                "updates": optimizers.guarded_optimizer(engine).updates,
                 "end": _state(engine, average),
                 "end_resumed": _state(again, average_again),
             }
@@ -201,7 +202,7 @@ def test_a_gpu_clips_skips_and_averages_as_a_cpu_does() -> None:
     results = []
     for fused in (False, True):
         network = _network()
-        adam = engines.GuardedAdam(
+        adam = optimizers.GuardedAdam(
             network.parameters(), lr=1e-2, fused=fused, clip=clip if fused else 0.0, equal=True
         )
         average = WeightAverage(SimpleNamespace(module=network), decay)
@@ -240,7 +241,7 @@ class _Reads(TorchDispatchMode):
 def test_the_host_reads_nothing_to_clip_and_skip_on_the_device(fused: bool, expected: int) -> None:
     """`meta` has no fused Adam, so the reads are counted on a CPU."""
     network = _network()
-    adam = engines.GuardedAdam(
+    adam = optimizers.GuardedAdam(
         network.parameters(), lr=1e-2, fused=fused, clip=0.05 * fused, equal=True
     )
     average = WeightAverage(SimpleNamespace(module=network), 0.9)

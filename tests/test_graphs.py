@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from distributed import engine as engines
 from distributed import graphs, sharded_state
+from distributed import optimizer as optimizers
 from distributed.config import EngineConfig, Recipe, TrainConfig
 from distributed.decisions import choose_graphs, decide
 from distributed.graphs import GraphError, MicroBatchGraph
@@ -155,7 +156,7 @@ def trained(graphed_ranks: int) -> dict[str, Any]:
             engine.step()
             losses.append(result.total.item())
         commit_statistics(model, reduce=dist.all_reduce)
-    adam = engines.guarded_optimizer(engine)
+    adam = optimizers.guarded_optimizer(engine)
     weights = {name: one.detach().clone() for name, one in model.named_parameters()}
     return {
         "weights": weights,

@@ -131,7 +131,7 @@ def held_by_engine(stage: int) -> tuple[int, int]:
     """Parameters, and bytes of all tensors when a backward pass ends, before a step's last one."""
     import deepspeed
 
-    from distributed.engine import GuardedAdam
+    from distributed.optimizer import GuardedAdam
     from distributed.sharded_state import WeightAverage
 
     model = MEASNet(configs.tiny())

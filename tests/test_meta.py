@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distributed.config import Recipe
-from distributed.engine import GuardedAdam, build_optimizer
+from distributed.optimizer import GuardedAdam, build_optimizer
 from distributed.sharded_state import WeightAverage
 from measnet import autocast
 from measnet import config as configs
