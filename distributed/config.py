@@ -14,6 +14,7 @@ import yaml
 
 from measnet.config import ModelConfig, from_dict, to_dict
 from shards.config import MAY_CHANGE, DataConfig
+from shards.tasks import DEGRADATIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +206,8 @@ class IntervalConfig:
     """Samples between validations; 0 validates only at the end."""
     validation_pictures: int = field(default=20, metadata=MAY_CHANGE)
     """Pictures restored per degradation in a validation during training; 0 takes all."""
+    validation_degradations: tuple[str, ...] = ()
+    """Only these are validated, such as `denoise_25`; empty: all that the set holds."""
     log: int = field(default=320, metadata=MAY_CHANGE)
     """Samples between two points of the curves in MLflow."""
 
@@ -220,6 +223,12 @@ class IntervalConfig:
             if getattr(self, name) < least:
                 raise ValueError(
                     f"every.{name} is {getattr(self, name)}, but must be at least {least}"
+                )
+        for degradation in self.validation_degradations:
+            if degradation not in DEGRADATIONS:
+                raise ValueError(
+                    f"every.validation_degradations names {degradation!r}; known: "
+                    + ", ".join(DEGRADATIONS)
                 )
 
 

@@ -1,6 +1,6 @@
 """Fine-tuning on a folder of your own photographs, in one command.
 
-    python -m distributed.finetune PHOTOS --init WEIGHTS [--name NAME] [--samples N]
+    python -m distributed.finetune PHOTOS [--init WEIGHTS] [--name NAME] [--samples N]
 
 Packs the photographs with synthetic degradations and chains of them, trains from the given weights,
 and compares both networks on photographs that were held out. The same command resumes.
@@ -22,6 +22,7 @@ from distributed.config import IntervalConfig, Recipe, TrainConfig
 from distributed.demo import Split, describe_device, scaling_for
 from measnet.config import ModelConfig
 from measnet.hardware import choose_device, this_machine
+from measnet.hub import SMALL
 from shards import layouts
 from shards.config import DataConfig
 
@@ -47,8 +48,9 @@ class Arguments:
 
     photos: tyro.conf.Positional[Path]
     """Folder of clean photographs, five or more; subfolders too."""
-    init: str
-    """Weights to start from: a run folder, a .safetensors file of this program."""
+    init: str = SMALL
+    """Weights to start from: a run folder, a .safetensors file of this program, or `small`, which
+    comes with it."""
     name: str = "finetuned"
     """Name of the run in runs/, and of the shards in data/."""
     samples: int = 4_000

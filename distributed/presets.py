@@ -57,6 +57,71 @@ def demo() -> TrainConfig:
     )
 
 
+def small() -> TrainConfig:
+    """All five tasks at tiny width on a few hundred pictures: the weights named `small`.
+
+    Command: `python -m distributed.train small`, on the shards that results/README.md names.
+    """
+    return TrainConfig(
+        name="small",
+        model=tiny(),
+        data=DataConfig(
+            train="data/small/train",
+            validation="data/small/validation",
+            crop=64,
+            augment="dihedral",
+            repeats={
+                "denoise_15": 1,
+                "denoise_25": 1,
+                "denoise_50": 1,
+                "derain": 2,
+                "dehaze": 2,
+                "deblur": 2,
+                "lowlight": 2,
+            },
+            loader_workers=0,
+        ),
+        recipe=Recipe(
+            samples=40_000,
+            global_batch=8,
+            micro_batch=4,
+            optimizer="muon",
+            lr=2e-3,
+            muon_lr=0.01,
+            beta2=0.99,
+            warmup_samples=800,
+            ema_decay=0.998,
+            balance_weight=0.01,
+        ),
+        scaling=ScalingConfig(workers="2", device="cpu", cpus_per_worker=1),
+        every=IntervalConfig(checkpoint=4_000, validate=20_000, validation_pictures=2, log=400),
+    )
+
+
+def speedrun() -> TrainConfig:
+    """The least time to 30.7 dB on CBSD68 at sigma 25, on two CPU cores.
+
+    Command: `python -m distributed.train speedrun`; `python bench/speedrun.py` also writes the
+    record. Rules: docs/speedrun.md.
+    """
+    config = small()
+    recipe = dataclasses.replace(config.recipe, samples=32_000, balance_weight=1e-3)
+    every = IntervalConfig(
+        checkpoint=8_000,
+        validate=4_000,
+        validation_pictures=0,
+        validation_degradations=("denoise_25",),
+        log=400,
+    )
+    data = dataclasses.replace(
+        config.data,
+        train="data/speedrun/train",
+        validation="data/speedrun/test",
+        repeats={"denoise_25": 1},
+    )
+    return dataclasses.replace(config, name="speedrun", data=data, recipe=recipe, every=every)
+
+
 def local_4090() -> TrainConfig:
     """The paper's network and three-task recipe on one RTX 4090, bf16, by accumulation.
 
@@ -117,6 +182,8 @@ def _paper_single(task: str) -> Callable[[], TrainConfig]:
 
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "demo": demo,
+    "small": small,
+    "speedrun": speedrun,
     "local-4090": local_4090,
     "paper-3task": paper_3task,
     "paper-5task": paper_5task,

@@ -60,6 +60,8 @@ class Score(NamedTuple):
     """Time to restore it."""
     routing: dict[str, list[float]]
     """Expert library -> share of the picture that chose each expert."""
+    turns: int = 1
+    """Mirrored and turned pictures that the result is the mean of; 1: no self-ensemble."""
 
 
 class Summary(NamedTuple):
@@ -243,11 +245,12 @@ def routing_table(report: EvaluationReport) -> Table:
 
 
 def _restored_how(score: Score) -> str:
+    mean = f", mean of {score.turns} turns" if score.turns > 1 else ""
     if not score.tile:
-        return "whole"
+        return f"whole{mean}"
     if not score.overlap:
-        return f"in exact tiles of {score.tile}"
-    return f"in tiles of {score.tile}, overlap {score.overlap}"
+        return f"in exact tiles of {score.tile}{mean}"
+    return f"in tiles of {score.tile}, overlap {score.overlap}{mean}"
 
 
 def _mean(rows: Sequence[Score] | Sequence[Summary]) -> Summary:

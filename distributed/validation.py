@@ -51,7 +51,8 @@ def validate(
     uri, limit = config.data.validation, config.every.validation_pictures
     own: list[Score] = []
     panels = Panels(1)
-    source = pictures(uri, limit=limit, data=config.data, rank=rank, world=world)
+    only = config.every.validation_degradations or None
+    source = pictures(uri, limit=limit, degradations=only, data=config.data, rank=rank, world=world)
     for result in score(model, source, tiling, seen=panels.keep):
         own.append(result)
         if stopping():

@@ -1,4 +1,7 @@
-"""The layout of the Hugging Face hub: config.json, model.safetensors, README.md in one folder."""
+"""Where weights are: files, folders in the layout of the Hugging Face hub, and `small`.
+
+The layout of the hub is config.json, model.safetensors, README.md in one folder.
+"""
 
 import re
 from os import PathLike
@@ -7,6 +10,9 @@ from pathlib import Path
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 CARD = "README.md"
+SMALL = "small"
+"""Name of the weights that come with this package (measnet/pretrained/README.md)."""
+SMALL_FILE = Path(__file__).parent / "pretrained" / "small.safetensors"
 _NAME_ON_THE_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -14,7 +20,8 @@ def weights_file(source: str | PathLike[str], *, revision: str | None = None) ->
     """The weights of a file, a folder, or a model on the hub, which is downloaded once.
 
     Args:
-        source: a file; a folder that holds `model.safetensors`; or `owner/name` on the hub.
+        source: a file; a folder that holds `model.safetensors`; `owner/name` on the hub; or
+            `small`, if there is no such file or folder.
         revision: branch, tag or commit on the hub; None: its main branch.
 
     Raises:
@@ -27,6 +34,8 @@ def weights_file(source: str | PathLike[str], *, revision: str | None = None) ->
         path = path / WEIGHTS
     if path.exists():
         return path
+    if str(source) == SMALL:
+        return SMALL_FILE
     if not _NAME_ON_THE_HUB.fullmatch(str(source)):
         raise FileNotFoundError(f"there is no file or run folder {path}")
     return Path(_download(str(source), revision))

@@ -1,6 +1,6 @@
 """Restore picture files of any size, within a limit of memory.
 
-    python -m measnet.restore IN [IN ...] OUT --weights model.safetensors
+    python -m measnet.restore IN [IN ...] OUT [--weights model.safetensors]
 
 docs/restore.md says what is kept, what is converted and how results are named.
 """
@@ -29,6 +29,7 @@ from torch import Tensor
 from measnet import decoding, pictures
 from measnet.ensemble import TURNS, self_ensemble
 from measnet.hardware import DeviceChoice, choose_device, this_machine
+from measnet.hub import SMALL
 from measnet.memory import RESERVE
 from measnet.network import MEASNet
 from measnet.tiling import (
@@ -201,8 +202,9 @@ class Arguments:
     ]
     """IN: pictures (PNG, JPEG, TIFF, WebP, BMP), or folders of pictures with any subfolders. OUT:
     folder to write to; for one picture also a file, whose suffix gives the format."""
-    weights: Path
-    """A .safetensors file, a checkpoint of the authors' program, or a run folder (runs/demo)."""
+    weights: Path = Path(SMALL)
+    """A .safetensors file, a checkpoint of the authors' program, a run folder (runs/demo), or
+    `small`: a tiny network that comes with the program (measnet/pretrained/README.md)."""
     memory: float = 0.0
     """GB of RAM (10⁹ bytes) that the program may take; larger pictures are restored in tiles, and
     what does not fit is kept in a file beside the result. 0: 90 % of the free memory."""

@@ -17,8 +17,9 @@ def load_weights(path: str | Path) -> MEASNet:
 
     Args:
         path: a file of `MEASNet.save_pretrained`; a checkpoint of the authors' program (.ckpt, .pth
-            or .safetensors); the folder of a finished run or of `measnet.export`; or the name of
-            such a folder on the Hugging Face hub (owner/name).
+            or .safetensors); the folder of a finished run or of `measnet.export`; the name of
+            such a folder on the Hugging Face hub (owner/name); or `small`, which comes with this
+            package.
 
     Returns:
         The network in evaluation mode, on the CPU.

@@ -306,3 +306,26 @@ def test_measures_are_metrics_and_in_the_summary(report: EvaluationReport) -> No
     assert metrics["val_mutual_information/encoder1"] >= 0
     assert len(summary["routing_measures"]) == 9
     assert sum(summary["routing_measures"]["encoder1"]["shares"]) == pytest.approx(1)
+
+
+def test_self_ensemble_is_the_mean_of_eight_turns_and_is_named(
+    model: MEASNet, shards: str, tmp_path: Path
+) -> None:
+    found = evaluate(model, shards, tmp_path, limit=1, ensemble=True)
+    one = found.scores[0]
+    picture = next(iter(pictures(shards, limit=1)))
+    turned = []
+    with torch.no_grad():
+        for mirrored in (False, True):
+            for quarter in range(4):
+                image = picture.degraded.flip(-1) if mirrored else picture.degraded
+                image = model(image.rot90(quarter, (1, 2))[None]).image[0].clamp(0, 1)
+                image = image.rot90(-quarter, (1, 2))
+                turned.append(image.flip(-1) if mirrored else image)
+    mean = torch.stack(turned).mean(0).double().numpy()
+    clean = picture.clean.double().numpy()
+    psnr = peak_signal_noise_ratio(clean, mean, data_range=1)
+    assert one.restored_psnr == pytest.approx(psnr, abs=1e-4)
+    assert found.tiles == {"whole, mean of 8 turns": len(found.scores)}
+    rows = list(csv.DictReader((tmp_path / "pictures.csv").open()))
+    assert {row["turns"] for row in rows} == {"8"}

@@ -56,6 +56,7 @@ def test_onnx_agrees_at_any_size(tmp_path: Path) -> None:
         np.testing.assert_allclose(restored, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_onnx_in_fp16_is_near(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -214,7 +215,7 @@ def test_a_wrong_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("variant", ["paper", "official"])
+@pytest.mark.parametrize("variant", ["paper", pytest.param("official", marks=pytest.mark.slow)])
 def test_the_dense_path_compiles_in_one_piece(variant: str) -> None:
     model = MEASNet(replace_dotted(SMALL, {"variant": variant, "expert_path": "dense"}))
     torch._dynamo.reset()

@@ -1,0 +1,188 @@
+"""The results in results/: evaluates weights on test sets, and writes results/README.md.
+
+    python bench/results.py WEIGHTS SET [SET ...]    # evaluates, adds to results/, writes README.md
+    python bench/results.py                          # writes README.md from what results/ holds
+
+SET is as for `python -m distributed.evaluate`: packed shards, or LAYOUT=FOLDER for the raw pictures
+of a benchmark. No figure of README.md is typed.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+RESULTS = ROOT / "results"
+KEPT = ("protocol", "held", "degradations", "arithmetic")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Evaluate weights, and write results/README.md."""
+
+    weights: tyro.conf.Positional[str] = ""
+    """A run, a weights file, or `small`."""
+    sets: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Packed shards, or LAYOUT=FOLDER."""
+
+
+def main() -> int:
+    """Exit code."""
+    given = tyro.cli(Arguments, prog="python bench/results.py")
+    if bool(given.weights) != bool(given.sets):
+        print("error: give WEIGHTS and at least one SET, or neither", file=sys.stderr)
+        return 2
+    for one in given.sets:
+        code = evaluate(given.weights, one)
+        if code:
+            return code
+    text = "\n".join(page())
+    (RESULTS / "README.md").write_text(text + "\n")
+    print(f"written: {RESULTS / 'README.md'}")
+    return 0
+
+
+def evaluate(weights: str, one: str) -> int:
+    """Run the evaluation, and keep its figures in results/WEIGHTS/SET.json."""
+    from distributed.sources import parse
+
+    name = Path(weights).stem
+    target = RESULTS / name / f"{parse(one).name}.json"
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["-m", "distributed.evaluate", weights, one, "--out", folder]
+        began = time.monotonic()
+        code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+        if code:
+            return code
+        report = json.loads(Path(folder, "summary.json").read_text())
+    record = {
+        **origin(),
+        "command": f"python bench/results.py {weights} {shlex.quote(_without_folder(one))}",
+        "seconds": round(time.monotonic() - began),
+        **{key: report[key] for key in KEPT},
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def _without_folder(one: str) -> str:
+    """`cbsd68=/somewhere/CBSD68` -> `cbsd68=CBSD68`: a record names no folder of a machine."""
+    layout, separator, folder = one.rpartition("=")
+    return f"{layout}{separator}{Path(folder).name}"
+
+
+def origin() -> dict[str, Any]:
+    """Date, commit and machine of a record."""
+    from measnet.hardware import this_machine
+
+    described = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    machine = this_machine()
+    processor = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "unknown processor",
+    )
+    cards = [card.name for card in machine.cards]
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": described.stdout.strip() or "unknown",
+        "machine": ", ".join(cards) or processor,
+    }
+
+
+def page() -> Iterator[str]:
+    """The lines of results/README.md."""
+    yield from (
+        "# Results",
+        "",
+        "Written by `python bench/results.py` from the records beside it; no figure is typed. PSNR "
+        "is in dB. *Pictures* says how many of the set there were.",
+    )
+    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
+        records = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
+        if folder.name == "speedrun":
+            yield from _speed_runs(records)
+        elif records:
+            yield from _weights(folder.name, records)
+
+
+def _weights(name: str, records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    yield from ("", f"## `{name}`", "")
+    about = RESULTS / name / "about.md"
+    if about.is_file():
+        yield from (about.read_text().rstrip(), "")
+    yield "| set | degradation | pictures | PSNR before | PSNR after | gain | SSIM after |"
+    yield "|---|---|---|---|---|---|---|"
+    for dataset, record in records.items():
+        for degradation, row in record["degradations"].items():
+            held = record["held"][degradation]
+            of = f" of {held['benchmark']}" if held["benchmark"] else ""
+            gain = row["restored_psnr"] - row["input_psnr"]
+            yield _row(
+                dataset,
+                degradation,
+                f"{row['pictures']}{of}",
+                f"{row['input_psnr']:.2f}",
+                f"{row['restored_psnr']:.2f}",
+                f"{gain:+.2f}",
+                f"{row['restored_ssim']:.3f}",
+            )
+    yield ""
+    for dataset, record in records.items():
+        yield (
+            f"* {dataset}: `{record['command']}`, {record['seconds']} s on {record['machine']}, "
+            f"{record['date']}, commit {record['commit']}"
+        )
+    protocols = {record["protocol"]["description"] for record in records.values()}
+    yield from ("", *(f"Protocol: {one}." for one in sorted(protocols)))
+
+
+def _speed_runs(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    yield from ("", "## Speed run", "", "Minutes from nothing to a PSNR on CBSD68, sigma 25; ")
+    yield "[docs/speedrun.md](../docs/speedrun.md) has the rules."
+    marks: Sequence[str] = list(next(iter(records.values()), {}).get("seconds_to", {}))
+    after = ("whole run", "PSNR", "samples", "pictures", "machine", "commit")
+    header = ("date", *(f"{mark} dB" for mark in marks), *after)
+    yield from ("", _row(*header), "|---" * len(header) + "|")
+    for record in records.values():
+        machine = record["machine"]
+        yield _row(
+            record["date"],
+            *(_minutes(record["seconds_to"][mark]) for mark in marks),
+            _minutes(record["seconds"]),
+            f"{record['psnr']:.2f}",
+            f"{record['samples']:,}",
+            record["pictures"],
+            f"{machine['cores']} cores, {machine['processor']}",
+            record["commit"],
+        )
+
+
+def _row(*cells: object) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _minutes(seconds: float | None) -> str:
+    return "not reached" if seconds is None else f"{seconds / 60:.1f} min"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,93 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import results, speedrun
+from distributed.config import IntervalConfig
+from measnet import hub
+from measnet.config import tiny
+from measnet.weights import load_weights
+
+
+def _point(step: int, seconds: float, **metrics: float) -> dict[str, object]:
+    return {"step": step, "time": 1000 * (100 + seconds), "metrics": metrics}
+
+
+def test_the_clock_stands_still_while_it_validates() -> None:
+    records = [
+        _point(8, 20, **{"train/loss": 1.0}),
+        _point(8, 50, **{speedrun.VALIDATED: 29.0}),
+        _point(8, 51, **{"speed/validate_s": 25.0}),
+        _point(16, 90, **{speedrun.VALIDATED: 30.25}),
+        _point(16, 91, **{"speed/validate_s": 15.0}),
+    ]
+    curve = speedrun.clock(records, started=100)
+    assert [(p["samples"], p["seconds"], p["psnr"]) for p in curve] == [
+        (8, 25.0, 29.0),
+        (16, 50.0, 30.25),
+    ]
+    assert speedrun.seconds_to(curve, 29.0) == 25.0
+    assert speedrun.seconds_to(curve, 30.0) == 50.0
+    assert speedrun.seconds_to(curve, 30.7) is None
+
+
+def test_a_record_does_not_continue_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "speedrun").mkdir(parents=True)
+    assert speedrun.main([]) == 2
+    assert "runs/speedrun exists" in capsys.readouterr().out
+
+
+def test_the_page_is_written_from_the_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    row = {"pictures": 10, "input_psnr": 20.5, "restored_psnr": 29.75, "restored_ssim": 0.8125}
+    origin = {"date": "2026-01-02", "commit": "abc", "machine": "a card", "seconds": 7}
+    record = origin | {
+        "command": "python bench/results.py small cbsd68=CBSD68",
+        "protocol": {"description": "protocol 9"},
+        "held": {"denoise_25": {"packed": 10, "benchmark": 68}},
+        "degradations": {"denoise_25": row},
+    }
+    fast = {
+        **origin,
+        "machine": {"cores": 2, "processor": "a processor"},
+        "seconds": 90,
+        "seconds_to": {"30.0": 60.0, "30.7": None},
+        "psnr": 30.25,
+        "samples": 1234,
+        "pictures": 68,
+    }
+    for name, content in (("small/cbsd68", record), ("speedrun/first", fast)):
+        path = tmp_path / f"{name}.json"
+        path.parent.mkdir()
+        path.write_text(json.dumps(content))
+    page = "\n".join(results.page())
+    assert "| cbsd68 | denoise_25 | 10 of 68 | 20.50 | 29.75 | +9.25 | 0.812 |" in page
+    assert "`python bench/results.py small cbsd68=CBSD68`, 7 s on a card" in page
+    assert "| 2026-01-02 | 1.0 min | not reached | 1.5 min | 30.25 | 1,234 | 68 |" in page
+
+
+def test_a_record_names_no_folder_of_a_machine() -> None:
+    assert results._without_folder("cbsd68=/home/me/CBSD68") == "cbsd68=CBSD68"
+    assert results._without_folder("/data/shards/test") == "test"
+
+
+def test_the_weights_that_come_with_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_weights("small").config == tiny()
+    assert hub.SMALL_FILE.stat().st_size <= 5e6
+    (tmp_path / "small").mkdir()  # a folder of that name comes first
+    with pytest.raises(ValueError, match=r"the folder small holds no model\.safetensors"):
+        load_weights("small")
+
+
+def test_an_unknown_degradation_to_validate_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"every\.validation_degradations names 'denoise_26'"):
+        IntervalConfig(validation_degradations=("denoise_26",))
