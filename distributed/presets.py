@@ -105,7 +105,9 @@ def speedrun() -> TrainConfig:
     record. Rules: docs/speedrun.md.
     """
     config = small()
-    recipe = dataclasses.replace(config.recipe, samples=32_000, balance_weight=1e-3)
+    recipe = dataclasses.replace(
+        config.recipe, samples=16_000, ema_decay=0.995, balance_weight=1e-3
+    )
     every = IntervalConfig(
         checkpoint=8_000,
         validate=4_000,
