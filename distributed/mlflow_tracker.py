@@ -22,7 +22,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from PIL import Image
 
 from distributed.config import TrackingConfig, TrainConfig, as_metrics, to_yaml
 from distributed.environment import SystemMetrics, code_version, installed_packages
@@ -240,6 +242,14 @@ RESUMED_S = 60.0
 after a lost worker the run trains first."""
 
 
+class _Artifact(NamedTuple):
+    path: Path
+    folder: str
+    """Or the key of a picture."""
+    step: int | None = None
+    """Of a picture."""
+
+
 class Tracker:
     """Records the metrics of one training run; rank 0 has one.
 
@@ -281,8 +291,8 @@ class Tracker:
         default_s = STORE_EVERY_S if run_log.in_store else EVERY_S
         self._every_s, self._retry_s = every_s or default_s, retry_s
         self._first_s = self._every_s if first_s is None else first_s
-        self._artifacts: queue.SimpleQueue[tuple[Path, str]] = queue.SimpleQueue()
-        self._waiting: list[tuple[Path, str]] = []
+        self._artifacts: queue.SimpleQueue[_Artifact] = queue.SimpleQueue()
+        self._waiting: list[_Artifact] = []
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._system, self._system_at = SystemMetrics(card), 0.0
         self.problem: str | None = None
@@ -290,8 +300,8 @@ class Tracker:
         self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
         self._thread.start()
 
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Record `values` after `step` samples."""
+    def metrics(self, values: Mapping[str, float], step: int) -> bool:
+        """Record `values` after `step` samples; False if all were recorded before a restart."""
         with self._lock:
             new = {
                 name: float(value)
@@ -299,14 +309,19 @@ class Tracker:
                 if step > self._last.get(name, -1)
             }
             if not new:
-                return
+                return False
             self._last.update(dict.fromkeys(new, step))
             record = {"time": int(time.time() * 1000), "step": int(step), "metrics": new}
             self._file.write(json.dumps(record).encode() + b"\n")
+        return True
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Send a file, or all files of a folder, to `folder` later; they must exist until then."""
-        self._artifacts.put((path, folder))
+        self._artifacts.put(_Artifact(path, folder))
+
+    def picture(self, path: Path, key: str, step: int) -> None:
+        """Send a picture later; MLflow shows those of one `key` with a slider over the steps."""
+        self._artifacts.put(_Artifact(path, key, step))
 
     def close(self, deadline_s: float = 5.0) -> bool:
         """Send the rest within `deadline_s` seconds; whether MLflow has everything."""
@@ -350,11 +365,14 @@ class Tracker:
             while True:
                 self._waiting.append(self._artifacts.get_nowait())
         while self._waiting:
-            path, folder = self._waiting[0]
-            if path.exists():
+            path, folder, step = self._waiting[0]
+            if not path.exists():
+                log.warning("%s was deleted before it was sent to MLflow", path)
+            elif step is None:
                 _send_artifact(client, run_id, path, folder)
             else:
-                log.warning("%s was deleted before it was sent to MLflow", path)
+                with Image.open(path) as picture:
+                    client.log_image(run_id, picture, key=folder, step=step, synchronous=True)
             self._waiting.pop(0)
 
     def _sample_system(self) -> None:

@@ -54,6 +54,7 @@ from distributed.validation import agree_on_tiling, validate
 from measnet.config import from_dict, to_dict
 from measnet.hardware import card_of
 from measnet.network import MEASNet
+from measnet.routing import drift
 from measnet.tiling import Tiling
 from shards.reader import DamagedError
 from shards.stream import Batch, TrainStream
@@ -416,10 +417,9 @@ class Session:
         with self.average.in_place():
             return weights(self.engine)
 
-    def keep_metrics(self, metrics: Mapping[str, float], samples: int) -> None:
-        """Record metrics after this many samples."""
-        if self._tracker:
-            self._tracker.metrics(metrics, samples)
+    def keep_metrics(self, metrics: Mapping[str, float], samples: int) -> bool:
+        """Record metrics after this many samples; whether they are new, on rank 0."""
+        return bool(self._tracker and self._tracker.metrics(metrics, samples))
 
     @timed("speed/validate_s")
     def validate(self) -> None:
@@ -440,14 +440,19 @@ class Session:
         mean = report.mean.restored_psnr
         self._best = mean if self._best is None else max(self._best, mean)
         self._validations.append((self.samples, mean))
+        before = self._validation.get("report", {}).get("routing", {})
+        moved = {f"val_drift/{name}": far for name, far in drift(before, report.routing).items()}
         self._validation = {"at": self.samples, "psnr": mean, "report": report.as_dict()}
         for warning in routing_warnings(self.meter.take_usage(), self.config.model):
             self.note(warning)
-        self.keep_metrics(report.metrics(), self.samples)
+        new = self.keep_metrics(report.metrics() | moved, self.samples)
         if self._tracker:
             folder = self._log.folder / "validation" / f"{self.samples:012d}"
             write(report, grids, folder)
             self._tracker.artifact(folder, f"validation/{self.samples:012d}")
+            for name in grids if new else ():  # the same pictures each time
+                path = folder / "grids" / f"{name}.png"
+                self._tracker.picture(path, f"validation/{name}", self.samples)
         by_task = "  ".join(
             f"{t} {s.input_psnr:.2f} -> {s.restored_psnr:.2f}" for t, s in report.tasks.items()
         )

@@ -66,6 +66,23 @@ def jensen_shannon(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.sqrt(max(0.0, divergence) / np.log(2)))
 
 
+def drift(before: Shares, now: Shares) -> dict[str, float]:
+    """Library -> how far its use has moved: the mean over the tasks of the Jensen-Shannon distance.
+
+    0: each task uses the experts as before; 1: it uses none of those of before. Only tasks and
+    libraries in both count.
+    """
+    distances: dict[str, list[float]] = {}
+    for task in before.keys() & now.keys():
+        for library in before[task].keys() & now[task].keys():
+            first, second = (
+                np.asarray(shares[task][library], float) / np.sum(shares[task][library])
+                for shares in (before, now)
+            )
+            distances.setdefault(library, []).append(jensen_shannon(first, second))
+    return {library: float(np.mean(own)) for library, own in sorted(distances.items())}
+
+
 def has_collapsed(effective_experts: float, *, experts: int, top_k: int) -> bool:
     """Whether a library uses hardly more than the same K experts, though it has more."""
     return experts > top_k and effective_experts < 1.1 * top_k

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -320,3 +321,16 @@ def test_mean_gates_are_means_over_pixels() -> None:
     torch.testing.assert_close(means.gates("encoder1"), expected)
     both = torch.cat([routing.margin(first).flatten(), routing.margin(second).flatten()])
     assert means.margin("encoder1") == pytest.approx(both.mean().item(), rel=1e-5)
+
+
+def test_drift_is_the_distance_of_the_shares_of_each_task() -> None:
+    before = {"derain": {"encoder1": [2.0, 0.0], "encoder2": [1.0, 1.0]}, "dehaze": {}}
+    now = {
+        "derain": {"encoder1": [0.0, 2.0], "encoder2": [1.0, 1.0]},
+        "deblur": {"encoder1": [1.0, 1.0]},
+    }
+    assert routing.drift(before, now) == pytest.approx({"encoder1": 1.0, "encoder2": 0.0})
+    assert routing.drift({}, now) == {}
+    half = {"derain": {"encoder1": [1.0, 1.0]}}
+    expected = routing.jensen_shannon(np.array([1.0, 0.0]), np.array([0.5, 0.5]))
+    assert routing.drift(before, half) == pytest.approx({"encoder1": expected})

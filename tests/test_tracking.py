@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from distributed import environment, mlflow_model, mlflow_tracker
 from distributed.config import TrackingConfig, as_metrics
@@ -200,6 +201,21 @@ def test_artifacts_go_through_the_background(tmp_path: Path, run: Run) -> None:
     files = mlflow_tracker.client_of(run).list_artifacts(run.id, "samples/100")
     assert [f.path for f in files] == ["samples/100/derain.png"]
     assert mlflow_tracker.log_artifacts(run, tmp_path / "grids" / "derain.png", "end")
+
+
+def test_pictures_of_one_key_have_a_step_each(tmp_path: Path, run: Run) -> None:
+    path = tmp_path / "grid.png"
+    Image.new("RGB", (8, 6), "red").save(path)
+    tracker = Tracker(RunLog(str(tmp_path / "run"), 0), run, every_s=0.05)
+    for step in (8, 16):
+        tracker.picture(path, "validation/derain", step)
+    assert tracker.close()
+    client = mlflow_tracker.client_of(run)
+    names = [file.path for file in client.list_artifacts(run.id, "images")]
+    for step in (8, 16):
+        sent = [n for n in names if f"+step+{step}+" in n.replace("%", "+") and n.endswith(".png")]
+        assert len(sent) == 1, names
+    assert all("validation~derain" in name for name in names)
 
 
 def test_key_stays_the_same(tmp_path: Path) -> None:
