@@ -34,7 +34,7 @@ RECORDS = ROOT / "results" / "speedrun"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, evaluate, write the record; returns the exit code."""
-    started = time.time()
+    started, commit = time.time(), _commit()
     given = list(sys.argv[1:] if argv is None else argv)
     config = parse(["speedrun", *_as_fields(given)], prog="python bench/speedrun.py")
     console = Console()
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tested = report.as_dict()["degradations"][DEGRADATION]
     record = {
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": _commit(),
+        "commit": commit,
         "machine": {name: machine.get(name) for name in ("device", "processor", "cores", "torch")},
         "workers": config.scaling.workers,
         "samples": config.recipe.samples,
@@ -82,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = RECORDS / f"{record['date']}-{config.name}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
     console.print(table(record))
+    console.print(
+        f"CBSD68, sigma 25, {record['pictures']} pictures: {record['psnr']:.2f} dB",
+        highlight=False,
+    )
     console.print(f"record: {path}\nrun: {config.folder}", highlight=False)
     return 0
 
@@ -124,7 +128,7 @@ def seconds_to(curve: Sequence[Mapping[str, float]], mark: float) -> float | Non
 
 def table(record: Mapping[str, Any]) -> Table:
     """The record for the terminal."""
-    view = Table(title=f"CBSD68, sigma 25, {record['pictures']} pictures: {record['psnr']:.2f} dB")
+    view = Table()
     view.add_column("PSNR")
     view.add_column("minutes", justify="right")
     for mark, seconds in record["seconds_to"].items():
