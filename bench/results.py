@@ -156,7 +156,7 @@ def _weights(name: str, records: Mapping[str, Mapping[str, Any]]) -> Iterator[st
 
 
 def _speed_runs(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    yield from ("", "## Speed run", "", "Minutes from nothing to a PSNR on CBSD68, sigma 25; ")
+    yield from ("", "## Speed run", "", "Minutes from nothing to a PSNR on CBSD68, sigma 25;")
     yield "[docs/speedrun.md](../docs/speedrun.md) has the rules."
     marks: Sequence[str] = list(next(iter(records.values()), {}).get("seconds_to", {}))
     after = ("whole run", "PSNR", "samples", "pictures", "machine", "commit")
@@ -174,6 +174,29 @@ def _speed_runs(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             f"{machine['cores']} cores, {machine['processor']}",
             record["commit"],
         )
+    draw_speed_runs(records, RESULTS / "speedrun" / "curves.png")
+    yield from ("", "![PSNR over the minutes of training](speedrun/curves.png)", "")
+    for record in records.values():
+        yield f"* {record['date']}: `{record['command'].strip()}`, {record['workers']} workers"
+
+
+def draw_speed_runs(records: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """PSNR over the minutes of training, a line per record, with the marks."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    for name, record in records.items():
+        minutes = [point["seconds"] / 60 for point in record["curve"]]
+        axes.plot(minutes, [point["psnr"] for point in record["curve"]], "o-", label=name)
+        for mark in record["seconds_to"]:
+            axes.axhline(float(mark), color="0.7", linewidth=0.8, zorder=0)
+            axes.annotate(f"{mark} dB", (0, float(mark)), va="bottom", color="0.4", fontsize=8)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("minutes of training")
+    axes.set_ylabel("PSNR in dB, CBSD68, sigma 25")
+    axes.legend(loc="lower right")
+    figure.savefig(path, metadata={"Software": None})
 
 
 def _row(*cells: object) -> str:

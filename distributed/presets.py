@@ -83,7 +83,7 @@ def small() -> TrainConfig:
             loader_workers=0,
         ),
         recipe=Recipe(
-            samples=20_000,
+            samples=10_000,
             global_batch=8,
             micro_batch=4,
             optimizer="muon",
@@ -95,7 +95,7 @@ def small() -> TrainConfig:
             balance_weight=0.01,
         ),
         scaling=ScalingConfig(workers="2", device="cpu", cpus_per_worker=1),
-        every=IntervalConfig(checkpoint=4_000, validate=10_000, validation_pictures=2, log=400),
+        every=IntervalConfig(checkpoint=4_000, validate=5_000, validation_pictures=2, log=400),
     )
 
 

@@ -61,6 +61,9 @@ def test_the_page_is_written_from_the_records(
         "psnr": 30.25,
         "samples": 1234,
         "pictures": 68,
+        "curve": [{"samples": 8, "seconds": 60.0, "psnr": 30.25}],
+        "command": "python bench/speedrun.py",
+        "workers": "2",
     }
     for name, content in (("small/cbsd68", record), ("speedrun/first", fast)):
         path = tmp_path / f"{name}.json"
@@ -69,6 +72,7 @@ def test_the_page_is_written_from_the_records(
     page = "\n".join(results.page())
     assert "| cbsd68 | denoise_25 | 10 of 68 | 20.50 | 29.75 | +9.25 | 0.812 |" in page
     assert "`python bench/results.py small cbsd68=CBSD68`, 7 s on a card" in page
+    assert (tmp_path / "speedrun" / "curves.png").is_file()
     assert "| 2026-01-02 | 1.0 min | not reached | 1.5 min | 30.25 | 1,234 | 68 |" in page
 
 
