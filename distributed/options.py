@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 MOST = 3
@@ -11,11 +11,14 @@ MOST = 3
 
 
 def option_names(config: Any, prefix: str = "") -> Iterator[str]:
-    """The options of a configuration, a dataclass: `recipe.micro-batch` for each field."""
+    """The options of a configuration, a dataclass: `recipe.micro-batch` for each field, and
+    `data.repeats.derain` for each entry of a mapping."""
     for field in dataclasses.fields(config):
         name, value = f"{prefix}{field.name.replace('_', '-')}", getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             yield from option_names(value, f"{name}.")
+        elif isinstance(value, Mapping) and value:
+            yield from (f"{name}.{key.replace('_', '-')}" for key in value)
         else:
             yield name
 
@@ -53,7 +56,9 @@ def unknown_options(arguments: Sequence[str], names: Iterable[str], prog: str) -
     options = [a.partition("=")[0] for a in arguments if re.match("--?[A-Za-z]", a)]
     messages = []
     for option in options:
-        near = similar(option.lstrip("-"), names)
+        written = option.lstrip("-")
+        entries = [name for name in names if name.startswith(f"{written}.")]
+        near = entries[:MOST] or similar(written, names)
         hint = f"; did you mean {' or '.join(f'--{name}' for name in near)}?" if near else "."
         messages.append(f"unknown option {option}{hint}")
     if not options:

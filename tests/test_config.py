@@ -56,6 +56,10 @@ def test_a_yaml_file_is_a_starting_point(tmp_path: Path) -> None:
         (["--recipe.global_bach", "8"], ["did you mean --recipe.global-batch?"]),
         (["demo", "--dryrun"], ["unknown option --dryrun; did you mean --dry-run?"]),
         (["demo", "--dry_run"], ["did you mean --dry-run?"]),
+        (
+            ["demo", "--data.repeats", "lowlight", "2"],
+            ["did you mean --data.repeats.denoise-15 or --data.repeats.denoise-25"],
+        ),
         (["--scaling.gpus", "8"], ["unknown option --scaling.gpus. python"]),
         (["demo", "more"], ["unknown argument 'more'"]),
         (["demo", "--recipe.micro-batch", "3"], ["must be a multiple of recipe.micro_batch 3"]),
