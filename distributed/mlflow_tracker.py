@@ -22,13 +22,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
 from distributed.config import TrackingConfig, TrainConfig, as_metrics, to_yaml
 from distributed.environment import SystemMetrics, code_version, installed_packages
-from distributed.run_log import EVENTS, METRICS, RunLog, read, records
+from distributed.run_log import EVENTS, METRICS, RunLog, complete_lines, read, records
 from shards.storage import open_folder
 
 if TYPE_CHECKING:
@@ -242,12 +242,8 @@ RESUMED_S = 60.0
 after a lost worker the run trains first."""
 
 
-class _Artifact(NamedTuple):
-    path: Path
-    folder: str
-    """Or the key of a picture."""
-    step: int | None = None
-    """Of a picture."""
+_Artifact = tuple[Path, str, int | None]
+"""A path, its folder, None; or of a picture its path, key and step."""
 
 
 class Tracker:
@@ -281,7 +277,7 @@ class Tracker:
         """
         self._log, self._path = run_log, run_log.folder / METRICS
         self._last: dict[str, int] = {}
-        data, end = _read_from(self._path, 0)
+        data, end = complete_lines(self._path, 0)
         for record in records(data):
             self._last.update(dict.fromkeys(record["metrics"], record["step"]))
         self._system_step = self._last.get("system/cpu_utilization_percentage", -1)
@@ -317,11 +313,11 @@ class Tracker:
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Send a file, or all files of a folder, to `folder` later; they must exist until then."""
-        self._artifacts.put(_Artifact(path, folder))
+        self._artifacts.put((path, folder, None))
 
     def picture(self, path: Path, key: str, step: int) -> None:
         """Send a picture later; MLflow shows those of one `key` with a slider over the steps."""
-        self._artifacts.put(_Artifact(path, key, step))
+        self._artifacts.put((path, key, step))
 
     def close(self, deadline_s: float = 5.0) -> bool:
         """Send the rest within `deadline_s` seconds; whether MLflow has everything."""
@@ -345,7 +341,7 @@ class Tracker:
             if self._run is None:
                 return True
             self._run = open_run(self._run)
-            data, end = _read_from(self._path, self._sent, kept)
+            data, end = complete_lines(self._path, self._sent, kept)
             client = client_of(self._run)
             _send_metrics(client, self._run.id, records(data))
             self._sent = end
@@ -490,18 +486,6 @@ def _send_artifact(client: "MlflowClient", run_id: str, path: Path, folder: str)
         client.log_artifacts(run_id, str(path), folder or None)
     else:
         client.log_artifact(run_id, str(path), folder or None)
-
-
-def _read_from(path: Path, start: int, end: int | None = None) -> tuple[bytes, int]:
-    """Complete lines from byte `start` to `end`, and the position after the last of them."""
-    try:
-        with path.open("rb") as file:
-            file.seek(start)
-            data = file.read(-1 if end is None else end - start)
-    except FileNotFoundError:
-        return b"", start
-    complete = data[: data.rfind(b"\n") + 1]
-    return complete, start + len(complete)
 
 
 def _first_line(error: Exception) -> str:

@@ -212,6 +212,18 @@ def records(lines: bytes) -> list[dict[str, Any]]:
     return found
 
 
+def complete_lines(path: Path, start: int, end: int | None = None) -> tuple[bytes, int]:
+    """Complete lines from byte `start` to `end`, and the position after the last of them."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            data = file.read(-1 if end is None else end - start)
+    except FileNotFoundError:
+        return b"", start
+    complete = data[: data.rfind(b"\n") + 1]
+    return complete, start + len(complete)
+
+
 def until(lines: bytes, samples: int) -> bytes:
     """The log of consumed samples up to the step that ends with `samples` samples."""
     kept = lines.splitlines(keepends=True)

@@ -136,7 +136,7 @@ def test_importance_finds_the_parameter_that_matters() -> None:
     ("trials", "more"),
     [
         (1, ()),
-        (3, ("--space", "--vary", "recipe.optimizer=adam,adamw")),
+        (3, ("--space", "--vary", "recipe.optimizer=adam,muon")),
         (3, ("--space", "--vary", "model.mee=true,false", "--vary", "recipe.lr=log 1e-4..1e-2")),
         (4, ("--space", "width")),
     ],

@@ -184,7 +184,7 @@ def test_a_wrong_command_line_is_answered(
 
 def test_a_file_of_ranges(tmp_path: Path) -> None:
     file = tmp_path / "ranges.yaml"
-    file.write_text("model.dim: 8,16\nrecipe.lr: log 1e-4..1e-2\nrecipe.optimizer: [adam, adamw]\n")
+    file.write_text("model.dim: 8,16\nrecipe.lr: log 1e-4..1e-2\nrecipe.optimizer: [adam, muon]\n")
     config = parse(["demo", "--space", str(file)])
     space = build(config.space, config.vary, config.base())
     assert [p.field for p in space.parameters] == ["model.dim", "recipe.lr", "recipe.optimizer"]
@@ -246,7 +246,7 @@ def test_a_trial_takes_one_worker_unless_told_otherwise(tmp_path: Path) -> None:
     ("changes", "expected"),
     [
         ({}, []),
-        ({"name": "b", "storage": "x", "scaling.workers": "1", "engine.zero_stage": 3}, []),
+        ({"name": "b", "storage": "x", "scaling.workers": "1", "engine.compile": "on"}, []),
         ({"data.train": "x", "data.prefetch": 1, "data.cache_gib": 9.0, "every.validate": 9}, []),
         ({"every.validation_pictures": 9}, []),
         ({"recipe.lr": 0.5}, ["recipe.lr 0.003 (now 0.5)"]),

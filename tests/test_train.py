@@ -33,6 +33,7 @@ def command(packed: Path, *more: str) -> list[str]:
         *(() if "--scaling.workers" in more else ("--scaling.workers", "1")),
         *("--data.train", str(packed / "train"), "--data.validation", str(packed / "test")),
         *("--data.crop", "32", "--model.dim", "8", "--engine.zero-stage", "1"),
+        *("--recipe.optimizer", "adam"),  # the demo's needs ZeRO stage 0
         *("--recipe.samples", "48", "--recipe.global-batch", "4", "--recipe.micro-batch", "2"),
         *("--recipe.warmup-samples", "8", "--every.log", "4", "--every.checkpoint", "16"),
         *("--every.validate", "0", "--every.validation-pictures", "1", *more),
