@@ -86,26 +86,24 @@ def _without_folder(one: str) -> str:
 
 def origin() -> dict[str, Any]:
     """Date, commit and machine of a record."""
+    from distributed.environment import processor
     from measnet.hardware import this_machine
 
-    described = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
-    machine = this_machine()
-    processor = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        "unknown processor",
-    )
-    cards = [card.name for card in machine.cards]
+    cards = [card.name for card in this_machine().cards]
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": described.stdout.strip() or "unknown",
-        "machine": ", ".join(cards) or processor,
+        "commit": commit(),
+        "machine": ", ".join(cards) or processor(),
     }
+
+
+def commit() -> str:
+    """The commit of the running code, with `-dirty` if files were changed since."""
+    from distributed.environment import code_version
+
+    version = code_version()
+    changed = "-dirty" if version.get("measnet.code_changed") == "true" else ""
+    return version.get("mlflow.source.git.commit", "unknown")[:7] + changed
 
 
 def page() -> Iterator[str]:

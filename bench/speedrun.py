@@ -8,7 +8,6 @@ not counted. docs/speedrun.md has the rules and the records.
 """
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,8 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench.results import RESULTS  # noqa: E402
+from bench.results import commit as commit_now  # noqa: E402
 from distributed.presets import parse  # noqa: E402
 
 MARKS = (30.0, 30.7, 31.0)
@@ -29,12 +30,12 @@ MARKS = (30.0, 30.7, 31.0)
 DEGRADATION = "denoise_25"
 VALIDATED = "val_psnr/denoise"
 """Metric of the run; the preset validates `DEGRADATION` only."""
-RECORDS = ROOT / "results" / "speedrun"
+RECORDS = RESULTS / "speedrun"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, evaluate, write the record; returns the exit code."""
-    started, commit = time.time(), _commit()
+    started, commit = time.time(), commit_now()
     given = list(sys.argv[1:] if argv is None else argv)
     config = parse(["speedrun", *_as_fields(given)], prog="python bench/speedrun.py")
     console = Console()
@@ -135,13 +136,6 @@ def table(record: Mapping[str, Any]) -> Table:
         view.add_row(f"{mark} dB", f"{seconds / 60:.1f}" if seconds else "not reached")
     view.add_row("whole run", f"{record['seconds'] / 60:.1f}")
     return view
-
-
-def _commit() -> str:
-    found = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
-    )
-    return found.stdout.strip() or "not a git checkout"
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def hardware(device: "torch.device") -> dict[str, Any]:
     found: dict[str, Any] = {
         "host": socket.gethostname(),
         "device": device.type,
-        "processor": _processor(),
+        "processor": processor(),
         "cores": psutil.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "platform": platform.platform(),
@@ -269,7 +269,7 @@ def _values(entries: Sequence[Mapping[str, Any]], name: str) -> str:
     return ", ".join(sorted(words)) or "none"
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name on Linux, else its architecture."""
     with contextlib.suppress(OSError):
         for line in CPU_INFO.read_text().splitlines():

@@ -137,11 +137,9 @@ class GuardedMuon(GuardedAdam):
         """
         groups = [{"params": others}, {"params": matrices, "lr_scale": scale}]
         super().__init__(groups, **options)
-        self._stacks: dict[tuple[int, int], list[nn.Parameter]] = {}
-        for p in matrices:
-            self._stacks.setdefault((as_matrices(p).shape[1], as_matrices(p).shape[2]), []).append(
-                p
-            )
+        self._stacks: dict[torch.Size, list[nn.Parameter]] = {}
+        for p in matrices:  # those of one shape are updated together
+            self._stacks.setdefault(as_matrices(p).shape[1:], []).append(p)
 
     def _update(self, closure: Any = None) -> None:
         groups = self.param_groups
