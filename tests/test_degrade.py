@@ -1,7 +1,10 @@
 """The synthetic degradations follow their models."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from shards import degrade
 
@@ -30,7 +33,7 @@ def test_any_size_and_the_same_key_give_the_same_picture(
 
 def test_haze_is_the_scattering_model(picture: np.ndarray) -> None:
     depth = np.tile(np.linspace(0, 1, 240, dtype=np.float32), (200, 1))
-    hazy, told = degrade.haze(picture, degrade.generator(1), depth)
+    hazy, told = degrade.haze(picture, degrade.generator(1), depth=depth)
     airlight, beta = np.array(told["airlight"]), told["beta"]
     transmission = np.exp(-beta * depth)[..., None]
     expected = picture / 255 * transmission + airlight * (1 - transmission)
@@ -112,8 +115,70 @@ def test_low_light_is_a_shorter_exposure_with_noise(picture: np.ndarray) -> None
 
 def test_a_chain_applies_its_links_in_their_order(picture: np.ndarray) -> None:
     rng = degrade.generator(5)
-    hazy, _ = degrade.haze(picture, rng)
-    expected, _ = degrade.low_light(hazy, rng)
+    first, second = degrade.severities(2, rng)
+    hazy, _ = degrade.haze(picture, rng, first)
+    expected, _ = degrade.low_light(hazy, rng, second)
     made, chain = degrade.synthesise(picture, ("dehaze", "lowlight"), degrade.generator(5))
     assert np.array_equal(made, expected)
     assert [link["degradation"] for link in chain] == ["dehaze", "lowlight"]
+    assert [link["severity"] for link in chain] == pytest.approx([first, second], abs=1e-5)
+
+
+def test_the_links_of_a_chain_share_their_strength() -> None:
+    assert degrade.severities(1, degrade.generator(1)) == [1]
+    for links, most in ((2, 1.25), (3, 1.5)):
+        drawn = np.array([degrade.severities(links, degrade.generator(i)) for i in range(200)])
+        assert drawn.min() >= 0.2 and drawn.max() <= 1
+        assert drawn.sum(1).mean() == pytest.approx(most, abs=0.05)
+        assert np.corrcoef(drawn[:, 0], drawn[:, 1])[0, 1] < -0.2
+
+
+@pytest.mark.parametrize("task", degrade.SYNTHESISED)
+def test_less_severity_leaves_the_picture_closer_to_the_clean_one(
+    picture: np.ndarray, task: str
+) -> None:
+    def error(severity: float) -> float:
+        made, _ = degrade.SYNTHESISED[task](picture, degrade.generator(2, task), severity)
+        return float(np.abs(made.astype(float) - picture).mean())
+
+    assert error(0.3) < 0.8 * error(1)
+
+
+def test_an_object_has_one_depth() -> None:
+    scene = np.full((160, 200, 3), (120, 160, 220), np.uint8)
+    scene[80:] = (110, 100, 60)
+    scene[50:120, 80:110] = (20, 40, 20)  # a tree on the ground, before the sky
+    for seed in range(4):
+        depth = degrade.depth_from_picture(scene, degrade.generator(seed))
+        tree = depth[60:110, 88:102]
+        assert tree.mean() < depth[55:75, 20:60].mean() - 0.15  # nearer than the sky beside it
+        assert np.ptp(tree.mean(1)) < 0.5 * np.ptp(depth[60:110, 20:60].mean(1))
+
+
+def test_synthetic_rain_is_as_strong_as_rain100l(real_pictures: Path) -> None:
+    pairs = real_pictures / "derain" / "Rain100L"
+    real, synthetic = [], []
+    for number, path in enumerate(sorted((pairs / "target").glob("*.png"))):
+        clean = np.asarray(Image.open(path).convert("RGB"), np.float32)
+        rainy = np.asarray(Image.open(pairs / "input" / path.name).convert("RGB"), np.float32)
+        made, _ = degrade.rain(clean.astype(np.uint8), degrade.generator(number))
+        real.append(_streaks(rainy - clean))
+        synthetic.append(_streaks(made - clean))
+    for name, ours, theirs in zip(
+        ("PSNR", "mean", "share of rainy pixels", "99 %"),
+        np.mean(synthetic, 0),
+        np.mean(real, 0),
+        strict=True,
+    ):
+        assert ours == pytest.approx(theirs, rel=0.3), name
+
+
+def _streaks(streaks: np.ndarray) -> tuple[float, float, float, float]:
+    grey = streaks.mean(2)
+    psnr = 20 * np.log10(255) - 10 * np.log10(np.square(streaks).mean())
+    return (
+        float(psnr),
+        float(grey.mean()),
+        float((grey > 10).mean()),
+        float(np.percentile(grey, 99)),
+    )
