@@ -18,13 +18,13 @@ import tyro
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distributed.sources import packed, parse_all
 from shards import degrade
 from shards.stream import pictures
 
+ROOT = Path(__file__).resolve().parent.parent
 SIDE = 240
 """Pixels of one cell of a picture."""
 CHAINS = {

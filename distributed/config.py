@@ -49,6 +49,9 @@ class Recipe:
     """Largest norm of the global gradient; 0 does not clip."""
     balance_weight: float = 1e-4
     """Lambda, the weight of the balance loss (Eq. 12)."""
+    frequency_weight: float = 0.0
+    """Weight of the L1 loss between the spectra, beside the L1 loss between the pictures. 0 as in the
+    paper; others use 0.1."""
     ema_decay: float = 0.999
     """Decay per optimizer step of the averaged weights that are evaluated and exported; 0 keeps no
     average."""
@@ -83,7 +86,7 @@ class Recipe:
                 raise ValueError(
                     f"recipe.{name} is {getattr(self, name)}, but must lie in [{low}, {high})"
                 )
-        for name in ("clip", "balance_weight", "weight_decay"):
+        for name in ("clip", "balance_weight", "frequency_weight", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"recipe.{name} is {getattr(self, name)}, but must not be negative"

@@ -40,6 +40,7 @@ class MicroBatchGraph:
         crop: int,
         bf16: bool,
         balance_weight: float,
+        frequency_weight: float = 0.0,
         loss_weight: float,
     ) -> None:
         """Capture, and compare with an eager pass; weights and statistics stay as they are.
@@ -50,6 +51,7 @@ class MicroBatchGraph:
             crop: their side in pixels.
             bf16: whether autocast is on.
             balance_weight: λ.
+            frequency_weight: see `restoration_loss`.
             loss_weight: the gradients are those of the loss times this.
 
         Raises:
@@ -57,7 +59,8 @@ class MicroBatchGraph:
         """
         self._engine = engine
         self._network: MEASNet = engine.module
-        self._bf16, self._balance_weight, self._loss_weight = bf16, balance_weight, loss_weight
+        self._bf16, self._loss_weight = bf16, loss_weight
+        self._weights = balance_weight, frequency_weight
         device = next(self._network.parameters()).device
         # Noise must be drawn anew in each replay, so the capture has to know its source.
         noisy = self._network.config.variant == "official"
@@ -112,7 +115,7 @@ class MicroBatchGraph:
         # Weights must be cast in each replay, so none is taken from autocast's cache.
         with torch.autocast(device, torch.bfloat16, enabled=self._bf16, cache_enabled=False):
             restoration = self._network(self._degraded, generator=self._noise)
-        losses = restoration_loss(restoration, self._clean, self._balance_weight)
+        losses = restoration_loss(restoration, self._clean, *self._weights)
         loss = losses.total * self._loss_weight
         gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         self._used = [i for i, one in enumerate(gradients) if one is not None]
@@ -202,6 +205,7 @@ def graph_micro_batches(
             crop=config.data.crop,
             bf16=decisions.precision.choice == "bf16",
             balance_weight=config.recipe.balance_weight,
+            frequency_weight=config.recipe.frequency_weight,
             loss_weight=loss_weight / int(decisions.accumulation.choice),
         )
     except GraphError as error:

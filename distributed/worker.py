@@ -29,6 +29,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
     """
     session = Session(settings)
     config, engine, device = session.config, session.engine, session.device
+    weights = config.recipe.balance_weight, config.recipe.frequency_weight
     profiling = Profiling(config, session.rank, device, session.note)
     upload = Upload(device)
     batches = session.batches()
@@ -45,7 +46,7 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
                 losses, restoration = session.graph(degraded, clean, noise.initial_seed())
             else:
                 restoration = engine(degraded, generator=noise)
-                losses = restoration_loss(restoration, clean, config.recipe.balance_weight)
+                losses = restoration_loss(restoration, clean, *weights)
                 engine.backward(losses.total * session.loss_weight)
             session.meter.clock.begin("update")
             engine.step()  # DeepSpeed updates the weights at the last micro-batch of the step

@@ -28,6 +28,7 @@ from tests.ranks import run_ranks
 SETTINGS: dict[str, Any] = {
     "micro_batch": 2,
     "crop": 16,
+    "frequency_weight": 0.1,
     "bf16": False,
     "balance_weight": 1e-2,
     "loss_weight": 0.5,
@@ -96,7 +97,7 @@ def test_a_graph_adds_up_the_gradients_that_eager_passes_give(engine: SimpleName
             p.grad = None  # as DeepSpeed does after an update
         for (degraded, clean), loss, image in zip(batches(), losses, images, strict=True):
             restoration = model(degraded)
-            eager = restoration_loss(restoration, clean, 1e-2)
+            eager = restoration_loss(restoration, clean, 1e-2, 0.1)
             (eager.total * 0.5).backward()
             assert eager.total.item() == pytest.approx(loss, rel=1e-6)
             torch.testing.assert_close(image, restoration.image.detach())

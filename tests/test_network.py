@@ -4,6 +4,7 @@ import copy
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,7 @@ from bench import plain
 from measnet import config as configs
 from measnet.config import ModelConfig, replace_dotted
 from measnet.frequency import KernelNorm
-from measnet.losses import restoration_loss
+from measnet.losses import frequency_loss, restoration_loss
 from measnet.network import MEASNet, Restoration
 from measnet.prompts import TaskPrompt
 from measnet.step_statistics import commit_statistics
@@ -317,3 +318,21 @@ def test_wrong_files_are_refused(tmp_path: Path) -> None:
         MEASNet.from_pretrained(bad)
     with pytest.raises(FileNotFoundError):
         MEASNet.from_pretrained(tmp_path / "nothing.safetensors")
+
+
+def test_the_frequency_loss_is_the_l1_distance_of_the_spectra() -> None:
+    image, target = torch.rand(2, 3, 12, 9), torch.rand(2, 3, 12, 9)
+    theirs, ours = np.fft.fft2(target.numpy()), np.fft.fft2(image.numpy())
+    half = (ours - theirs)[..., : 9 // 2 + 1]  # the other half are its complex conjugates
+    expected = (np.abs(half.real) + np.abs(half.imag)).mean() / 2
+    assert frequency_loss(image, target).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_frequency_weight_adds_to_the_total_alone() -> None:
+    model, clean = network(TINY), torch.rand(1, 3, 16, 16)
+    output = model(torch.rand(1, 3, 16, 16))
+    without, with_it = (restoration_loss(output, clean, 1e-4, weight) for weight in (0, 0.1))
+    added = 0.1 * frequency_loss(output.image, clean)
+    assert with_it.total.item() == pytest.approx((without.total + added).item(), rel=1e-6)
+    assert with_it.l1 == without.l1
+    with_it.total.backward()
