@@ -50,8 +50,8 @@ class Recipe:
     balance_weight: float = 1e-4
     """Lambda, the weight of the balance loss (Eq. 12)."""
     frequency_weight: float = 0.0
-    """Weight of the L1 loss between the spectra, beside the L1 loss between the pictures. 0 as in the
-    paper; others use 0.1."""
+    """Weight of the L1 loss between the spectra, beside that between the pictures; 0 as in the
+    paper, others use 0.1."""
     ema_decay: float = 0.999
     """Decay per optimizer step of the averaged weights that are evaluated and exported; 0 keeps no
     average."""
@@ -275,9 +275,9 @@ class TrainConfig:
     seed: int = 0
     """Seed of weights, order, crops, flips, noise and gates."""
     init: str = field(default="", metadata=MAY_CHANGE)
-    """Weights that a new run starts from: a run folder or URI, a .safetensors file, or a checkpoint
-    of the authors' program; all workers must reach it. Empty: random weights. A run that resumes
-    does not use it."""
+    """Weights that a new run starts from: a run folder or URI, a .safetensors file, a checkpoint of
+    the authors' program, or `small`, which comes with the program; all workers must reach it.
+    Empty: random weights. A run that resumes does not use it."""
     profile: int = field(default=0, metadata=MAY_CHANGE)
     """Optimizer steps that are recorded with torch's profiler, after three to warm up, into the
     run's folder `profile`; 0 records none."""

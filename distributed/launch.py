@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -33,6 +34,7 @@ from distributed.lease import DEAD_S, InUseError, Lease, exclusive
 from distributed.run_log import join_parts
 from distributed.stopping import on_signal, platform_limit, stop_limit
 from measnet.hardware import Machine, this_machine
+from measnet.hub import SMALL
 from shards.manifest import Manifest
 from shards.manifest import read as read_manifest
 from shards.order import Plan
@@ -81,7 +83,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
         validation=absolute(config.data.validation),
         cache_dir=_of_each_node(config.data.cache_dir),
     )
-    init = config.init and absolute(config.init)
+    init = config.init
+    if init and not (init == SMALL and not Path(SMALL).exists()):
+        init = absolute(init)
     return dataclasses.replace(config, storage=absolute(config.storage), init=init, data=data)
 
 

@@ -1,5 +1,6 @@
 """Weights to start from, and fine-tuning on a folder of photographs."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from skimage import data
 from distributed import finetune
 from distributed.finetune import Arguments, configuration, main, pack_photos, split
 from distributed.initial import check_architecture, start_from
+from distributed.launch import resolve
+from distributed.presets import demo
 from measnet.config import replace_dotted, tiny
 from measnet.network import MEASNet
 
@@ -44,6 +47,18 @@ def test_another_architecture_is_refused_by_field(weights: str) -> None:
     with pytest.raises(ValueError, match=r"model\.pixel_experts differ"):
         check_architecture(weights, replace_dotted(tiny(), {"pixel_experts": 6}))
     check_architecture(weights, replace_dotted(tiny(), {"expert_path": "dense"}))
+
+
+def test_the_shipped_weights_keep_their_name_and_others_get_an_absolute_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve(dataclasses.replace(demo(), init="small")).init == "small"
+    assert resolve(dataclasses.replace(demo(), init="")).init == ""
+    assert resolve(dataclasses.replace(demo(), init="a.pth")).init == str(tmp_path / "a.pth")
+    check_architecture("small", tiny())
+    (tmp_path / "small").mkdir()  # a run of that name
+    assert resolve(dataclasses.replace(demo(), init="small")).init == str(tmp_path / "small")
 
 
 @pytest.mark.parametrize("count", [5, 6, 11, 40])
