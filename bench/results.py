@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import tyro
@@ -118,6 +119,8 @@ def page() -> Iterator[str]:
         records = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
         if folder.name == "speedrun":
             yield from _speed_runs(records)
+        elif folder.name == "recipe":
+            yield from _recipes(records)
         elif records:
             yield from _weights(folder.name, records)
 
@@ -195,6 +198,42 @@ def draw_speed_runs(records: Mapping[str, Mapping[str, Any]], path: Path) -> Non
     axes.set_ylabel("PSNR in dB, CBSD68, sigma 25")
     axes.legend(loc="lower right")
     figure.savefig(path, metadata={"Software": None})
+
+
+def _recipes(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A row per recipe, over its seeds; only what was trained and tested alike is compared."""
+    if not records:
+        return
+    yield from ("", "## Recipes", "")
+    about = RESULTS / "recipe" / "about.md"
+    if about.is_file():
+        yield from (about.read_text().rstrip(), "")
+    groups: dict[tuple[Any, ...], dict[str, list[Mapping[str, Any]]]] = {}
+    for record in records.values():
+        same = (record["samples"], record["crop"], *sorted(record["pictures"].items()))
+        groups.setdefault(same, {}).setdefault(record["recipe"], []).append(record)
+    for (samples, crop, *pictures), recipes in groups.items():
+        tested = ", ".join(f"{name} {count}" for name, count in pictures)
+        degradations = [name for name, _ in pictures]
+        yield (
+            f"{samples:,} samples of crops of {crop}; gain over the degraded picture, in dB, on "
+            f"pictures of {tested}:"
+        )
+        yield ""
+        yield _row("recipe", "seeds", *degradations, "mean PSNR", "least - most")
+        yield "|---" * (len(degradations) + 4) + "|"
+        for name, runs in recipes.items():
+            means = [run["mean_psnr"] for run in runs]
+            gains = (fmean(run["gain"][one] for run in runs) for one in degradations)
+            spread = f"{min(means):.2f} - {max(means):.2f}"
+            seeds = ", ".join(str(run["seed"]) for run in runs)
+            yield _row(
+                name, seeds, *(f"{gain:+.2f}" for gain in gains), f"{fmean(means):.2f}", spread
+            )
+        yield ""
+    first = next(iter(records.values()))
+    command = "python bench/recipe.py --train SHARDS --test SHARDS"
+    yield f"`{command}`, {first['date']}, {first['machine']}, commit {first['commit']}"
 
 
 def _row(*cells: object) -> str:

@@ -95,3 +95,34 @@ def test_the_weights_that_come_with_the_package(
 def test_an_unknown_degradation_to_validate_is_refused() -> None:
     with pytest.raises(ValueError, match=r"every\.validation_degradations names 'denoise_26'"):
         IntervalConfig(validation_degradations=("denoise_26",))
+
+
+def test_a_recipe_is_the_mean_of_its_seeds_and_only_equal_runs_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    (tmp_path / "recipe").mkdir()
+    for name, seed, samples, psnr in (
+        ("field", 0, 80, 20.0),
+        ("field", 1, 80, 21.0),
+        ("muon", 0, 80, 22.0),
+        ("muon", 1, 800, 29.0),
+    ):
+        record = {
+            "date": "2026-11-27",
+            "commit": "abc",
+            "machine": "a card",
+            "recipe": name,
+            "seed": seed,
+            "samples": samples,
+            "crop": 48,
+            "pictures": {"derain": 3},
+            "gain": {"derain": psnr - 18},
+            "mean_psnr": psnr,
+        }
+        (tmp_path / "recipe" / f"{name}-{seed}-{samples}.json").write_text(json.dumps(record))
+    lines = list(results.page())
+    assert "| field | 0, 1 | +2.50 | 20.50 | 20.00 - 21.00 |" in lines
+    assert "| muon | 0 | +4.00 | 22.00 | 22.00 - 22.00 |" in lines
+    assert "| muon | 1 | +11.00 | 29.00 | 29.00 - 29.00 |" in lines
+    assert sum(line.startswith("| recipe |") for line in lines) == 2
