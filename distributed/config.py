@@ -305,6 +305,13 @@ class TrainConfig:
                 f"recipe.optimizer muon needs whole matrices on each worker, but engine.zero_stage "
                 f"is {self.engine.zero_stage}; set it to 0, or take adamw"
             )
+        for samples, side in self.data.crop_changes:
+            if samples % self.recipe.global_batch or samples >= self.recipe.samples:
+                raise ValueError(
+                    f"data.later_crops changes to crops of {side} after {samples} samples, which "
+                    f"must be a multiple of recipe.global_batch ({self.recipe.global_batch}) below "
+                    f"recipe.samples ({self.recipe.samples})"
+                )
         workers, _ = self.scaling.bounds
         if not self.scaling.elastic and self.recipe.micro_batches % workers:
             fits = [

@@ -96,6 +96,17 @@ def measure(config: TrainConfig, steps: int) -> Rate:
     )
 
 
+def work(config: TrainConfig) -> float:
+    """Pixels of a run's crops, in crops of `data.crop`."""
+    ends = [*(samples for samples, _ in config.data.crop_changes), config.recipe.samples]
+    sides = [config.data.crop, *(side for _, side in config.data.crop_changes)]
+    begins = [0, *ends[:-1]]
+    return sum(
+        (end - begin) * (side / config.data.crop) ** 2
+        for begin, end, side in zip(begins, ends, sides, strict=True)
+    )
+
+
 def rate_of(seconds: float, config: TrainConfig, source: str, *, cpu: bool = False) -> Rate:
     """Samples per second, where a micro-batch takes `seconds`."""
     crops, side = config.recipe.micro_batch, config.data.crop
@@ -145,7 +156,7 @@ def rows(config: TrainConfig, rate: Rate, price: float) -> list[tuple[str, ...]]
     for workers in worker_counts(config):
         paid = 1 if rate.cpu else workers  # GPUs, or the one machine
         low, high = rate.low * paid, rate.high * paid
-        long, short = (config.recipe.samples / one / 3600 for one in (low, high))
+        long, short = (work(config) / one / 3600 for one in (low, high))
         found.append(
             (
                 str(workers),

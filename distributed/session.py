@@ -130,8 +130,8 @@ class Session:
         self._mlflow_run_id = settings["tracking"].id or None
 
         self.meter = Meter(self.device, counts=not self._idle)
-        flops = flops_per_sample(settings["multiply_adds"], self.config.data.crop)
-        self._speed = Speed(flops, self.world, card)
+        self._multiply_adds: float = settings["multiply_adds"]
+        self._speed = Speed(self.world, card)
         self._late = self.device.type == "cuda"
         self._exchange = Exchange(self.device, late=self._late)
         self._losses_before = [0.0] * Exchange.LOSSES
@@ -256,7 +256,9 @@ class Session:
         self._guard(step, sums)
         skipped = step.samples // self.config.recipe.global_batch - self.updates
         metrics = curve_point(step, sums, world=self.world, skipped=skipped)
-        metrics |= self._speed.after_step(metrics, step.marks, last=step.ends_point)
+        crop = self.config.data.crop_at(step.samples - self.config.recipe.global_batch)
+        flops = flops_per_sample(self._multiply_adds, crop)
+        metrics |= self._speed.after_step(metrics, step.marks, flops=flops, last=step.ends_point)
         checkpoint_s = self._writer.seconds if self._writer else 0.0
         self._reporter.update({"samples": step.samples, "checkpoint_s": checkpoint_s, **metrics})
         if step.ends_point or self.stop_reason:

@@ -93,9 +93,9 @@ def durations(marks: Sequence[Mark]) -> dict[Phase, float]:
 class Speed:
     """Rank 0's view of the speed since the last point of the curves."""
 
-    def __init__(self, flops: float, world: int, card: Card | None) -> None:
+    def __init__(self, world: int, card: Card | None) -> None:
         """See `arithmetic`; `card` is None on a CPU."""
-        self._flops, self._world = flops, world
+        self._world = world
         self._peak = peak(card.name) if card else None
         self._start_point()
 
@@ -104,13 +104,14 @@ class Speed:
         self._forward_backward_s, self._update_s = 0.0, 0.0
 
     def after_step(
-        self, point: Mapping[str, float], marks: Sequence[Mark], *, last: bool
+        self, point: Mapping[str, float], marks: Sequence[Mark], *, flops: float, last: bool
     ) -> dict[str, float]:
         """Count a step whose sums have been read; the metrics, of which times are means per step.
 
         Args:
             point: from `distributed.exchange.curve_point`.
             marks: of the step.
+            flops: of one of its samples, from `flops_per_sample`.
             last: whether the point of the curves ends with it.
         """
         found = durations(marks)
@@ -124,7 +125,7 @@ class Speed:
         if last:
             self._start_point()
         rate = point["speed/samples_per_s"]
-        return parts | arithmetic(rate, flops=self._flops, world=self._world, peak=self._peak)
+        return parts | arithmetic(rate, flops=flops, world=self._world, peak=self._peak)
 
 
 def timed(name: str) -> Callable[[Function], Function]:

@@ -40,6 +40,9 @@ class DataConfig:
     missing."""
     crop: int = 128
     """Side of the square training crops, in pixels."""
+    later_crops: str = ""
+    """Other sides later on, as `12000:96,15000:128`: from 12,000 samples of the run on crops of 96
+    pixels, from 15,000 on crops of 128. Steps must not be divided by a change."""
     augment: Literal["flips", "dihedral", "none"] = "flips"
     """`flips`: horizontal and vertical, as in the paper; `dihedral`: all eight combinations of
     flips and quarter turns."""
@@ -93,6 +96,7 @@ class DataConfig:
             parse_levels(name, levels)
         if self.crop < 16:
             raise ValueError(f"data.crop is {self.crop}, but must be at least 16 pixels")
+        self.crop_changes  # noqa: B018  # ValueError where it cannot be read
         if self.loader_workers < 0:
             raise ValueError(f"data.loader_workers is {self.loader_workers}, but must be 0 or more")
         if self.prefetch < 0:
@@ -101,6 +105,40 @@ class DataConfig:
             raise ValueError(f"data.cache_gib is {self.cache_gib}, but must be above 0")
         if self.corrupt_budget < 0:
             raise ValueError(f"data.corrupt_budget is {self.corrupt_budget}, but must be 0 or more")
+
+    @property
+    def crop_changes(self) -> tuple[tuple[int, int], ...]:
+        """`later_crops` as (samples, side), in order.
+
+        Raises:
+            ValueError: it cannot be read, is not in order, or a side is below 16.
+        """
+        try:
+            parts = [part.split(":") for part in self.later_crops.split(",") if part]
+            changes = tuple((int(samples), int(side)) for samples, side in parts)
+        except ValueError:
+            changes = ((0, 0),)
+        places = [samples for samples, _ in changes]
+        if any(samples < 1 or side < 16 for samples, side in changes) or places != sorted(
+            set(places)
+        ):
+            raise ValueError(
+                f"data.later_crops is {self.later_crops!r}, but must be SAMPLES:SIDE, such as "
+                "12000:96,15000:128, with samples that increase and sides of 16 or more"
+            )
+        return changes
+
+    def crop_at(self, position: int) -> int:
+        """Side of the crops at a sample of the run, in pixels."""
+        return next(
+            (side for samples, side in reversed(self.crop_changes) if position >= samples),
+            self.crop,
+        )
+
+    @property
+    def largest_crop(self) -> int:
+        """Side of the largest crops of the run, in pixels."""
+        return max(self.crop, *(side for _, side in self.crop_changes), 0)
 
 
 def parse_levels(name: str, text: str) -> tuple[bool, tuple[float, ...]]:

@@ -290,10 +290,11 @@ class TrainStream:
         rng = self._generator.at(self.seed, epoch, position - epoch * self.plan.epoch_samples)
         # Always four words for crop and flips, so that they do not shift the noise that follows.
         words = rng.bit_generator.random_raw(4).tolist()
-        box = _crop(location, self.data.crop, words)
-        clean = _pad(self.reader.clean(location, box), self.data.crop)
+        side = self.data.crop_at(position)
+        box = _crop(location, side, words)
+        clean = _pad(self.reader.clean(location, box), side)
         if sigma is None:
-            degraded = _pad(self.reader.degraded(location, box), self.data.crop)
+            degraded = _pad(self.reader.degraded(location, box), side)
         else:
             sigma = _level(name, sigma, self.data.sigma, rng)
             degraded = degrade.noise(clean, sigma, rng, self.data.noise_rounding)

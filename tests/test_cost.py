@@ -9,9 +9,11 @@ from distributed.cost import (
     duration,
     main,
     rows,
+    work,
     worker_counts,
 )
 from distributed.presets import PRESETS
+from measnet.config import replace_dotted
 from measnet.hardware import Machine
 
 
@@ -47,6 +49,13 @@ def test_a_short_run_costs_minutes_and_cents() -> None:
         ("1", "10.0", minutes, minutes, "0.32"),
         ("2", "10.0", minutes, minutes, "0.32"),
     ]
+
+
+def test_larger_crops_cost_more() -> None:
+    config = replace_dotted(PRESETS["demo"](), {"data.later_crops": "4800:96"})
+    assert work(config) == 4800 + 4 * 4800
+    alone = rows(PRESETS["demo"](), rate := Rate(10, 10, "measured", cpu=True), 0)
+    assert [rows(config, rate, 0)[0][2], alone[0][2]] == ["40.0 min", "16.0 min"]
 
 
 def test_without_a_gpu_a_run_for_one_is_taken_from_a_measurement(

@@ -44,11 +44,12 @@ def test_a_clock_begins_anew_with_each_step() -> None:
 
 
 def test_times_are_means_per_step_of_one_point() -> None:
-    speed = Speed(1e12, 1, Card(name="NVIDIA H100 80GB HBM3", memory=1, capability=(9, 0)))
+    speed = Speed(1, Card(name="NVIDIA H100 80GB HBM3", memory=1, capability=(9, 0)))
 
     def step(seconds: float, *, last: bool) -> dict[str, float]:
         marks = [("forward_backward", 0.0), ("update", seconds), ("data", seconds + 1.0)]
-        return speed.after_step({"speed/samples_per_s": 989.0}, marks, last=last)
+        point = {"speed/samples_per_s": 989.0}
+        return speed.after_step(point, marks, flops=1e12, last=last)
 
     step(1.0, last=False)
     ends = step(3.0, last=True)

@@ -89,6 +89,19 @@ def test_worlds_loader_processes_and_restarts_give_the_same_batches(packed: Path
     assert equal(alone, run(data, 2, 0, 48) + run(data, 6, 48, 96))
 
 
+def test_crops_change_their_side_at_a_place_of_the_run(packed: Path) -> None:
+    data = config(packed)
+    later = dataclasses.replace(data, later_crops="24:64,72:32")
+    before, changed = run(data, 1), run(later, 1)
+    sides = {int(batch.position[0]): batch.clean.shape[-1] for batch in changed}
+    expected = {at: 48 if at < 24 else 64 if at < 72 else 32 for at in range(0, 96, 4)}
+    assert sides == expected
+    assert [batch.keys for batch in before] == [batch.keys for batch in changed]
+    assert equal(before[:6], changed[:6])
+    assert equal(changed, run(later, 2, 0, 48) + run(later, 3, 48, 96))
+    assert later.largest_crop == 64
+
+
 @pytest.mark.parametrize("order", ["uniform", "local"])
 def test_an_epoch_holds_each_sample_as_often_as_said(packed: Path, order: str) -> None:
     stream = TrainStream(config(packed, order=order), 3)
