@@ -29,6 +29,7 @@ class Decisions(NamedTuple):
     deterministic: Decision
     kernels: Decision
     graphs: Decision
+    reduction: Decision
 
 
 def training_device(scaling: ScalingConfig, gpus: float, machine: Machine | None) -> TrainingDevice:
@@ -195,6 +196,20 @@ def choose_graphs(
     return Decision("on", "the host starts a micro-batch at once; engine.cuda_graphs off")
 
 
+def choose_reduction(zero_stage: int, world: int, graphs: Decision) -> Decision:
+    """When several ranks add up their gradients."""
+    if world == 1:
+        return Decision("none", "there is one worker")
+    if zero_stage > 0:
+        return Decision("by DeepSpeed", f"ZeRO stage {zero_stage}")
+    if graphs.choice == "on":
+        return Decision(
+            "after the backward pass",
+            "that is one CUDA graph; engine.cuda_graphs off overlaps them",
+        )
+    return Decision("during the backward pass", "each bucket as soon as it is complete")
+
+
 def decide(
     config: TrainConfig,
     world: int,
@@ -217,6 +232,13 @@ def decide(
     checkpointing = choose_checkpointing(
         engine.activation_checkpointing, config.recipe.micro_batch, predicted
     )
+    graphs = choose_graphs(
+        config,
+        on_gpu=card is not None,
+        compiled=compile_.choice == "on",
+        checkpointing=checkpointing.choice == "on",
+        kernels=kernels.choice,
+    )
     return Decisions(
         precision=choose_precision(engine.precision, card),
         compile=compile_,
@@ -225,11 +247,6 @@ def decide(
         zero=Decision(f"stage {engine.zero_stage}", "engine.zero_stage"),
         deterministic=choose_deterministic(engine),
         kernels=kernels,
-        graphs=choose_graphs(
-            config,
-            on_gpu=card is not None,
-            compiled=compile_.choice == "on",
-            checkpointing=checkpointing.choice == "on",
-            kernels=kernels.choice,
-        ),
+        graphs=graphs,
+        reduction=choose_reduction(engine.zero_stage, world, graphs),
     )

@@ -4,7 +4,7 @@ from distributed.config import TrainConfig, to_yaml
 from distributed.decisions import decide, training_device
 from measnet.hardware import Decision, Machine
 
-ON_A_WORKER = {"kernels", "graphs"}
+ON_A_WORKER = {"kernels", "graphs", "reduction"}
 """Decisions about a GPU that need a try on it."""
 
 
@@ -51,7 +51,7 @@ def _known(config: TrainConfig, machine: Machine | None) -> dict[str, Decision]:
         decisions, hidden = decide(config, world, card, predicted), ON_A_WORKER
     known |= {k: v for k, v in decisions._asdict().items() if k not in hidden}
     if hidden:
-        names = " and ".join(sorted(hidden))
+        names = ", ".join(sorted(hidden))
         known["others"] = Decision("open", f"the workers decide about {names}")
     if scaling.elastic:
         reason = f"for {world} workers; {decisions.accumulation.reason}"

@@ -13,8 +13,9 @@ from torch import nn
 
 from distributed.config import TrainConfig
 from distributed.decisions import Decisions, choose_precision, decide
-from distributed.internals.deepspeed import light_deepspeed
+from distributed.internals.deepspeed import light_deepspeed, reduce_by
 from distributed.optimizer import build_optimizer, clips_itself
+from distributed.reduction import GradientReduction
 from measnet.hardware import Card, card_of
 from measnet.memory import Fit, fit, parameter_count, state_bytes
 from measnet.ops import cpu_library, gpu_library
@@ -113,8 +114,18 @@ def use_deterministic_algorithms() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def initialize(config: TrainConfig, decisions: Decisions, model: nn.Module) -> Any:
-    """A DeepSpeed engine around `model`, on its device, in the process group that is there."""
+def initialize(
+    config: TrainConfig, decisions: Decisions, model: nn.Module, *, overlap: bool = True
+) -> Any:
+    """A DeepSpeed engine around `model`, on its device, in the process group that is there.
+
+    Args:
+        config: of the run.
+        decisions: of the run.
+        model: in training mode.
+        overlap: reduce gradients during the backward pass where the ZeRO stage allows it; False
+            leaves them to DeepSpeed, to compare the two.
+    """
     # By itself DeepSpeed takes a GPU that is there, also where the run is to use the CPU.
     os.environ["DS_ACCELERATOR"] = next(model.parameters()).device.type
     with light_deepspeed(os.environ["DS_ACCELERATOR"]) as deepspeed:
@@ -124,7 +135,13 @@ def initialize(config: TrainConfig, decisions: Decisions, model: nn.Module) -> A
             config=deepspeed_config(config, decisions, os.environ["DS_ACCELERATOR"]),
             dist_init_required=False,
         )
-    if config.engine.zero_stage == 0 and dist.get_world_size() == 1:
+    if config.engine.zero_stage > 0:
+        return engine
+    if dist.get_world_size() == 1:
         # Alone there is nothing to add up; DeepSpeed would still copy all gradients twice.
         engine.enable_backward_allreduce = False
+    elif overlap:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        reduction = GradientReduction(trained, engine.is_gradient_accumulation_boundary)
+        reduce_by(engine, reduction.finish, reduction.zero)
     return engine

@@ -2,7 +2,8 @@
 
 A step of the network starts some three thousand kernels, and the host needs longer to start them
 than the GPU to run them. A graph is started once. It adds the gradients of a micro-batch to those
-of the step, as eager passes do; DeepSpeed reduces them and updates the weights as usual.
+of the step, as eager passes do; DeepSpeed updates the weights as usual. Several ranks start to
+reduce their gradients when a graph is over: within it, the host does not see when one is complete.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -69,7 +70,11 @@ class MicroBatchGraph:
         self._degraded, self._clean = (torch.rand(shape, device=device) for _ in range(2))
         named = [(n, p) for n, p in self._network.named_parameters() if p.requires_grad]
         self._parameters = [p for _, p in named]
-        self._gradients = [torch.zeros_like(p) for p in self._parameters]
+        before = [p.grad for p in self._parameters]  # several ranks have them in buckets
+        self._gradients = [
+            torch.zeros_like(p) if held is None else held
+            for p, held in zip(self._parameters, before, strict=True)
+        ]
         statistics = _Kept(self._network)
         try:
             used = self._warm_up(device)
@@ -83,8 +88,9 @@ class MicroBatchGraph:
             raise GraphError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
         finally:
             statistics.restore()
-            for parameter in self._parameters:
-                parameter.grad = None
+            torch._foreach_zero_(self._gradients)
+            for parameter, held in zip(self._parameters, before, strict=True):
+                parameter.grad = held
         if not abs(found - expected) <= AGREES * expected:
             raise GraphError(f"its gradients have the norm {found:.4g}, not {expected:.4g}")
         self.unused = [name for i, (name, _) in enumerate(named) if i not in used]
@@ -100,7 +106,7 @@ class MicroBatchGraph:
             clean: the same.
             noise_seed: of the gates' noise in this micro-batch.
         """
-        if self._parameters[0].grad is None:  # DeepSpeed drops the gradients after an update
+        if self._parameters[0].grad is None:  # on a single rank DeepSpeed drops the gradients
             self._start_at_zero()
         self._degraded.copy_(degraded)
         self._clean.copy_(clean)

@@ -19,7 +19,7 @@ from distributed.checkpoint_writer import CheckpointWriter
 from distributed.cluster import own_device
 from distributed.compilation import compile_blocks
 from distributed.config import TrainConfig
-from distributed.decisions import sharing_workers
+from distributed.decisions import choose_reduction, sharing_workers
 from distributed.engine import decide_for, initialize
 from distributed.environment import keep_environment, record_environment
 from distributed.exchange import Exchange, Step, StepSums, curve_point
@@ -110,8 +110,11 @@ class Session:
             start_from(self.config.init, model)
         self._name_unused: Callable[[], list[str]] | None = watch_unused(model)
         self.engine = initialize(self.config, decisions, model)
-        made = graph_micro_batches(self.engine, self.config, decisions, self.loss_weight)
-        self.graph, decisions = made[0], decisions._replace(graphs=made[1])
+        self.graph, graphs = graph_micro_batches(
+            self.engine, self.config, decisions, self.loss_weight
+        )
+        reduction = choose_reduction(self.config.engine.zero_stage, self.world, graphs)
+        decisions = decisions._replace(graphs=graphs, reduction=reduction)
         if self.graph is not None:
             self._name_unused = lambda unused=self.graph.unused: unused
         self.average = WeightAverage(self.engine, self.config.recipe.ema_decay)

@@ -12,18 +12,26 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def run_ranks(
+    world: int, function: Callable[..., Any], *args: Any, backend: str = "gloo"
+) -> list[Any]:
     """What `function(*args)` returns on each rank; it must be importable (defined in a module)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world, port, folder, function, args), nprocs=world)
+        mp.spawn(_rank, (world, port, folder, backend, function, args), nprocs=world)
         return [torch.load(Path(folder) / f"{r}.pt", weights_only=False) for r in range(world)]
 
 
 def _rank(
-    rank: int, world: int, port: int, folder: str, function: Callable[..., Any], args: Any
+    rank: int,
+    world: int,
+    port: int,
+    folder: str,
+    backend: str,
+    function: Callable[..., Any],
+    args: Any,
 ) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -34,7 +42,7 @@ def _rank(
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    dist.init_process_group(backend, rank=rank, world_size=world)
     result = function(*args)
     torch.save(result, Path(folder) / f"{rank}.pt")
     dist.barrier()

@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -52,6 +52,21 @@ def light_deepspeed(device_type: str) -> Iterator[Any]:
 def _not_compiled(function: Any = None, **options: Any) -> Any:
     """Replaces `torch.compile`, as a function or a decorator."""
     return (lambda decorated: decorated) if function is None else function
+
+
+def reduce_by(engine: Any, finish: Callable[[], None], zero: Callable[[], None]) -> None:
+    """Let an engine of ZeRO stage 0 reduce its gradients by other means than DeepSpeed's.
+
+    DeepSpeed adds them up when the backward pass is over, and drops them after an update. Its only
+    option is to do neither. test_reduction.py::test_the_gradients_are_those_of_deepspeed.
+
+    Args:
+        engine: DeepSpeed's.
+        finish: called after each backward pass.
+        zero: called after each update.
+    """
+    engine.allreduce_gradients = finish
+    engine.zero_grad = zero
 
 
 class Part(NamedTuple):
