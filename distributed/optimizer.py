@@ -137,9 +137,10 @@ class GuardedMuon(GuardedAdam):
         """
         groups = [{"params": others}, {"params": matrices, "lr_scale": scale}]
         super().__init__(groups, **options)
-        self._stacks: dict[torch.Size, list[nn.Parameter]] = {}
-        for p in matrices:  # those of one shape are updated together
-            self._stacks.setdefault(as_matrices(p).shape[1:], []).append(p)
+        self._stacks: dict[tuple[int, int], list[nn.Parameter]] = {}
+        for p in matrices:  # those of one shape, or of the same one turned, are updated together
+            rows, columns = as_matrices(p).shape[1:]
+            self._stacks.setdefault((min(rows, columns), max(rows, columns)), []).append(p)
 
     def _update(self, closure: Any = None) -> None:
         groups = self.param_groups
@@ -148,36 +149,65 @@ class GuardedMuon(GuardedAdam):
             super()._update(closure)
         finally:
             self.param_groups = groups
-        for stack in self._stacks.values():
-            self._update_matrices([p for p in stack if p.grad is not None], groups[1])
+        self._update_matrices(groups[1])
 
-    def _update_matrices(self, stack: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """Update matrices of one shape; nothing changes where `applied` is 0."""
-        if not stack:
+    def _update_matrices(self, group: dict[str, Any]) -> None:
+        """Update all matrices by a few operations; nothing changes where `applied` is 0."""
+        stacks = [[p for p in stack if p.grad is not None] for stack in self._stacks.values()]
+        parameters = [p for stack in stacks for p in stack]
+        if not parameters:
             return
-        moved = [self._momentum(p) for p in stack]
-        directions = orthogonalise(torch.cat([as_matrices(m) for m in moved]))
-        rows, columns = directions.shape[1:]
-        rate = group["lr"] * max(1.0, rows / columns) ** 0.5 * self.applied.to(directions.device)
-        counts = [as_matrices(m).shape[0] for m in moved]
-        for p, direction in zip(stack, directions.split(counts), strict=True):
-            p.mul_(1.0 - group["lr"] * group["weight_decay"] * self.applied)
-            p.sub_((rate * direction).view_as(p))
+        moved = iter(self._momenta(parameters))
+        updates: list[Tensor] = []
+        for stack in filter(None, stacks):
+            wide = [_wide(as_matrices(next(moved))) for _ in stack]
+            directions = orthogonalise(torch.cat(wide)).split([len(one) for one in wide])
+            for p, direction in zip(stack, directions, strict=True):
+                _, rows, columns = as_matrices(p).shape
+                turned = direction.mT if rows > columns else direction
+                updates.append(turned.reshape(p.shape))
+        torch._foreach_mul_(updates, [_relative_rate(p) for p in parameters])
+        torch._foreach_mul_(updates, group["lr"] * self.applied)
+        weights = [p.detach() for p in parameters]
+        torch._foreach_mul_(weights, 1.0 - group["lr"] * group["weight_decay"] * self.applied)
+        torch._foreach_sub_(weights, updates)
 
-    def _momentum(self, parameter: nn.Parameter) -> Tensor:
-        """Count the step and move the momentum; returns it, looked ahead (Nesterov)."""
-        held = self.state[parameter]
-        if not held:
-            held["step"] = torch.zeros((), device=parameter.device if self._fused else "cpu")
-            held["exp_avg"] = torch.zeros_like(parameter)
-            held["exp_avg_sq"] = torch.zeros_like(parameter)  # so that all states have one form
-        assert parameter.grad is not None
-        gradient = parameter.grad
+    def _momenta(self, parameters: list[nn.Parameter]) -> tuple[Tensor, ...]:
+        """Count the step and move the momenta; returns them, looked ahead (Nesterov)."""
+        for p in parameters:
+            if not self.state[p]:
+                step = torch.zeros((), device=p.device if self._fused else "cpu")
+                # `exp_avg_sq` is not used: the states of all parameters have one form.
+                self.state[p] = {
+                    "step": step,
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+        held = [self.state[p] for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         if self._fused:  # a skipped step has values that are not finite
-            gradient = (gradient / self.grad_scale).nan_to_num(0.0, 0.0, 0.0)
-        held["step"] += self.applied
-        held["exp_avg"].lerp_(gradient, (1.0 - MUON_MOMENTUM) * self.applied)
-        return gradient.lerp(held["exp_avg"], MUON_MOMENTUM)
+            flat = torch.cat([one.flatten() for one in gradients])
+            flat.div_(self.grad_scale).nan_to_num_(0.0, 0.0, 0.0)
+            parts = flat.split([one.numel() for one in gradients])
+            gradients = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+        averages = [one["exp_avg"] for one in held]
+        # A list, because torch would read a single tensor on the host.
+        torch._foreach_add_([one["step"] for one in held], [self.applied] * len(held))
+        apart = torch._foreach_sub(gradients, averages)
+        torch._foreach_mul_(apart, (1.0 - MUON_MOMENTUM) * self.applied)
+        torch._foreach_add_(averages, apart)
+        return torch._foreach_lerp(gradients, averages, MUON_MOMENTUM)
+
+
+def _wide(matrices: Tensor) -> Tensor:
+    """(n, rows, columns), turned where there are more rows than columns."""
+    return matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+
+
+def _relative_rate(weight: Tensor) -> float:
+    """Of a tall matrix, whose outputs are more than its inputs (Jordan et al., 2024)."""
+    rows, columns = as_matrices(weight).shape[1:]
+    return max(1.0, rows / columns) ** 0.5
 
 
 def as_matrices(weight: Tensor) -> Tensor:
@@ -211,7 +241,8 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     for _ in range(5):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     x = x.to(matrices.dtype)
     return x.mT if tall else x
 

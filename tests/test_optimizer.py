@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distributed import engine as engines
 from distributed import optimizer as optimizers
@@ -129,6 +130,39 @@ def test_a_step_on_the_device_is_the_same() -> None:
         ends.append([p.detach() for p in network.parameters()])
     for one, other in zip(*ends, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+class _Operations(TorchDispatchMode):
+    """Counts what a GPU would start, and what the host would wait for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view
+        self.reads += func._schema.name in ("aten::_local_scalar_dense", "aten::is_nonzero")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_on_the_device_starts_few_operations_and_waits_for_none() -> None:
+    """Matrices of one shape are one batch, and all else is done for all matrices at once."""
+    torch.manual_seed(0)
+    named = list(MEASNet(tiny()).named_parameters())
+    matrices = [p for n, p in named if optimizers.is_matrix(n, p)]
+    others = [p for n, p in named if not optimizers.is_matrix(n, p)]
+    shapes = {tuple(sorted(optimizers.as_matrices(p).shape[1:])) for p in matrices}
+    muon = optimizers.GuardedMuon(
+        matrices, others, scale=2.0, lr=1e-2, fused=True, clip=1.0, equal=True
+    )
+    for _ in range(2):
+        for _, p in named:
+            p.grad = torch.randn_like(p)
+        with _Operations() as operations:
+            muon.step()
+        assert operations.reads == 0
+    # The last step; in the first, the state is set up. A batch has 15 products and its norm.
+    assert operations.count < 25 * len(shapes) + len(matrices)
 
 
 def train_and_resume() -> dict[str, Any]:
