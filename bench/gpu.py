@@ -7,33 +7,42 @@
 Each time stands beside that of torch's own operations in the same run, the network's weights being
 the same. `network` trains in a bare loop without Ray and DeepSpeed; `system` trains in
 `distributed.train`. `counts` lists the launches and the memory traffic of one step, counted from
-tensors that have sizes and no numbers: these figures are not measured.
+tensors that have sizes and no numbers: these figures are not measured. A part that fails is named
+under `errors`, and the others go on.
 """
 
 import contextlib
 import gc
 import json
+import math
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import tyro
+from skimage import data
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import gpu_counts, gpu_operations
 from bench.gpu_steps import Training, build
 from measnet import config as configs
+from measnet.network import MEASNet
 from measnet.ops import gpu_library
 from measnet.ops.choice import torch_only
 
 Section = Literal["network", "inference", "operations", "system", "counts", "tune"]
+Found = Iterator[tuple[str, dict[str, Any]]]
+"""Names, and the figures of each."""
 GIB = 2**30
 STARTED = time.perf_counter()
 
@@ -76,7 +85,7 @@ CASES = (
 SMALL_CASES = (Case("tiny", 2, 32, "bf16"),)
 
 
-def train_case(case: Case, device: torch.device, steps: int) -> dict[str, Any]:
+def train_case(case: Case, device: torch.device, steps: int) -> Found:
     """Milliseconds and memory of one step: fused with a CUDA graph, fused without, and torch's."""
     found: dict[str, Any] = {}
     for label, graph, accelerated in (
@@ -100,7 +109,19 @@ def train_case(case: Case, device: torch.device, steps: int) -> dict[str, Any]:
                 torch.cuda.empty_cache()
     ms = found.get("ms") or found.get("eager_ms")
     found["samples_per_s"] = case.batch / ms * 1e3 if ms else None
-    return found
+    yield case.name, found
+
+
+def kernels(case: Case, device: torch.device) -> Found:
+    """Kernels that a step starts without a graph, as torch's profiler sees them."""
+    training = Training(build(case.preset), device, case.batch, case.crop, case.precision)
+    for _ in range(2):
+        training.step()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        training.step()
+        _wait(device)
+    events = [one for one in seen.events() if one.device_type == torch.autograd.DeviceType.CUDA]
+    yield case.name, {"eager_kernels": len(events)}
 
 
 def _timed(
@@ -129,11 +150,13 @@ def _timed(
 
 
 @torch.no_grad()
-def infer(device: torch.device, side: int, preset: str, steps: int) -> Iterator[tuple[str, Any]]:
-    """Whole pictures through the network."""
-    torch.manual_seed(0)
-    model = build(preset).to(device).eval()
-    image = torch.rand(1, 3, side, side, device=device)
+def infer(device: torch.device, side: int, preset: str, steps: int) -> Found:
+    """A whole picture with noise through the network; `small` has trained weights."""
+    model = MEASNet.from_pretrained("small") if preset == "small" else build(preset)
+    model = model.to(device).eval()
+    clean = torch.from_numpy(data.astronaut()[:side, :side] / 255).permute(2, 0, 1)[None].float()
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)) * 25 / 255
+    clean, image = clean.to(device), (clean + noise).to(device)
     exact: Tensor | None = None
     for precision in ("fp32", "bf16"):
         times, peaks = {}, {}
@@ -154,7 +177,12 @@ def infer(device: torch.device, side: int, preset: str, steps: int) -> Iterator[
         found = {f"{label}ms": ms * 1e3 for label, ms in times.items()}
         found |= {f"{label}peak_gib": peak for label, peak in peaks.items()}
         found["difference"] = (kept - exact).abs().max().item()
+        found["db_from_fp32"] = _psnr(kept, clean) - _psnr(exact, clean)
         yield f"{preset} infer {side}x{side} {precision}", found
+
+
+def _psnr(image: Tensor, clean: Tensor) -> float:
+    return -10 * math.log10((image.clamp(0, 1) - clean).square().mean().item())
 
 
 def _inference(model: torch.nn.Module, image: Tensor, precision: str) -> Callable[[], Tensor]:
@@ -181,17 +209,95 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def show(name: str, found: dict[str, Any]) -> None:
-    """One line of a table."""
-    figures = "  ".join(
-        f"{key} {value:,.3g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in found.items()
-    )
-    print(f"  {name:<42} {figures}", flush=True)
+class Report:
+    """What has been found so far; also shown line by line, beside JSON on stderr."""
+
+    def __init__(self, device: torch.device, *, beside_json: bool) -> None:
+        on_gpu = device.type == "cuda"
+        self._device, self._file = device, sys.stderr if beside_json else sys.stdout
+        self.found: dict[str, Any] = {
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "torch": torch.__version__,
+            "kernels": gpu_library.choice(device).reason if on_gpu else "none: a CPU",
+            "cases": {},
+            "operations": {},
+            "errors": {},
+        }
+
+    def title(self, text: str) -> None:
+        """Above the lines that follow."""
+        print(text, file=self._file, flush=True)
+
+    def attempt(self, kind: str, what: str, part: Callable[[], Found]) -> None:
+        """Add what a part finds; if it fails, say so, and keep the figures of all others."""
+        figures = self.found.setdefault(kind, {})
+        try:
+            for name, found in part():
+                figures[name] = figures.get(name, {}) | found
+                self._line(name, found)
+        except Exception as error:  # a card fails in many ways
+            lines = str(error).strip().splitlines() or [""]
+            self.found["errors"][what] = f"{type(error).__name__}: {lines[0]}"
+            traceback.print_exc()
+            self.title(f"  {what} failed: {self.found['errors'][what]}")
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _line(self, name: str, found: dict[str, Any]) -> None:
+        figures = "  ".join(
+            f"{key} {value:,.3g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in found.items()
+        )
+        self.title(f"  {name:<42} {figures}")
+
+
+def run(given: Arguments, device: torch.device, report: Report) -> None:
+    """All sections that are asked for."""
+    found, small, steps = report.found, given.small, given.steps
+    report.title(f"{found['device']}, torch {found['torch']}, kernels: {found['kernels']}")
+    if "network" in given.sections:
+        report.title("training in a bare loop")
+        cases = SMALL_CASES if small else CASES
+        for case in cases:
+            report.attempt("cases", case.name, partial(train_case, case, device, steps))
+        if device.type == "cuda":
+            first = cases[0]
+            report.attempt("cases", f"kernels of {first.name}", partial(kernels, first, device))
+    if "inference" in given.sections:
+        report.title("restoring whole pictures")
+        for preset in ("tiny", "small") if small else ("paper", "official", "small"):
+            part = partial(infer, device, 64 if small else 512, preset, steps)
+            report.attempt("cases", f"{preset} infer", part)
+    if "operations" in given.sections:
+        report.title("operations, forward and backward, bf16")
+        for name, step in gpu_operations.operations(device, small=small):
+            part = partial(gpu_operations.measure, name, step, device, steps)
+            report.attempt("operations", name, part)
+    if "system" in given.sections:
+        report.title("training in distributed.train")
+        report.attempt("cases", "system", partial(system, given, device, found["cases"]))
+    if "counts" in given.sections:
+        report.title("one step of paper 8x128 bf16, counted and not measured")
+        config = configs.tiny() if small else configs.paper()
+        report.attempt("counts", "counts", partial(gpu_counts.count, config))
+    if "tune" in given.sections:
+        report.title("other tile sizes")
+        report.attempt("tune", "tune", partial(gpu_operations.tune, device, steps))
+
+
+def system(given: Arguments, device: torch.device, cases: dict[str, Any]) -> Found:
+    """The running system, and its share of the bare loop's speed where that was measured."""
+    from bench.gpu_system import run_system
+
+    bare = cases.get(CASES[0].name, {}).get("samples_per_s")
+    steps = 12 if given.small else 60
+    for name, found in run_system(steps=steps, small=given.small, device=device.type):
+        yield name, found | ({"of_bare": found["samples_per_s"] / bare} if bare else {})
 
 
 def main() -> int:
-    """Command line; 1 where there is no GPU for a section that needs one."""
+    """Command line; 1 where there is no GPU for a section that needs one, or a part failed."""
     given = tyro.cli(Arguments, prog="python bench/gpu.py", description=__doc__)
     has_gpu = torch.cuda.is_available()
     needs_gpu = set(given.sections) - {"counts"}
@@ -203,60 +309,15 @@ def main() -> int:
         )
         return 1
     device = torch.device("cuda", 0) if has_gpu else torch.device("cpu")
-    report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if has_gpu else "cpu",
-        "torch": torch.__version__,
-        "kernels": gpu_library.choice(device).reason if has_gpu else "none: a CPU",
-        "cases": {},
-        "operations": {},
-    }
-
-    def add(kind: str, name: str, found: dict[str, Any]) -> None:
-        report[kind][name] = found
-        if not given.json:
-            show(name, found)
-
-    def title(text: str) -> None:
-        if not given.json:
-            print(text, flush=True)
-
-    title(f"{report['device']}, torch {report['torch']}, kernels: {report['kernels']}")
-    if "network" in given.sections:
-        title("training in a bare loop")
-        for case in SMALL_CASES if given.small else CASES:
-            add("cases", case.name, train_case(case, device, given.steps))
-    if "inference" in given.sections:
-        title("restoring whole pictures")
-        for preset in ("tiny",) if given.small else ("paper", "official"):
-            for name, found in infer(device, 64 if given.small else 512, preset, given.steps):
-                add("cases", name, found)
-    if "operations" in given.sections:
-        title("operations, forward and backward, bf16")
-        for name, found in gpu_operations.measure(device, given.steps, small=given.small):
-            add("operations", name, found)
-    if "system" in given.sections:
-        from bench.gpu_system import run_system
-
-        title("training in distributed.train")
-        steps = 12 if given.small else 60
-        for name, found in run_system(steps=steps, small=given.small, device=device.type):
-            add("cases", name, found)
-    if "counts" in given.sections:
-        title("one step of paper 8x128 bf16, counted and not measured")
-        report["counts"] = {}
-        for name, found in gpu_counts.count(configs.tiny() if given.small else configs.paper()):
-            add("counts", name, found)
-    if "tune" in given.sections:
-        title("other tile sizes")
-        report["tune"] = {}
-        for name, found in gpu_operations.tune(device, given.steps):
-            add("tune", name, found)
-    report["seconds"] = time.perf_counter() - STARTED
-    if given.json:
-        print(json.dumps(report, indent=1))
-    else:
-        print(f"{report['seconds']:.0f} s in all")
-    return 0
+    report = Report(device, beside_json=given.json)
+    try:
+        run(given, device, report)
+    finally:  # also what was found before an interrupt
+        report.found["seconds"] = time.perf_counter() - STARTED
+        report.title(f"{report.found['seconds']:.0f} s in all")
+        if given.json:
+            print(json.dumps(report.found, indent=1))
+    return 1 if report.found["errors"] else 0
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from measnet.hardware import peak
 from measnet.ops import gpu_library
 from measnet.ops.attention import residual_attention
 from measnet.ops.choice import torch_only
+from measnet.ops.expert_features import expert_features
 from measnet.ops.feed_forward import residual_feed_forward
 from measnet.ops.gpu_library import Launch
 from measnet.ops.low_pass import low_pass
@@ -64,10 +65,16 @@ def operations(device: torch.device, *, small: bool) -> Iterator[tuple[str, Step
                 low, high = low_pass(x, taps.to(x.dtype))
                 return low + 2 * high
 
+            def see(x: Tensor, ensemble: Any = ensemble) -> Tensor:
+                weights = (ensemble.norm, ensemble.depthwise, ensemble.project)
+                mean, mixed = expert_features(x, *weights)
+                return mixed + mean[:, None, None].to(mixed.dtype)
+
             def mix(x: Tensor, ensemble: Any = ensemble) -> Tensor:
                 return ensemble(x)[0]
 
             yield f"low pass {where}", _step(split, nn.ParameterList([taps]), size, device)
+            yield f"norm, depth-wise, product {where}", _step(see, ensemble, size, device)
             yield f"picture experts {where}", _step(mix, ensemble, size, device)
 
 
@@ -90,19 +97,18 @@ def _step(
 
 
 def measure(
-    device: torch.device, repeats: int, *, small: bool
+    name: str, step: Step, device: torch.device, repeats: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each operation, and below it the kernels that it starts."""
-    for name, step in operations(device, small=small):
-        ms = milliseconds(step, repeats, device)
-        with torch_only():
-            plain = milliseconds(step, repeats, device)
-        with gpu_library.counting() as launches:
-            step()
-        moved = sum(one.bytes for one in launches)
-        yield name, {"ms": ms, "plain_ms": plain, **_traffic(moved, ms)}
-        if device.type == "cuda":
-            yield from _kernels(name, launches, repeats, device)
+    """One of `operations`, and below it the kernels that it starts."""
+    ms = milliseconds(step, repeats, device)
+    with torch_only():
+        plain = milliseconds(step, repeats, device)
+    with gpu_library.counting() as launches:
+        step()
+    moved = sum(one.bytes for one in launches)
+    yield name, {"ms": ms, "plain_ms": plain, **_traffic(moved, ms)}
+    if device.type == "cuda":
+        yield from _kernels(name, launches, repeats, device)
 
 
 def _kernels(

@@ -237,6 +237,7 @@ class Session:
         if self._started is not None:
             seconds, self._started = time.perf_counter() - self._started, None
             self._reporter.say(f"first step {seconds:.1f} s after the worker started")
+            self.keep_metrics({"speed/first_step_s": seconds}, self.samples)
         self._start_exchange(lr)
         self._reporter.step_made()
         every = self.config.every

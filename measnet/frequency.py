@@ -10,9 +10,9 @@ from measnet.autocast import autocast_off
 from measnet.config import PAPER_ROUTING, RoutingConfig
 from measnet.experts import ExpertPath, Routed, Use, resolve_path, scatter_gates
 from measnet.ops import gpu_library
-from measnet.ops.convolution import convolve, pointwise
+from measnet.ops.convolution import pointwise
+from measnet.ops.expert_features import expert_features
 from measnet.ops.low_pass import low_pass
-from measnet.ops.normalization import layer_norm
 from measnet.ops.whole import pixel_mean
 from measnet.selection import Choice, Selector
 from measnet.step_statistics import StepStatistics
@@ -137,10 +137,8 @@ class PictureExperts(nn.Module):
 
     def forward(self, x_bhwc: Tensor, generator: torch.Generator | None = None) -> Routed:
         """(B, H, W, C) -> input plus experts, and the choice as (B, N) zeros and ones."""
-        normal = layer_norm(x_bhwc, self.norm)
-        depth = convolve(normal, self.depthwise, groups=len(self.depthwise))  # F^d
-        logits_bn, (gate_bk, index_bk, probability_bn) = self._choose(depth, generator)
-        mixed = pointwise(depth, self.project) * (depth + 1)  # F^pd = F^p ⊙ F^d + F^p
+        pooled_bc, mixed = expert_features(x_bhwc, self.norm, self.depthwise, self.project)
+        logits_bn, (gate_bk, index_bk, probability_bn) = self._choose(pooled_bc, generator)
         gate_bn = scatter_gates(gate_bk, index_bk, len(self.widths))
         chosen_bn = scatter_gates(torch.ones_like(gate_bk).detach(), index_bk, len(self.widths))
         balance = self.select.balance(probability_bn, chosen_bn, 1) if self.select.tracks else None
@@ -160,10 +158,9 @@ class PictureExperts(nn.Module):
         return Routed(x_bhwc + out, use)
 
     def _choose(
-        self, depth_bhwc: Tensor, generator: torch.Generator | None
+        self, pooled_bc: Tensor, generator: torch.Generator | None
     ) -> tuple[Tensor, Choice]:
-        with autocast_off(depth_bhwc):
-            pooled_bc = pixel_mean(depth_bhwc)
+        with autocast_off(pooled_bc):
             logits = F.linear(pooled_bc, self.gate.float(), self.gate_bias.float())
             return logits, self.select(logits, generator)
 

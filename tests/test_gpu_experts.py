@@ -1,5 +1,6 @@
 """Triton kernels of experts, their gates and FD: by the interpreter against torch, and compiled."""
 
+import contextlib
 import copy
 import os
 
@@ -15,6 +16,7 @@ from measnet.frequency import PictureExperts
 from measnet.ops import cpu_library, gpu_library
 from measnet.ops.choice import torch_only
 from measnet.ops.low_pass import low_pass
+from measnet.ops.whole import Incomplete, Totals
 from tests.compiled import assert_fits, compiled, interpret_bf16
 from tests.test_gpu_block import assert_close
 
@@ -120,19 +122,54 @@ def test_experts_under_autocast_agree_with_torch(monkeypatch: pytest.MonkeyPatch
         assert error <= 1.5 * usual + 0.005 * one.norm()
 
 
-def test_picture_experts_agree_with_torch() -> None:
+@pytest.mark.parametrize(("channels", "size"), [(32, (3, 2, 5)), (16, (1, 5, 17)), (80, (2, 1, 1))])
+def test_picture_experts_agree_with_torch(channels: int, size: tuple[int, int, int]) -> None:
     torch.manual_seed(0)
-    module = PictureExperts(32, experts=5, top_k=2, path="dense")
-    x = torch.randn(3, 2, 5, 32)
+    module = PictureExperts(channels, experts=5, top_k=2, path="dense")
+    for parameter in (module.norm.weight, module.norm.bias):
+        nn.init.normal_(parameter)
+    x = torch.randn(*size, channels) + 2.0
     with torch_only():
         exact = trained(copy.deepcopy(module).double(), x.double())
     with gpu_library.stand_in("cpu"), gpu_library.counting() as launches:
         ours = trained(module, x)
-    assert {one.name for one in launches} == {
-        *("_convolve", "_convolve_back"),
-        *("_forward", "_backward", "_weights_backward"),
-    }
+    assert [one.name for one in launches] == [
+        *("_statistics", "_convolve", "_multiply", "_forward"),
+        *("_backward", "_weights_backward", "_modulate_back", "_weight_gradient"),
+        *("_convolve_back", "_norm_back"),
+    ]
     assert_close(ours, exact, 1e-5)
+
+
+def test_picture_experts_under_autocast_agree_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    interpret_bf16(monkeypatch)
+    torch.manual_seed(0)
+    module = PictureExperts(32, experts=3, top_k=3, path="dense")
+    x = torch.randn(2, 3, 5, 32).bfloat16()
+    with torch_only():
+        exact = trained(copy.deepcopy(module).double(), x.double())
+    with torch_only(), torch.autocast("cpu", torch.bfloat16), CudaAutocast():
+        plain = trained(module, x)
+    with gpu_library.stand_in("cpu"), torch.autocast("cpu", torch.bfloat16):
+        ours = trained(module, x)
+    assert ours[0].dtype == torch.bfloat16
+    for our, theirs, one in zip(ours, plain, exact, strict=True):
+        error, usual = ((got.double() - one).norm() for got in (our, theirs))
+        assert error <= 1.5 * usual + 0.005 * one.norm()
+
+
+def test_picture_experts_in_parts_are_those_of_the_whole() -> None:
+    """The mean over a picture is not known in one pass over its parts: torch's path takes over."""
+    torch.manual_seed(0)
+    module = PictureExperts(16, experts=3, top_k=2, path="dense")
+    x, totals = torch.randn(1, 4, 6, 16), Totals()
+    with gpu_library.stand_in("cpu"), torch.no_grad():
+        whole = module(x).features
+        for _ in range(2):
+            with totals.part(slice(None), slice(None)), contextlib.suppress(Incomplete):
+                part = module(x).features
+            totals.complete()
+    torch.testing.assert_close(part, whole)
 
 
 class Split(nn.Module):

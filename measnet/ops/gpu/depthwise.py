@@ -1,11 +1,11 @@
-"""Depth-wise 3×3 convolutions with zero padding, with the gate of the feed-forward.
+"""Depth-wise 3×3 convolutions with zero padding: after a layer norm, or before a gate.
 
 A program slides down the rows of a tile of columns and channels. It holds the sums of three rows
 of the result, so that each row of the input is loaded three times, once for each column of the
 kernel, and not nine times.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,6 +23,19 @@ ROWS = 16
 """Rows that a program makes; it reads one more on either side."""
 WARPS = 8
 """Four values of a tile for each thread: the nine taps of four channels fit into registers."""
+
+
+class Norm(NamedTuple):
+    """A layer norm over the channels, as a kernel computes it."""
+
+    mean: Tensor
+    """Of each pixel, (P,) fp32."""
+    rstd: Tensor
+    """1 / standard deviation of each pixel, (P,) fp32."""
+    weight: Tensor
+    """(C,)."""
+    bias: Tensor
+    """(C,)."""
 
 
 @triton.jit
@@ -43,6 +56,20 @@ def load_row(x, picture, row, column, channel, known, step, H, W):
     at = (picture * H + row) * W + column
     address = x + at[:, None] * step + channel[None, :]
     return tl.load(address, mask=inside[:, None] & known[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_normal(x, norm, picture, row, column, channel, known, step, H, W):
+    """The same of norm(x), of which `norm` is mean and rstd of each pixel, weight and bias."""
+    mean, rstd, gamma, beta = norm
+    inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
+    at = (picture * H + row) * W + column
+    tile = load_row(x, picture, row, column, channel, known, step, H, W)
+    tile -= tl.load(mean + at, mask=inside, other=0.0)[:, None]
+    tile *= tl.load(rstd + at, mask=inside, other=0.0)[:, None]
+    tile *= tl.load(gamma + channel, mask=known, other=0.0)[None, :]
+    tile += tl.load(beta + channel, mask=known, other=0.0)[None, :]
+    return tl.where(inside[:, None] & known[None, :], tile, 0.0)
 
 
 @triton.jit
@@ -97,10 +124,10 @@ def gelu_slope(x):
 
 @triton.jit
 def _convolve(
-    x, kernel, out, H, W, x_step, out_step,
-    C: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
+    x, kernel, out, H, W, x_step, out_step, mean, rstd, gamma, beta, sums,
+    C: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """out = x ⊛ kernel."""
+    """out = x ⊛ kernel. `NORM`: of norm(x), and also the sum over this tile's pixels."""
     picture, row, start = start_of(H, W, R, BW)
     column = start + tl.arange(0, BW)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -108,9 +135,17 @@ def _convolve(
     taps = load_taps(kernel, c, known)
     above = tl.zeros([BW, BC], tl.float32)
     here = tl.zeros([BW, BC], tl.float32)
+    total = tl.zeros([BW, BC], tl.float32)
     for i in range(R + 2):
         r = row + i - 1
-        beside = load_columns(x, picture, r, column, c, known, x_step, H, W)
+        if NORM:
+            norm = (mean, rstd, gamma, beta)
+            left = load_normal(x, norm, picture, r, column - 1, c, known, x_step, H, W)
+            middle = load_normal(x, norm, picture, r, column, c, known, x_step, H, W)
+            right = load_normal(x, norm, picture, r, column + 1, c, known, x_step, H, W)
+            beside = (left, middle, right)
+        else:
+            beside = load_columns(x, picture, r, column, c, known, x_step, H, W)
         done = above + add_row(beside, taps[6], taps[7], taps[8])
         above = here + add_row(beside, taps[3], taps[4], taps[5])
         here = add_row(beside, taps[0], taps[1], taps[2])
@@ -118,6 +153,11 @@ def _convolve(
         at = (picture * H + r - 1) * W + column
         address = out + at[:, None] * out_step + c[None, :]
         tl.store(address, done.to(out.dtype.element_ty), mask=made[:, None] & known[None, :])
+        if NORM:
+            total += tl.where(made[:, None], done, 0.0)
+    if NORM:
+        at = tl.program_id(0).to(tl.int64) * C
+        tl.store(sums + at + c, tl.sum(total, 0), mask=known)
 
 
 @triton.jit
@@ -165,12 +205,13 @@ def _gate(
 @triton.jit
 def _convolve_back(
     x, kernel, gradient, of_x, of_kernel, H, W, x_step, gradient_step, out_step,
-    C: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
+    mean, rstd, gamma, beta,
+    C: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """Gradients of x and, of this tile, of the kernel, from one reading of both.
 
     A row of the gradient meets the row of x above it, beside it and below it; of x only the rows
-    that belong to this program count.
+    that belong to this program count. `NORM`: norm(x) was convolved, and has the gradient.
     """
     picture, row, start = start_of(H, W, R, BW)
     column = start + tl.arange(0, BW)
@@ -194,7 +235,12 @@ def _convolve_back(
     for i in range(R + 2):
         r = row + i - 1
         beside = load_columns(gradient, picture, r, column, c, known, gradient_step, H, W)
-        x_below = load_row(x, picture, r + 1, column, c, known & (r + 1 < end), x_step, H, W)
+        own = known & (r + 1 < end)
+        if NORM:
+            norm = (mean, rstd, gamma, beta)
+            x_below = load_normal(x, norm, picture, r + 1, column, c, own, x_step, H, W)
+        else:
+            x_below = load_row(x, picture, r + 1, column, c, own, x_step, H, W)
         g0 += x_above * beside[2]
         g1 += x_above * beside[1]
         g2 += x_above * beside[0]
@@ -238,8 +284,25 @@ def convolve(x_bhwc: Tensor, kernel: Tensor, out: Tensor | None = None) -> Tenso
     grid, sizes = tiling(x_bhwc, channels)
     height, width = x_bhwc.shape[1:3]
     arguments = (x_bhwc, kernel, out, height, width, x_bhwc.stride(2), out.stride(2))
-    launch(_convolve, grid, *arguments, C=channels, **sizes)
+    launch(_convolve, grid, *arguments, *[kernel] * 5, C=channels, NORM=False, **sizes)
     return out
+
+
+def norm_convolve(x_bhwc: Tensor, norm: Norm, kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """norm(x) ⊛ kernel, and its sum over the pixels of each picture, (B, C) fp32.
+
+    Args:
+        x_bhwc: (B, H, W, C), contiguous.
+        norm: of the channels.
+        kernel: (C, 9), fp32, contiguous.
+    """
+    batch, height, width, channels = x_bhwc.shape
+    out = torch.empty_like(x_bhwc)
+    grid, sizes = tiling(x_bhwc, channels)
+    sums = x_bhwc.new_empty(grid[0], channels, dtype=torch.float32)
+    arguments = (x_bhwc, kernel, out, height, width, channels, channels, *norm, sums)
+    launch(_convolve, grid, *arguments, C=channels, NORM=True, **sizes)
+    return out, sums.view(batch, -1, channels).sum(1)
 
 
 def gate(planes_bhwc: Tensor, kernel: Tensor) -> Tensor:
@@ -271,13 +334,16 @@ def gate_back(planes_bhwc: Tensor, kernel: Tensor, gradient: Tensor) -> tuple[Te
     return of_planes, gated
 
 
-def convolve_back(x_bhwc: Tensor, kernel: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x, and of the kernel as (C, 9) fp32.
+def convolve_back(
+    x_bhwc: Tensor, kernel: Tensor, gradient: Tensor, norm: Norm | None = None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, or of norm(x), and of the kernel as (C, 9) fp32.
 
     Args:
         x_bhwc: (B, H, W, C); pixels may lie further apart than C.
         kernel: (C, 9), fp32, contiguous.
         gradient: of the result, (B, H, W, C); pixels may lie further apart than C.
+        norm: of the channels, where `norm_convolve` gave the result.
     """
     channels = x_bhwc.shape[-1]
     grid, sizes = tiling(x_bhwc, channels)
@@ -285,7 +351,9 @@ def convolve_back(x_bhwc: Tensor, kernel: Tensor, gradient: Tensor) -> tuple[Ten
     of_kernel = x_bhwc.new_empty(grid[0], channels, 9, dtype=torch.float32)
     arguments = (x_bhwc, kernel, gradient, of_x, of_kernel, *x_bhwc.shape[1:3])
     steps = (x_bhwc.stride(2), gradient.stride(2), of_x.stride(2))
-    launch(_convolve_back, grid, *arguments, *steps, C=channels, **sizes)
+    given = [kernel] * 4 if norm is None else norm
+    constants = {"C": channels, "NORM": norm is not None, **sizes}
+    launch(_convolve_back, grid, *arguments, *steps, *given, **constants)
     return of_x, of_kernel.sum(0)
 
 

@@ -74,11 +74,14 @@ def _norm_project(
 
 @triton.jit
 def _multiply(
-    x, matrix, residual, out, pixels, x_step, out_step, matrix_picture, matrix_n, matrix_k,
+    x, matrix, other, out, pixels, x_step, out_step, matrix_picture, matrix_n, matrix_k,
     K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-    ADD: tl.constexpr, PRECISION: tl.constexpr,
+    ADD: tl.constexpr, SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[b, p, n] = Σ_k x[b, p, k] · matrix[b, n, k] (+ residual[b, p, n])."""
+    """out[b, p, n] = Σ_k x[b, p, k] · matrix[b, n, k].
+
+    `ADD`: plus other[b, p, n]; `SCALE`: times 1 + other[b, p, n].
+    """
     picture = tl.program_id(2)
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -95,11 +98,21 @@ def _multiply(
         weight = tl.load(address, mask=known_weight, other=0.0)
         sums = tl.dot(tile, weight, sums, input_precision=PRECISION)
     known_out = inside[:, None] & (n < N)[None, :]
-    if ADD:
-        address = residual + at[:, None] * N + n[None, :]
-        sums += tl.load(address, mask=known_out, other=0.0).to(tl.float32)
+    if ADD or SCALE:
+        address = other + at[:, None] * N + n[None, :]
+        beside = tl.load(address, mask=known_out, other=0.0).to(tl.float32)
+        sums = sums + beside if ADD else sums * (1.0 + beside)
     address = out + at[:, None] * out_step + n[None, :]
     tl.store(address, sums.to(out.dtype.element_ty), mask=known_out)
+
+
+@triton.jit
+def through_norm(gradient, normal, rstd, gamma, C: tl.constexpr):
+    """Gradient of a layer norm's input, from that of its result and what it was before `gamma`."""
+    gradient *= gamma[None, :]
+    along = tl.sum(gradient * normal, 1) / C
+    common = tl.sum(gradient, 1) / C
+    return (gradient - common[:, None] - normal * along[:, None]) * rstd[:, None]
 
 
 @triton.jit
@@ -129,10 +142,7 @@ def _norm_project_back(
     partial = of_norm + tl.program_id(0).to(tl.int64) * 2 * C
     tl.store(partial + c, tl.sum(sums * normal, 0), mask=c < C)
     tl.store(partial + C + c, tl.sum(sums, 0), mask=c < C)
-    sums *= tl.load(gamma + c, mask=c < C, other=0.0)[None, :]
-    along = tl.sum(sums * normal, 1) / C
-    common = tl.sum(sums, 1) / C
-    sums = (sums - common[:, None] - normal * along[:, None]) * rstd[:, None]
+    sums = through_norm(sums, normal, rstd, tl.load(gamma + c, mask=c < C, other=0.0), C)
     sums += tl.load(besides + at, mask=known, other=0.0).to(tl.float32)
     tl.store(of_x + at, sums.to(of_x.dtype.element_ty), mask=known)
 
@@ -246,20 +256,23 @@ def multiply(
     matrix: Tensor,
     *,
     residual: Tensor | None = None,
+    factor: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """x · matrixᵀ + residual.
+    """x · matrixᵀ + residual, or x · matrixᵀ ⊙ (1 + factor).
 
     Args:
         x_bhwk: (B, H, W, K); pixels may lie further apart than K.
         matrix: (N, K) for all pictures, or (B, N, K), any strides.
         residual: (B, H, W, N), contiguous.
+        factor: the same.
         out: where to write, (B, H, W, N); pixels may lie further apart than N.
     """
     batch, height, width, inner = x_bhwk.shape
     count = matrix.shape[-2]
     if out is None:
         out = x_bhwk.new_empty(batch, height, width, count)
+    other = residual if factor is None else factor
     own = matrix.ndim == 3
     pictures, pixels = (batch, height * width) if own else (1, batch * height * width)
     rows, columns, widest = _tile(x_bhwk.dtype, inner)
@@ -267,11 +280,12 @@ def multiply(
     launch(
         _multiply,
         (ceil_div(pixels, rows), ceil_div(count, columns), pictures),
-        *(x_bhwk, matrix, out if residual is None else residual, out, pixels),
+        *(x_bhwk, matrix, out if other is None else other, out, pixels),
         *(x_bhwk.stride(2), out.stride(2)),
         *(matrix.stride(0) if own else 0, matrix.stride(-2), matrix.stride(-1)),
         **{"K": inner, "N": count, "BM": rows, "BK": block, "BN": columns},
         ADD=residual is not None,
+        SCALE=factor is not None,
         PRECISION=products(out.dtype),
         num_warps=4,
         num_stages=3,
