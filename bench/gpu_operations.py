@@ -31,7 +31,7 @@ def operations(device: torch.device, *, small: bool) -> Iterator[tuple[str, Step
     """Name -> a forward and backward pass in bf16."""
     batch = 1 if small else BATCH
     for channels, (full, heads) in SIZES.items():
-        if small and channels > 48:
+        if small and channels > 96:
             return
         side = 16 if small else full
         torch.manual_seed(0)

@@ -165,6 +165,44 @@ def test_a_step_on_the_device_starts_few_operations_and_waits_for_none() -> None
     assert operations.count < 25 * len(shapes) + len(matrices)
 
 
+@pytest.mark.parametrize(
+    ("costs", "ranks", "expected"),
+    [
+        ([5.0, 3.0, 2.0], 1, [0, 0, 0]),
+        ([2.0, 5.0, 3.0], 2, [1, 0, 1]),
+        ([4.0, 4.0, 4.0, 4.0], 2, [0, 1, 0, 1]),
+        ([1.0], 3, [0]),
+        ([], 2, []),
+    ],
+)
+def test_the_work_is_shared_evenly(costs: list[float], ranks: int, expected: list[int]) -> None:
+    assert optimizers.share(costs, ranks) == expected
+
+
+def _shared_and_alone() -> list[list[Tensor]]:
+    """The weights after three steps, where each rank does its part or all."""
+    ends = []
+    for shared in (True, False):
+        network = _Network()
+        muon = optimizers.build_optimizer(network, RECIPE)
+        assert isinstance(muon, optimizers.GuardedMuon) and muon._shared
+        muon._shared = shared
+        for step in range(3):
+            muon.zero_grad()
+            _loss(network, _input(step)).backward()
+            muon.step()
+        ends.append([p.detach() for p in network.parameters()])
+    return ends
+
+
+def test_ranks_that_share_the_work_get_the_same_bits() -> None:
+    everything = run_ranks(2, _shared_and_alone)
+    (first, *_) = everything[0]
+    for ends in everything:
+        for weights in ends:
+            assert all(map(torch.equal, weights, first))
+
+
 def train_and_resume() -> dict[str, Any]:
     """Four steps, and the last two again from the state after two."""
     rank, world = dist.get_rank(), dist.get_world_size()
