@@ -61,20 +61,29 @@ class MicroBatchGraph:
         self._engine = engine
         self._network: MEASNet = engine.module
         self._bf16, self._loss_weight = bf16, loss_weight
+        self._replay: Callable[[], None] | None = None
+        self._results: tuple[Losses, Restoration] | None = None
         self._weights = balance_weight, frequency_weight
         device = next(self._network.parameters()).device
         # Noise must be drawn anew in each replay, so the capture has to know its source.
         noisy = self._network.config.variant == "official"
         self._noise = torch.Generator(device) if noisy else None
-        shape = (micro_batch, 3, crop, crop)
-        self._degraded, self._clean = (torch.rand(shape, device=device) for _ in range(2))
-        named = [(n, p) for n, p in self._network.named_parameters() if p.requires_grad]
-        self._parameters = [p for _, p in named]
-        before = [p.grad for p in self._parameters]  # several ranks have them in buckets
-        self._gradients = [
-            torch.zeros_like(p) if held is None else held
-            for p, held in zip(self._parameters, before, strict=True)
+        self._named = [(n, p) for n, p in self._network.named_parameters() if p.requires_grad]
+        self._parameters = [p for _, p in self._named]
+        self._gradients = [  # several ranks have them in buckets already
+            torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters
         ]
+        self._capture(torch.Size((micro_batch, 3, crop, crop)), device)
+
+    def _capture(self, shape: torch.Size, device: torch.device) -> None:
+        """Capture for pictures of this shape; no gradient, weight or statistic is changed.
+
+        Raises:
+            GraphError: see `__init__`.
+        """
+        self._replay, self._results = None, None  # frees the memory of the graph before
+        self._degraded, self._clean = (torch.rand(shape, device=device) for _ in range(2))
+        before = [p.grad for p in self._parameters]
         statistics = _Kept(self._network)
         try:
             used = self._warm_up(device)
@@ -93,7 +102,7 @@ class MicroBatchGraph:
                 parameter.grad = held
         if not abs(found - expected) <= AGREES * expected:
             raise GraphError(f"its gradients have the norm {found:.4g}, not {expected:.4g}")
-        self.unused = [name for i, (name, _) in enumerate(named) if i not in used]
+        self.unused = [name for i, (name, _) in enumerate(self._named) if i not in used]
         """Parameters that get no gradient."""
 
     def __call__(
@@ -101,16 +110,24 @@ class MicroBatchGraph:
     ) -> tuple[Losses, Restoration]:
         """Add the gradients of a micro-batch; the results hold until the next call.
 
+        Crops of another side than before are captured anew, which must be between two steps.
+
         Args:
-            degraded: (m, 3, c, c) on the device, as many and as large as in the capture.
+            degraded: (m, 3, c, c) on the device.
             clean: the same.
             noise_seed: of the gates' noise in this micro-batch.
+
+        Raises:
+            GraphError: the graph for another side cannot be captured.
         """
+        if degraded.shape != self._degraded.shape:
+            self._capture(degraded.shape, degraded.device)
         if self._parameters[0].grad is None:  # on a single rank DeepSpeed drops the gradients
             self._start_at_zero()
         self._degraded.copy_(degraded)
         self._clean.copy_(clean)
         self._draw(noise_seed)
+        assert self._replay is not None and self._results is not None
         self._replay()
         if dist.get_world_size() > 1:
             self._engine.allreduce_gradients()  # at the last micro-batch of a step
@@ -208,7 +225,7 @@ def graph_micro_batches(
         graph = MicroBatchGraph(
             engine,
             micro_batch=config.recipe.micro_batch,
-            crop=config.data.crop,
+            crop=config.data.crop,  # later sides are captured when they come
             bf16=decisions.precision.choice == "bf16",
             balance_weight=config.recipe.balance_weight,
             frequency_weight=config.recipe.frequency_weight,
