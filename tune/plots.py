@@ -6,7 +6,7 @@ grey, failed ones red.
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distributed.pages import charts
 from distributed.pages.charts import INK, MIDDLE, PALE, figure, svg
@@ -17,12 +17,24 @@ if TYPE_CHECKING:
     from optuna import Study
 
 BEST, PAPER, FINISHED, STOPPED, FAILED = charts.BLUE, charts.ORANGE, MIDDLE, PALE, charts.RED
+
+
+class Cost(NamedTuple):
+    """How a cost is shown."""
+
+    title: str
+    """Of its axis."""
+    unit: str
+    """Heading of its column."""
+    factor: float
+    """From the stored number to the unit."""
+
+
 COSTS = {
-    "multiply_adds": ("multiply-adds of 256×256 (10⁹)", 1e-9),
-    "parameters": ("parameters (10⁶)", 1e-6),
-    "latency": ("latency (ms)", 1.0),
+    "multiply_adds": Cost("multiply-adds of 256×256 (10⁹)", "10⁹ mult.-adds", 1e-9),
+    "parameters": Cost("parameters (10⁶)", "10⁶ param.", 1e-6),
+    "latency": Cost("latency (ms)", "ms", 1.0),
 }
-"""Cost -> its axis title, and the factor to its unit."""
 VALIDATION_PSNR = "validation PSNR (dB)"
 
 
@@ -31,7 +43,7 @@ def cost_plot(record: SearchRecord, cost: str) -> str | None:
     done = [t for t in record.finished if is_number(t.costs.get(cost))]
     if not done:
         return None
-    label, scale = COSTS[cost]
+    label, _, scale = COSTS[cost]
     made, (axis,) = figure(5.6, 3.7)
     steps = front(done, cost)
     named: dict[tuple[float, float], str] = {}

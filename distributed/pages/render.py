@@ -34,11 +34,6 @@ def render(template: str, **values: Any) -> str:
     return environment().get_template(template).render(**values)
 
 
-def parts() -> Any:
-    """The macros of parts.html as functions that return `Markup`: `section`, `table`, `facts`."""
-    return environment().get_template("parts.html").module
-
-
 def fixed(value: float | None, digits: int = 2) -> str:
     """`12.30`; an en dash if there is no value."""
     return "–" if value is None else f"{value:.{digits}f}"
