@@ -126,7 +126,7 @@ def test_the_table_is_sorted_and_reasons_are_shown() -> None:
 def test_importance_finds_the_parameter_that_matters() -> None:
     record, config = searched(60)
     space = build(config.space, config.vary, config.base())
-    shares = importance(record, config, space)
+    shares = importance(record, space)
     assert max(shares, key=lambda f: shares[f]) == "model.pixel_experts"
     assert shares["model.pixel_experts"] > 0.6
     assert "more is better" in page(record)

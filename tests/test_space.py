@@ -79,6 +79,9 @@ def test_the_papers_point_is_told_to_the_searcher_even_outside_of_the_range() ->
     rows = rows_of(config, ["finished"] * 6)
     assert rows[0].changes == {"model.pixel_experts": 6}
     assert all(2 <= row.changes["model.pixel_experts"] <= 4 for row in rows[1:])
+    study = build_study(build(config.space, config.vary, config.base()), rows, cost="none")
+    ranges = [trial.distributions["model.pixel_experts"] for trial in study.trials]
+    assert {(one.low, one.high) for one in ranges} == {(2, 6)}  # type: ignore[attr-defined]
 
 
 def test_what_is_proposed_follows_from_the_record_alone() -> None:
@@ -105,10 +108,10 @@ def test_optuna_is_told_the_truth_about_each_state() -> None:
     config = parse(["demo"])
     space = build(config.space, config.vary, config.base())
     rows = rows_of(config, ["finished", "stopped", "failed", "running"])
-    study = build_study(space, rows, config.base(), cost="none")
+    study = build_study(space, rows, cost="none")
     assert [t.state.name for t in study.trials] == ["COMPLETE", "PRUNED", "FAIL", "RUNNING"]
     assert study.trials[1].intermediate_values == {100: rows[1].psnr}
-    study = build_study(space, rows, config.base(), cost="multiply_adds")
+    study = build_study(space, rows, cost="multiply_adds")
     assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE", "FAIL", "RUNNING"]
     assert study.trials[1].values == [rows[1].psnr, 1e9]
 

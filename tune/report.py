@@ -86,14 +86,14 @@ def page(record: SearchRecord) -> str:
         added=_added_chart(record) if "ablation" in config.space else "",
         fronts=[] if "tasks" in config.space else _fronts(record),
         curves=plots.curves(record),
-        parallel=_parallel(record, config, space),
-        importance=_importance(record, config, space),
+        parallel=_parallel(record, space),
+        importance=_importance(record, space),
         usage=list(_usage(record).items()),
         spent=_spent(record),
     )
 
 
-def importance(record: SearchRecord, config: SearchConfig, space: Space) -> dict[str, float]:
+def importance(record: SearchRecord, space: Space) -> dict[str, float]:
     """Importance of each parameter for the PSNR by Optuna's PED-ANOVA, in [0, 1], largest first.
 
     Empty if there are too few trials. Trials are compared at equal length, see `comparable_trials`.
@@ -103,7 +103,7 @@ def importance(record: SearchRecord, config: SearchConfig, space: Space) -> dict
     trials = comparable_trials(record)
     if len(trials) < 5 or len(space.parameters) < 2:
         return {}
-    study = _complete_study(trials, config, space)
+    study = _complete_study(trials, space)
     found = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator())
     return {name: float(value) for name, value in found.items()}
 
@@ -125,12 +125,10 @@ def comparable_trials(record: SearchRecord) -> list[tuple[TrialRecord, float]]:
     return [(trial, psnr) for trial, psnr in at if psnr is not None and is_number(psnr)]
 
 
-def _complete_study(
-    trials: Iterable[tuple[TrialRecord, float]], config: SearchConfig, space: Space
-) -> "optuna.Study":
+def _complete_study(trials: Iterable[tuple[TrialRecord, float]], space: Space) -> "optuna.Study":
     """A study in which all trials count as complete."""
     complete = [dataclasses.replace(t, state="finished", psnr=psnr) for t, psnr in trials]
-    return build_study(space, complete, config.base(), cost="none", whole=True)
+    return build_study(space, complete, cost="none")
 
 
 # ---- what the template shows ---------------------------------------------------------------------
@@ -231,22 +229,22 @@ def _fronts(record: SearchRecord) -> list[str]:
     return [plot for cost in costs if (plot := plots.cost_plot(record, cost))]
 
 
-def _parallel(record: SearchRecord, config: SearchConfig, space: Space) -> str:
+def _parallel(record: SearchRecord, space: Space) -> str:
     shown = [
         (t, t.psnr) for t in record.trials if t.state != "failed" and t.psnr and is_number(t.psnr)
     ]
     if len(shown) < 2 or not space.parameters:
         return ""
-    return plots.parallel(_complete_study(shown, config, space))
+    return plots.parallel(_complete_study(shown, space))
 
 
-def _importance(record: SearchRecord, config: SearchConfig, space: Space) -> dict[str, Any] | None:
+def _importance(record: SearchRecord, space: Space) -> dict[str, Any] | None:
     """The `chart`, and on which `trials` of which length; None if nothing is searched."""
     from scipy.stats import spearmanr
 
     if not space.parameters:
         return None
-    shares = importance(record, config, space)
+    shares = importance(record, space)
     trials = comparable_trials(record)
     scores = [psnr for _, psnr in trials]
     notes = {}

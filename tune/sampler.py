@@ -16,8 +16,7 @@ from tune.space import Changes, Space
 
 if TYPE_CHECKING:
     import optuna
-
-    from distributed.config import TrainConfig
+    from optuna.distributions import BaseDistribution
 
 
 def next_changes(space: Space, trials: Sequence[TrialRecord], config: SearchConfig) -> Changes:
@@ -27,9 +26,7 @@ def next_changes(space: Space, trials: Sequence[TrialRecord], config: SearchConf
         return dict(space.points[number].changes)
     if number == 0:
         return space.first(base)
-    study = build_study(
-        space, trials, base, cost=config.cost, sampler=_optuna_sampler(config, number)
-    )
+    study = build_study(space, trials, cost=config.cost, sampler=_optuna_sampler(config, number))
     for _ in range(20):  # do not train the same values twice
         changes = space.suggest(study, base)
         if all(changes != trial.changes for trial in trials):
@@ -40,16 +37,14 @@ def next_changes(space: Space, trials: Sequence[TrialRecord], config: SearchConf
 def build_study(
     space: Space,
     trials: Sequence[TrialRecord],
-    base: "TrainConfig",
     *,
     cost: str,
     sampler: Any = None,
-    whole: bool = False,
 ) -> "optuna.Study":
     """An Optuna study that knows these trials.
 
     A stopped trial counts as pruned at its last PSNR. With a cost it counts as complete, because
-    Optuna has no pruning for two objectives. `whole`: each K has its full range.
+    Optuna has no pruning for two objectives.
     """
     import optuna
 
@@ -57,16 +52,17 @@ def build_study(
     study = optuna.create_study(
         directions=["maximize"] if cost == "none" else ["maximize", "minimize"], sampler=sampler
     )
+    ranges = space.distributions([trial.changes for trial in trials])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for trial in trials:
-            study.add_trial(_frozen_trial(space, trial, base, cost, whole))
+            study.add_trial(_frozen_trial(trial, ranges, cost))
     return study
 
 
 def _frozen_trial(
-    space: Space, trial: TrialRecord, base: "TrainConfig", cost: str, whole: bool
-) -> Any:
+    trial: TrialRecord, ranges: "dict[str, BaseDistribution]", cost: str
+) -> "optuna.trial.FrozenTrial":
     from optuna.trial import TrialState, create_trial
 
     curve = {samples: psnr for samples, psnr in trial.curve if is_number(psnr)}
@@ -83,7 +79,7 @@ def _frozen_trial(
     return create_trial(
         state=state,
         params=trial.changes,
-        distributions=space.distributions(trial.changes, base, whole=whole),
+        distributions=ranges,
         values=values,
         intermediate_values=curve,
     )

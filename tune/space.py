@@ -9,7 +9,7 @@
 A range is `2..8`, `0.1..0.9`, `log 1e-6..1e-2`, or the choices `16,24,32`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,8 +86,8 @@ class Parameter:
         """The field that this one cannot exceed."""
         return BOUND_BY.get(self.field)
 
-    def distribution(self, *, most: int | None = None, value: Any = None) -> "BaseDistribution":
-        """The range for Optuna, cut at `most` and widened to include `value`."""
+    def distribution(self, values: Iterable[Any] = ()) -> "BaseDistribution":
+        """The range for Optuna, widened to include `values`."""
         from optuna.distributions import (
             CategoricalDistribution,
             FloatDistribution,
@@ -96,13 +96,9 @@ class Parameter:
 
         if self.choices:
             return CategoricalDistribution(self.choices)
-        high = self.high if most is None else max(1, min(self.high, most))
-        low = min(self.low, high)
-        if value is not None:
-            low, high = min(low, value), max(high, value)
-        if isinstance(self.low, int):
-            return IntDistribution(int(low), int(high), log=self.log)
-        return FloatDistribution(low, high, log=self.log)
+        kind = IntDistribution if isinstance(self.low, int) else FloatDistribution
+        ends = [self.low, self.high, *values]
+        return kind(min(ends), max(ends), log=self.log)
 
 
 @dataclass(frozen=True)
@@ -152,32 +148,19 @@ class Space:
         return {p.field: PAPER.get(p.field, _get(base, p.field)) for p in self.parameters}
 
     def suggest(self, study: "Study", base: TrainConfig) -> Changes:
-        """Let Optuna choose a value for each parameter, each K up to its N."""
-        free = {p.field: p.distribution() for p in self.parameters if not p.bound}
-        trial = study.ask(free)
-        for parameter in self.parameters:
-            if parameter.bound:
-                cut: Any = parameter.distribution(most=self._most(parameter, trial.params, base))
-                trial.suggest_int(parameter.field, cut.low, cut.high, log=cut.log)
-        return {p.field: trial.params[p.field] for p in self.parameters}
+        """Let Optuna choose a value for each parameter; a K above its N is cut."""
+        return self._cut(study.ask(self.distributions()).params, base)
 
-    def distributions(
-        self, changes: Mapping[str, Any], base: TrainConfig, *, whole: bool = False
-    ) -> "dict[str, BaseDistribution]":
-        """The range that each value of a trial was drawn from; with `whole`, K is not cut at N."""
-        return {
-            p.field: p.distribution(
-                most=None if whole else self._most(p, changes, base), value=changes[p.field]
-            )
-            for p in self.parameters
-        }
-
-    def _most(self, parameter: Parameter, chosen: Mapping[str, Any], base: TrainConfig) -> Any:
-        if parameter.bound is None:
-            return None
-        return chosen.get(parameter.bound, _get(base, parameter.bound))
+    def distributions(self, points: Sequence[Changes] = ()) -> "dict[str, BaseDistribution]":
+        """The range of each parameter for Optuna, widened to include the values of `points`."""
+        return {p.field: p.distribution(c[p.field] for c in points) for p in self.parameters}
 
     def _cut(self, changes: Changes, base: TrainConfig) -> Changes:
+        """Lower each K to its N.
+
+        Raises:
+            ValueError: a K that is not searched is above an N that is.
+        """
         cut = dict(changes)
         for field, bound in BOUND_BY.items():
             if field in cut:
