@@ -359,8 +359,11 @@ _YamlLoader.add_implicit_resolver(
 )
 
 
-def as_metrics(config: Any) -> dict[str, Any]:
-    """The configuration as flat `section.field -> value`, the form of MLflow's parameters."""
+def flat_fields(config: Any) -> dict[str, Any]:
+    """`section.field -> value` of a configuration: a dataclass, or its `to_dict`.
+
+    MLflow's parameters have this form.
+    """
 
     def walk(prefix: str, value: Any) -> dict[str, Any]:
         if isinstance(value, dict):

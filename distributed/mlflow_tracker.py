@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
-from distributed.config import TrackingConfig, TrainConfig, as_metrics, to_yaml
+from distributed.config import TrackingConfig, TrainConfig, flat_fields, to_yaml
 from distributed.environment import SystemMetrics, code_version, installed_packages
 from distributed.run_log import EVENTS, METRICS, RunLog, complete_lines, read, records
 from shards.storage import open_folder
@@ -156,7 +156,7 @@ def describe(
     """
 
     def send(client: "MlflowClient", run: Run) -> None:
-        _send_params(client, run.id, {k: str(v) for k, v in as_metrics(config).items()})
+        _send_params(client, run.id, {k: str(v) for k, v in flat_fields(config).items()})
         _send_data(client, run.id, manifests)
         for tag, value in code_version().items():
             client.set_tag(run.id, tag, value)

@@ -1,13 +1,58 @@
-"""The message about unknown options of a command, with the options that were probably meant."""
+"""Reads the options of a command; a message about unknown ones names what was probably meant."""
 
 import dataclasses
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import tyro
+
+T = TypeVar("T")
 
 MOST = 3
 """Options that a message suggests at most."""
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Within it, a ValueError prints one message and exits with code 2."""
+    try:
+        yield
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def read_options(
+    default: T, arguments: Sequence[str], *, prog: str, description: str, more: Sequence[str] = ()
+) -> T:
+    """Read `--section.field value ...` into a copy of `default`, a dataclass.
+
+    Args:
+        default: has the value of each field that is not given.
+        arguments: of the command line.
+        prog: the command, for its help.
+        description: the first lines of its help.
+        more: options that the command itself has taken off the arguments, without dashes.
+
+    Raises:
+        ValueError: an unknown option, or a value that the configuration refuses.
+    """
+    config, unknown = tyro.cli(
+        type(default),
+        default=default,
+        args=arguments,
+        prog=prog,
+        description=description,
+        return_unknown_args=True,
+    )
+    if unknown:
+        names = [name.removeprefix("train.") for name in option_names(config)]
+        raise ValueError(unknown_options(unknown, [*more, *names], prog))
+    return config
 
 
 def option_names(config: Any, prefix: str = "") -> Iterator[str]:

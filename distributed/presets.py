@@ -8,8 +8,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import tyro
-
 from distributed.config import (
     IntervalConfig,
     Recipe,
@@ -17,7 +15,7 @@ from distributed.config import (
     TrainConfig,
     from_yaml,
 )
-from distributed.options import option_names, unknown_options
+from distributed.options import exit_on_error, read_options
 from measnet.config import tiny
 from shards.config import PAPER_REPEATS, DataConfig
 from shards.tasks import DEGRADATIONS, PAPER_TASKS
@@ -202,22 +200,10 @@ def parse(
     Prints one message and exits with code 2 where the command line is wrong.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
+    with exit_on_error():
         default = starting_point(arguments)
-        config, unknown = tyro.cli(
-            TrainConfig,
-            default=default,
-            args=arguments,
-            prog=prog,
-            description=_description(prog),
-            return_unknown_args=True,
-        )
-        if unknown:
-            raise ValueError(unknown_options(unknown, ["dry-run", *option_names(config)], prog))
-        return config
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        about = _description(prog)
+        return read_options(default, arguments, prog=prog, description=about, more=["dry-run"])
 
 
 def starting_point(arguments: list[str]) -> TrainConfig:

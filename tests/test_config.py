@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distributed.config import TrainConfig, as_metrics, from_yaml, to_yaml
+from distributed.config import TrainConfig, flat_fields, from_yaml, to_yaml
 from distributed.presets import PRESETS, parse
 from measnet.config import ModelConfig, from_dict, replace_dotted, to_dict
 
@@ -114,7 +114,7 @@ def test_linked_fields_change_together() -> None:
 
 
 def test_parameters_for_mlflow_are_flat() -> None:
-    flat = as_metrics(TrainConfig())
+    flat = flat_fields(TrainConfig())
     assert flat["recipe.lr"] == 2e-4
     assert flat["data.repeats.derain"] == 120
 

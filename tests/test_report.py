@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from distributed.pages import charts
 from measnet.config import to_dict
 from tests.browser import Page, browse, needs_chromium
-from tune import plots
 from tune.config import SearchConfig, parse
 from tune.record import SearchRecord, TrialRecord
 from tune.report import effective_experts, importance, main, page
@@ -237,14 +237,14 @@ def test_effective_experts_and_the_worth_of_the_choice_have_columns() -> None:
 )
 def test_labels_cover_neither_points_nor_labels(places: list[tuple[float, float]]) -> None:
     widths = [11.0] * len(places)
-    offsets = plots.free_offsets(places, widths)
+    offsets = charts.free_offsets(places, widths)
     boxes = [(x + dx, y + dy) for (x, y), (dx, dy) in zip(places, offsets, strict=True)]
     for number, (left, middle) in enumerate(boxes):
         for other, height in boxes[:number]:
-            assert abs(left - other) >= 11 or abs(middle - height) >= plots.LINE
+            assert abs(left - other) >= 11 or abs(middle - height) >= charts.LINE
         for x, y in places:
-            beside = x + plots.MARK <= left or left + 11 <= x - plots.MARK
-            assert beside or abs(middle - y) >= plots.MARK + plots.LINE / 2
+            beside = x + charts.MARK <= left or left + 11 <= x - charts.MARK
+            assert beside or abs(middle - y) >= charts.MARK + charts.LINE / 2
 
 
 @needs_chromium

@@ -363,7 +363,7 @@ def test_what_a_killed_search_did_not_hear_is_read_from_the_checkpoint(tmp_path:
         tmp_path, demo(), samples=240, value=1.0, validations=curve, validation={"report": report}
     )
     entry = TrialRecord(number=0, name="0", changes={}, folder=str(tmp_path))
-    entry.validated(160, 21.0)
+    entry.curve, entry.psnr = [(160, 21.0)], 21.0
     refresh(entry)
     assert entry.curve == [(80, 20.0), (160, 21.0), (240, 22.0)]
     assert (entry.samples, entry.psnr, entry.input_psnr) == (240, 22.0, 15.0)

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from distributed.config import changed_fields
 from distributed.presets import demo
-from measnet.config import ABLATION, to_dict
+from measnet.config import ABLATION, replace_dotted, to_dict
 from tune.capacity import needed, plan_capacity
 from tune.config import SearchConfig, parse
 from tune.record import SearchRecord, TrialRecord, front, load
 from tune.sampler import build_study, next_changes
-from tune.space import PAPER, apply, build, parameter
+from tune.space import PAPER, build, parameter
 
 
 def rows_of(config: SearchConfig, states: Sequence[str]) -> list[TrialRecord]:
@@ -59,7 +59,7 @@ def test_every_proposal_is_a_network_that_can_be_built(
         ]
     )
     for row in rows_of(config, [*states, "waiting"]):
-        model = apply(config.base(), row.changes).model
+        model = replace_dotted(config.base(), row.changes).model
         assert 1 <= model.pixel_top_k <= model.pixel_experts <= 8
         assert 1 <= model.image_top_k <= model.image_experts <= 8
 
@@ -68,7 +68,7 @@ def test_trial_0_is_the_papers_point() -> None:
     config = parse(["demo"])
     space = build(config.space, config.vary, config.base())
     assert next_changes(space, [], config) == PAPER
-    train = apply(config.base(), PAPER)
+    train = replace_dotted(config.base(), PAPER)
     assert (train.model.pixel_experts, train.model.pixel_top_k) == (6, 2)
     assert (train.model.image_experts, train.model.image_top_k) == (5, 2)
     assert train.recipe.balance_weight == 1e-4
@@ -201,7 +201,7 @@ def test_the_ablation_is_table_vi() -> None:
     space = build(config.space, config.vary, config.base())
     assert [p.label for p in space.points] == list(ABLATION)
     for point in space.points:
-        model, row = apply(config.base(), point.changes).model, ABLATION[point.label]()
+        model, row = replace_dotted(config.base(), point.changes).model, ABLATION[point.label]()
         assert (model.tspg, model.mese, model.fd, model.mee) == (
             row.tspg,
             row.mese,
@@ -217,7 +217,7 @@ def test_tasks_are_trained_together_and_alone() -> None:
     assert [p.label for p in points] == [
         *("all in one", "denoise", "derain", "dehaze", "deblur", "lowlight")
     ]
-    alone = apply(config.base(), points[1].changes)
+    alone = replace_dotted(config.base(), points[1].changes)
     assert set(alone.data.repeats) == {"denoise_15", "denoise_25", "denoise_50"}
     single = parse(["paper-single-derain", "--space", "tasks"])
     with pytest.raises(ValueError, match="only derain"):
@@ -261,7 +261,7 @@ def test_a_trial_takes_one_worker_unless_told_otherwise(tmp_path: Path) -> None:
 def test_a_run_resumes_with_the_fields_that_do_not_change_what_is_learnt(
     changes: dict[str, Any], expected: list[str]
 ) -> None:
-    found = changed_fields(to_dict(demo()), apply(demo(), changes))
+    found = changed_fields(to_dict(demo()), replace_dotted(demo(), changes))
     assert len(found) == len(expected)
     assert all(line.startswith(start) for line, start in zip(found, expected, strict=True))
     assert not changed_fields({"model": {}}, demo())  # written by a version without these fields

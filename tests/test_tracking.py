@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from distributed import environment, mlflow_model, mlflow_tracker
-from distributed.config import TrackingConfig, as_metrics
+from distributed.config import TrackingConfig, flat_fields
 from distributed.mlflow_tracker import Run, Tracker, finish, prepare, read_metrics, run_key
 from distributed.presets import PRESETS
 from distributed.run_log import RunLog
@@ -178,7 +178,7 @@ def test_describe_records_what_the_run_is_made_of(run: Run) -> None:
     assert mlflow_tracker.describe(run, config, manifests=manifests, cost={"parameters": 1234})
     client = mlflow_tracker.client_of(run)
     found = client.get_run(run.id)
-    assert found.data.params == {k: str(v) for k, v in as_metrics(config).items()}
+    assert found.data.params == {k: str(v) for k, v in flat_fields(config).items()}
     assert found.data.metrics["cost/parameters"] == 1234
     assert found.data.tags["data.training.fingerprint"] == "a" * 64
     assert found.data.tags["measnet.version"]

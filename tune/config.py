@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from distributed.config import TrainConfig
-from distributed.options import option_names, unknown_options
+from distributed.options import exit_on_error, read_options
 from distributed.presets import PRESETS, starting_point
 from shards.config import MAY_CHANGE
 
@@ -150,30 +150,20 @@ def parse(argv: Sequence[str] | None = None) -> SearchConfig:
     Prints one message and exits with code 2 where the command line is wrong.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
+    with exit_on_error():
         own_file = "--config" in arguments
         train = starting_point(arguments)
         # Several trials use a machine better than several workers; the curves are the same.
         scaling = train.scaling
         if not own_file:
             scaling = dataclasses.replace(scaling, workers="1", device="auto")
-        named = dataclasses.replace(train, name=f"{train.name}-search", scaling=scaling)
-        prog = "python -m tune.search"
-        config, unknown = tyro.cli(
-            SearchConfig,
-            default=SearchConfig(train=named),
-            args=arguments,
-            prog=prog,
+        train = dataclasses.replace(train, name=f"{train.name}-search", scaling=scaling)
+        return read_options(
+            SearchConfig(train=train),
+            arguments,
+            prog="python -m tune.search",
             description=_DESCRIPTION,
-            return_unknown_args=True,
         )
-        if unknown:
-            names = [name.removeprefix("train.") for name in option_names(config)]
-            raise ValueError(unknown_options(unknown, names, prog))
-        return config
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
 
 
 _DESCRIPTION = """python -m tune.search [PRESET | --config FILE.yaml] [--option value ...]

@@ -5,11 +5,11 @@ grey, failed ones red.
 """
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distributed.pages import charts
-from distributed.pages.charts import INK, MIDDLE, PALE, figure, svg
+from distributed.pages.charts import MIDDLE, PALE, figure, svg
 from tune.record import SearchRecord, TrialRecord, front, is_number
 from tune.space import symbol
 
@@ -50,7 +50,7 @@ def cost_plot(record: SearchRecord, cost: str) -> str | None:
     for trial in _best_last(record, done):
         special = trial.number in (0, record.champion)
         at = (trial.costs[cost] * scale, trial.psnr or 0)
-        colour, size = _colour(record, trial), 90 if special else 50
+        colour, size = _style(record, trial)[1], 90 if special else 50
         axis.scatter(*at, s=size, color=colour, edgecolor="white", linewidth=0.8, zorder=3)
         if special or trial in steps:
             named[at] = str(trial.number)
@@ -59,7 +59,7 @@ def cost_plot(record: SearchRecord, cost: str) -> str | None:
     axis.set_xlabel(label)
     axis.set_ylabel(VALIDATION_PSNR)
     axis.margins(0.1)
-    _name_points(made, axis, named)
+    charts.name_points(made, axis, named)
     return svg(made, f"Validation PSNR against {label} of {len(done)} trials")
 
 
@@ -71,14 +71,15 @@ def curves(record: SearchRecord) -> str | None:
     made, (axis,) = figure(10.2, 4.2)
     for trial in _best_last(record, trials):
         special = trial.number in (0, record.champion)
+        _, colour, name = _style(record, trial)
         points = [(s, p) for s, p in trial.curve if is_number(p)]
         axis.plot(
             *zip(*points, strict=True),
-            color=_colour(record, trial),
+            color=colour,
             linewidth=2.2 if special else 1.2,
             marker="o" if len(points) == 1 else None,  # a line of one point is invisible
             zorder=3 if special else 2,
-            label=_kind(record, trial),
+            label=name,
         )
         if trial.state in ("stopped", "failed"):
             cross = FAILED if trial.state == "failed" else FINISHED
@@ -135,7 +136,7 @@ def bars(
     axis.hlines(names, start, lengths, color=STOPPED, linewidth=2)
     axis.scatter(lengths, names, color=BEST, s=60, zorder=3)
     for name, value in zip(names, lengths, strict=True):
-        _annotate(axis, (notes or {}).get(name, f"{value:.2f}"), (value, name), (8, 0))
+        charts.annotate(axis, (notes or {}).get(name, f"{value:.2f}"), (value, name), (8, 0))
     span = max([*lengths, start]) - start or 1.0
     axis.set_xlim(start - 0.05 * span, start + span * (2 if notes else 1.2))
     axis.margins(y=0.12)
@@ -145,89 +146,16 @@ def bars(
     )
 
 
-def _kind(record: SearchRecord, trial: TrialRecord) -> str:
+def _style(record: SearchRecord, trial: TrialRecord) -> tuple[int, str, str]:
+    """Of a trial: the order of drawing (the best is last, above the others), colour and name."""
     if trial.number == record.champion:
-        return f"trial {trial.number}, the best"
+        return 4, BEST, f"trial {trial.number}, the best"
     if trial.number == 0:
-        return f"trial 0, {trial.label or 'the paper’s point'}"
-    return {"finished": "finished", "failed": "failed"}.get(trial.state, "stopped or running")
-
-
-def _colour(record: SearchRecord, trial: TrialRecord) -> str:
-    if trial.number == record.champion:
-        return BEST
-    if trial.number == 0:
-        return PAPER
-    return {"finished": FINISHED, "failed": FAILED}.get(trial.state, STOPPED)
+        return 3, PAPER, f"trial 0, {trial.label or 'the paper’s point'}"
+    if trial.state == "finished":
+        return 2, FINISHED, "finished"
+    return (1, FAILED, "failed") if trial.state == "failed" else (0, STOPPED, "stopped or running")
 
 
 def _best_last(record: SearchRecord, trials: Iterable[TrialRecord]) -> list[TrialRecord]:
-    """In the order of drawing: the best trial is drawn last, above the others."""
-    order = [STOPPED, FAILED, FINISHED, PAPER, BEST]
-    return sorted(trials, key=lambda t: order.index(_colour(record, t)))
-
-
-def _name_points(made: Any, axis: Any, named: Mapping[tuple[float, float], str]) -> None:
-    """Write the name of each point beside it, where it covers no other name or point."""
-    made.draw_without_rendering()  # fixes the places of the axes
-    per_point = made.dpi / 72
-    places = [tuple(axis.transData.transform(at) / per_point) for at in named]
-    offsets = free_offsets(places, [LETTER * len(name) for name in named.values()])
-    for (at, name), offset in zip(named.items(), offsets, strict=True):
-        _annotate(axis, name, at, offset)
-
-
-LETTER, LINE, MARK = 5.4, 10.0, 4.5
-"""Width of a digit, height of a line and radius of a mark, in points."""
-
-
-def free_offsets(
-    places: Sequence[tuple[float, float]], widths: Sequence[float]
-) -> list[tuple[float, float]]:
-    """For each point the offset of its label's left end, so that labels do not collide.
-
-    Args:
-        places: (x, y) of the points, in typographic points.
-        widths: of the labels.
-
-    Returns:
-        Of eight directions, near and further away, the first that covers no point and no earlier
-        label; if all do, the nearest to the upper left.
-    """
-    boxes = [(x - MARK, y - MARK, x + MARK, y + MARK) for x, y in places]
-    found = []
-    for (x, y), width in zip(places, widths, strict=True):
-        choices = [
-            offset
-            for away in (6.0, 12.0, 20.0)
-            for offset in (
-                *((-away - width, away), (away, -away)),  # the front's line passes neither
-                *((-away - width, 0.0), (away, 0.0)),
-                *((-width / 2, away + 3), (-width / 2, -away - 3)),
-                *((away, away), (-away - width, -away)),
-            )
-        ]
-        free = (o for o in choices if not any(_overlap(_box(x, y, o, width), b) for b in boxes))
-        offset = next(free, choices[0])
-        boxes.append(_box(x, y, offset, width))
-        found.append(offset)
-    return found
-
-
-Box = tuple[float, float, float, float]
-
-
-def _box(x: float, y: float, offset: tuple[float, float], width: float) -> Box:
-    left, middle = x + offset[0], y + offset[1]
-    return left, middle - LINE / 2, left + width, middle + LINE / 2
-
-
-def _overlap(one: Box, other: Box) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
-
-
-def _annotate(
-    axis: Any, text: str, at: Any, offset: tuple[float, float], va: str = "center"
-) -> None:
-    where = {"xytext": offset, "textcoords": "offset points", "va": va}
-    axis.annotate(text, at, fontsize=8.5, color=INK, **where)
+    return sorted(trials, key=lambda trial: _style(record, trial)[0])

@@ -72,14 +72,6 @@ class TrialRecord:
         """PSNR as text."""
         return "no validation" if self.psnr is None else f"{self.psnr:.2f} dB"
 
-    def validated(self, samples: int, psnr: float) -> bool:
-        """Add a validation; False if it is known already."""
-        if self.curve and samples <= self.curve[-1][0]:
-            return False
-        self.curve.append((samples, psnr))
-        self.samples, self.psnr = max(samples, self.samples), psnr
-        return True
-
     def gain(self) -> tuple[float, bool] | None:
         """PSNR gained over the degraded pictures in dB, and whether that is more than noise.
 

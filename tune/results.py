@@ -9,11 +9,12 @@ from distributed import checkpoint as checkpoints
 from distributed import mlflow_tracker
 from distributed.config import TrainConfig, to_yaml
 from distributed.lease import in_use
+from measnet.config import replace_dotted
 from shards.storage import exists, join, local_copy, open_folder, read_json, write_whole
 from tune.config import SearchConfig
 from tune.record import FILE, SearchRecord, TrialRecord, is_number
 from tune.registry import register_champion
-from tune.space import apply, describe
+from tune.space import describe
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,7 +110,7 @@ def write_results(config: SearchConfig, record: SearchRecord, console: "Console"
 
 def best_config(config: SearchConfig, trial: TrialRecord) -> TrainConfig:
     """The trial's values at the full length of the preset."""
-    train = apply(config.train, trial.changes)
+    train = replace_dotted(config.train, trial.changes)
     return dataclasses.replace(train, name=f"{config.train.name}-best")
 
 

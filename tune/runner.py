@@ -32,7 +32,7 @@ from tune.results import prune_losers, refresh
 from tune.sampler import next_changes
 from tune.schedulers import make_scheduler
 from tune.space import Space, describe
-from tune.trial import SPEC, Trial, TrialSettings
+from tune.trial import SPEC, Trial
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,19 +75,17 @@ class Search:
         record.save()
         return trial
 
-    def trial_settings(self) -> TrialSettings:
-        """What all trials have in common."""
+    def trial_arguments(self) -> dict[str, Any]:
+        """Arguments of `Trial.setup` that all trials have in common."""
         base, capacity = self.config.base(), self.capacity
         device: Literal["gpu", "cpu"] = "gpu" if capacity.gpu else "cpu"
         scaling = dataclasses.replace(base.scaling, cpus_per_worker=capacity.cpus, device=device)
-        timed = "cuda" if capacity.gpu else "cpu"
-        return TrialSettings(
-            base=dataclasses.replace(base, scaling=scaling),
-            cpus=capacity.cpus,
-            latency_on=timed if self.config.cost == "latency" else "",
-            stop_file=str(self.stop_file),
-            tags={"measnet.kind": "trial", "measnet.search": self.record.name},
-        )
+        return {
+            "base": dataclasses.replace(base, scaling=scaling),
+            "search": self.record.name,
+            "stop_file": str(self.stop_file),
+            "latency": self.config.cost == "latency",
+        }
 
     def show(self, trial: TrialRecord, text: str) -> None:
         """Print a line about a trial."""
@@ -157,7 +155,9 @@ class EventWriter(Callback):
         if taken := result.get("took_over"):
             entry.inherited.append(taken | {"changes": entry.changes})
             self._search.show(entry, "took over {from} at {samples:,} samples".format(**taken))
-        if "psnr" in result and entry.validated(int(result["samples"]), float(result["psnr"])):
+        known = len(entry.curve)
+        refresh(entry)
+        if len(entry.curve) > known:
             self._search.show(entry, f"{entry.samples:,} samples  {entry.title}")
         self._search.record.save()
 
@@ -222,7 +222,7 @@ def make_tuner(search: Search, node: str) -> Tuner:
     share = trial_share(search.capacity.parallel)
     return Tuner(
         with_resources(
-            with_parameters(Trial, settings=search.trial_settings()),
+            with_parameters(Trial, **search.trial_arguments()),
             PlacementGroupFactory([{node: share}]),
         ),
         param_space=param_space,

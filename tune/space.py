@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from distributed.config import TrainConfig, as_metrics
+from distributed.config import TrainConfig, flat_fields
 from measnet.config import ABLATION, ModelConfig, replace_dotted
 from shards.tasks import DEGRADATIONS
 
@@ -122,7 +122,7 @@ class Space:
         Raises:
             ValueError: the configuration refuses an end, or the choices lack the value of trial 0.
         """
-        first = self.first(base)
+        first, given = self.first(base), flat_fields(base)
         for parameter in self.parameters:
             if parameter.choices and first[parameter.field] not in parameter.choices:
                 raise ValueError(
@@ -133,19 +133,19 @@ class Space:
             for value in parameter.choices or (parameter.low, parameter.high):
                 changes = first | {parameter.field: value}
                 if parameter.bound:  # a K above N is cut, so try it with an N that is large enough
-                    changes[parameter.bound] = max(
-                        value, changes.get(parameter.bound, _get(base, parameter.bound))
-                    )
-                apply(base, self._cut(changes, base))
+                    least = changes.get(parameter.bound, given[parameter.bound])
+                    changes[parameter.bound] = max(value, least)
+                replace_dotted(base, self._cut(changes, base))
         for point in self.points:
-            apply(base, point.changes)
+            replace_dotted(base, point.changes)
 
     def first(self, base: TrainConfig) -> Changes:
         """Trial 0: the paper's N, K and lambda where they are searched, else the values of
         `base`."""
         if self.points:
             return dict(self.points[0].changes)
-        return {p.field: PAPER.get(p.field, _get(base, p.field)) for p in self.parameters}
+        given = flat_fields(base)
+        return {p.field: PAPER.get(p.field, given[p.field]) for p in self.parameters}
 
     def suggest(self, study: "Study", base: TrainConfig) -> Changes:
         """Let Optuna choose a value for each parameter; a K above its N is cut."""
@@ -161,14 +161,14 @@ class Space:
         Raises:
             ValueError: a K that is not searched is above an N that is.
         """
-        cut = dict(changes)
+        cut, given = dict(changes), flat_fields(base)
         for field, bound in BOUND_BY.items():
             if field in cut:
-                cut[field] = min(cut[field], cut.get(bound, _get(base, bound)))
-            elif bound in cut and cut[bound] < _get(base, field):
+                cut[field] = min(cut[field], cut.get(bound, given[bound]))
+            elif bound in cut and cut[bound] < given[field]:
                 raise ValueError(
-                    f"{bound} may become {cut[bound]}, but {field} stays {_get(base, field)}: "
-                    f"search it too (--vary {field}=1..{_get(base, field)})"
+                    f"{bound} may become {cut[bound]}, but {field} stays {given[field]}: "
+                    f"search it too (--vary {field}=1..{given[field]})"
                 )
         return cut
 
@@ -206,7 +206,7 @@ def parameter(field: str, text: Any, base: TrainConfig) -> Parameter:
     Raises:
         ValueError: an unknown field, or not a range.
     """
-    known = as_metrics(base)
+    known = flat_fields(base)
     if field not in known:
         near = [name for name in known if name.rpartition(".")[2] == field.rpartition(".")[2]]
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -233,11 +233,6 @@ def parameter(field: str, text: Any, base: TrainConfig) -> Parameter:
     if isinstance(known[field], float):
         choices = [float(choice) for choice in choices]
     return Parameter(field=field, choices=tuple(choices))
-
-
-def apply(base: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
-    """`base` with the values of one trial."""
-    return replace_dotted(base, changes)
 
 
 def describe(changes: Mapping[str, Any]) -> str:
@@ -300,13 +295,6 @@ def _tasks(base: TrainConfig) -> tuple[Point, ...]:
         for task in tasks
     ]
     return (Point("all in one", {"data.repeats": used}), *single)
-
-
-def _get(base: TrainConfig, field: str) -> Any:
-    value: Any = base
-    for part in field.split("."):
-        value = value[part] if isinstance(value, dict) else getattr(value, part)
-    return value
 
 
 def _multiple_of_4(channels: float) -> int:

@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,9 +25,8 @@ from distributed.config import TrainConfig
 from distributed.guard import cause_of
 from distributed.launch import Outcome, launch
 from distributed.lease import exclusive
-from measnet.config import to_dict
+from measnet.config import replace_dotted, to_dict
 from shards.storage import exists, is_remote, join, read, write
-from tune.space import apply
 
 SPEC = "trial"
 """Key of a trial in Tune's configuration; its value has `name`, `changes` and known `costs`."""
@@ -41,30 +40,30 @@ LOCK_WAIT_S = 60.0
 """Seconds to wait for a trial's last actor, which may still write a checkpoint."""
 
 
-@dataclasses.dataclass(frozen=True)
-class TrialSettings:
-    """What all trials of a search have in common."""
-
-    base: TrainConfig
-    cpus: int
-    """CPUs of a worker."""
-    latency_on: str
-    """`cpu` or `cuda` if the latency is a cost of the search, else empty."""
-    stop_file: str
-    """The search makes this file to stop all trials."""
-    tags: Mapping[str, str]
-    """Of the trial's run in MLflow."""
-
-
 class Trial(Trainable):
     """A run that Tune can watch, stop and pause; with PBT it can take over other weights."""
 
-    def setup(self, config: dict[str, Any], settings: TrialSettings) -> None:
-        """Note what to run; the first `step` starts it."""
-        base = dataclasses.replace(settings.base, name=self.trial_name)
-        self._config = apply(base, config[SPEC]["changes"])
-        self._settings = settings
+    def setup(
+        self,
+        config: dict[str, Any],
+        base: TrainConfig,
+        search: str,
+        stop_file: str,
+        latency: bool,
+    ) -> None:
+        """Note what to run; the first `step` starts it.
+
+        Args:
+            config: of this trial, see `SPEC`.
+            base: configuration that all trials of the search have in common.
+            search: name of the search.
+            stop_file: the search makes this file to stop all trials.
+            latency: whether the latency is a cost of the search.
+        """
+        named = dataclasses.replace(base, name=self.trial_name)
+        self._config = replace_dotted(named, config[SPEC]["changes"])
         self._costs: dict[str, float] = config[SPEC]["costs"]
+        self._search, self._stop_file, self._latency = search, stop_file, latency
         self._donor: dict[str, Any] | None = None
         self._took_over: dict[str, Any] | None = None
         self._reported = 0
@@ -159,7 +158,11 @@ class Trial(Trainable):
                 self._ended = launch(
                     self._config,
                     console=Console(file=log, width=120, no_color=True),
-                    tags={**self._settings.tags, "measnet.trial": self.trial_name},
+                    tags={
+                        "measnet.kind": "trial",
+                        "measnet.search": self._search,
+                        "measnet.trial": self.trial_name,
+                    },
                     stop_requests=self._stop_requests,
                     export=False,
                     wait_s=LOCK_WAIT_S,
@@ -172,7 +175,7 @@ class Trial(Trainable):
         return self._thread is not None and self._thread.is_alive()
 
     def _search_stops(self) -> bool:
-        return os.path.exists(self._settings.stop_file)
+        return os.path.exists(self._stop_file)
 
     def _stop(self, why: str) -> None:
         if self._thread is not None and self._running:
@@ -183,13 +186,15 @@ class Trial(Trainable):
         from measnet.complexity import latency_ms, network_cost
 
         costs = network_cost(self._config.model)
-        if device := self._settings.latency_on:
+        if self._latency:
+            scaling = self._config.scaling
+            gpu = scaling.device == "gpu"
             timed = ray.remote(latency_ms).options(
-                num_cpus=self._settings.cpus,
-                num_gpus=1 if device == "cuda" else 0,
-                scheduling_strategy="DEFAULT",  # not in the trial's own room, which has no CPU
+                num_cpus=scaling.cpus_per_worker,
+                num_gpus=int(gpu),
+                scheduling_strategy="DEFAULT",  # not in the trial's placement group: it has no CPU
             )
-            costs["latency"] = ray.get(timed.remote(self._config.model, device))
+            costs["latency"] = ray.get(timed.remote(self._config.model, "cuda" if gpu else "cpu"))
         return costs
 
 

@@ -140,6 +140,68 @@ def scatter(groups: Mapping[str, Points], *, title: str, axes: tuple[str, str]) 
     return svg(made, f"{title}: points {counts}")
 
 
+def annotate(axis: Any, text: str, at: Any, offset: tuple[float, float]) -> None:
+    """Write a text beside a point; `offset` in typographic points to its left end."""
+    axis.annotate(
+        text,
+        at,
+        xytext=offset,
+        textcoords="offset points",
+        va="center",
+        fontsize=8.5,
+        color=INK,
+    )
+
+
+LETTER, LINE, MARK = 5.4, 10.0, 4.5
+"""Width of a digit, height of a line and radius of a mark, in typographic points."""
+
+
+def name_points(figure: Any, axis: Any, names: Mapping[tuple[float, float], str]) -> None:
+    """Write the name of each point (x, y) beside it, where it covers no other name or point."""
+    figure.draw_without_rendering()  # fixes the positions of the axes
+    per_point = figure.dpi / 72
+    places = [tuple(axis.transData.transform(at) / per_point) for at in names]
+    offsets = free_offsets(places, [LETTER * len(name) for name in names.values()])
+    for (at, name), offset in zip(names.items(), offsets, strict=True):
+        annotate(axis, name, at, offset)
+
+
+def free_offsets(
+    places: Sequence[tuple[float, float]], widths: Sequence[float]
+) -> list[tuple[float, float]]:
+    """For each point the offset of its label's left end, so that labels do not collide.
+
+    Args:
+        places: (x, y) of the points, in typographic points.
+        widths: of the labels.
+
+    Returns:
+        Of eight directions, near and further away, the first that covers no point and no earlier
+        label; if all do, the nearest to the upper left.
+    """
+    from matplotlib.transforms import Bbox
+
+    boxes = [Bbox.from_bounds(x - MARK, y - MARK, 2 * MARK, 2 * MARK) for x, y in places]
+    found = []
+    for (x, y), width in zip(places, widths, strict=True):
+        labels = {
+            offset: Bbox.from_bounds(x + offset[0], y + offset[1] - LINE / 2, width, LINE)
+            for away in (6.0, 12.0, 20.0)
+            for offset in (
+                *((-away - width, away), (away, -away)),  # the front's line passes neither
+                *((-away - width, 0.0), (away, 0.0)),
+                *((-width / 2, away + 3), (-width / 2, -away - 3)),
+                *((away, away), (-away - width, -away)),
+            )
+        }
+        free = (offset for offset, box in labels.items() if not box.count_overlaps(boxes))
+        offset = next(free, next(iter(labels)))
+        boxes.append(labels[offset])
+        found.append(offset)
+    return found
+
+
 def _few_ticks() -> Any:
     from matplotlib.ticker import MaxNLocator
 

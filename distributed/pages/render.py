@@ -11,6 +11,8 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
+from distributed.config import flat_fields
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -70,17 +72,7 @@ def differences(configs: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, lis
     Args:
         configs: run -> its configuration; a field that one lacks is shown as None.
     """
-    flat = [_flat(config) for config in configs.values()]
+    flat = [flat_fields(config) for config in configs.values()]
     names = dict.fromkeys(name for one in flat for name in one)
     rows = [(name, [one.get(name) for one in flat]) for name in names]
     return [(name, values) for name, values in rows if any(v != values[0] for v in values)]
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
