@@ -2,7 +2,6 @@
 
 import os
 import secrets
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -116,32 +115,12 @@ def start_local_ray(**options: Any) -> None:
     """Start a local Ray that listens on 127.0.0.1 only."""
     for name, value in LOCAL_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    import ray
+    from distributed.internals.ray import init_on_loopback
 
-    from distributed.internals.ray import bound_to_loopback
-
-    # Ray Train's helper processes connect to RAY_ADDRESS, else to any cluster on this machine.
-    # Another cluster does not know this run, so they would end its workers.
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pinned = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
-    os.environ.update(pinned)
-    try:
-        with bound_to_loopback():
-            ray.init(
-                address="local",
-                _node_ip_address="127.0.0.1",
-                include_dashboard=False,
-                **_QUIET,
-                **options,
-            )
-    finally:
-        for name in pinned:  # for Ray's own processes only
-            del os.environ[name]
+    init_on_loopback(**_QUIET, **options)
 
 
-def wait_for_room(
+def wait_for_resources(
     workers: Sequence[dict[str, float]],
     wanted: str,
     patience: ScalingConfig,

@@ -31,7 +31,7 @@ def compile_blocks(model: nn.Module, device: torch.device) -> Decision:
             "continues without it. It needs a C compiler and Python's headers (apt-get install gcc "
             "python3-dev)",
         )
-    torch._dynamo.config.recompile_limit = SHAPES
+    torch.compiler.config.recompile_limit = SHAPES
     blocks = [module for module in model.modules() if isinstance(module, TransformerBlock)]
     for block in blocks:
         block.compile(dynamic=False)

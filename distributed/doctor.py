@@ -76,7 +76,7 @@ def judge(nodes: Sequence[Node], places: Places) -> list[Finding]:
     """
     findings = []
     for node in nodes:
-        findings += [*software(node, nodes[0]), *card(node), *parts(node), *room(node)]
+        findings += [*software(node, nodes[0]), *card(node), *parts(node), *space(node)]
         findings += [
             Finding(node.host, what, reason or "works", "wrong" if reason else "ok")
             for what, reason in node.problems
@@ -188,7 +188,7 @@ def parts(node: Node) -> list[Finding]:
     return findings
 
 
-def room(node: Node) -> list[Finding]:
+def space(node: Node) -> list[Finding]:
     """Disks and shared memory."""
     findings = []
     for path, free, total in node.disks:

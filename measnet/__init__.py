@@ -1,1 +1,1 @@
-"""MEASNet, the network: for anyone with torch; imports nothing of the other rooms."""
+"""MEASNet, the network: needs torch only; imports none of the other packages."""

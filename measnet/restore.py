@@ -34,7 +34,7 @@ from measnet.memory import RESERVE
 from measnet.network import MEASNet
 from measnet.tiling import (
     OVERLAP,
-    Room,
+    FeatureMemory,
     Tiling,
     choose_tiling,
     restore_routed,
@@ -340,13 +340,13 @@ def _restore_file(
     turns = TURNS if given.self_ensemble else 1
 
     def restore_turned(image: Tensor, turn: int) -> Tensor:
-        room = Room(memory_left(given.memory) if given.memory else None, folder)
+        memory = FeatureMemory(memory_left(given.memory) if given.memory else None, folder)
         return restore_routed(
             model,
             image,
             tile=tile,
             overlap=tiling.overlap,
-            room=room,
+            memory=memory,
             progress=lambda done: report((turn + done) / turns),
         ).image
 

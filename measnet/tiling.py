@@ -149,7 +149,7 @@ def choose_tiling(
     return Tiling(pixels_at_once(needed, free), None, overlap, reason, window)
 
 
-class Room(NamedTuple):
+class FeatureMemory(NamedTuple):
     """Memory for the features of a picture that is restored in exact tiles."""
 
     ram: int | None = None
@@ -173,7 +173,7 @@ class Room(NamedTuple):
         return Store(device, on_device=on_device, in_ram=ram, folder=folder)
 
 
-ANYWHERE = Room()
+BY_FREE_MEMORY = FeatureMemory()
 _BYTES_OF_RESULT = 3 * 4
 """Per pixel: RGB in fp32."""
 
@@ -208,12 +208,13 @@ def restore_routed(
     *,
     tile: int | None = None,
     overlap: int = OVERLAP,
-    room: Room = ANYWHERE,
+    memory: FeatureMemory = BY_FREE_MEMORY,
     progress: Progress | None = None,
 ) -> Restored:
     """As `restore`; also returns the chosen experts and the used tiles.
 
-    `progress` is called with the share that is done, if the tiles are exact.
+    With exact tiles, `memory` limits the features of the whole picture, and `progress` is called
+    with the share that is done.
     """
     if image.ndim not in (3, 4) or image.shape[-3] != 3:
         raise ValueError(f"a picture is (3, H, W) or (B, 3, H, W), not {tuple(image.shape)}")
@@ -225,7 +226,7 @@ def restore_routed(
         tile = None
     while True:
         try:
-            restored = _restore(model, batch, tile, overlap, room, progress)
+            restored = _restore(model, batch, tile, overlap, memory, progress)
             return restored._replace(image=restored.image.view(image.shape))
         except (torch.OutOfMemoryError, MemoryError):
             smaller = smaller_tile(tile or max(height, width))
@@ -271,14 +272,14 @@ def _restore(
     batch: Tensor,
     tile: int | None,
     overlap: int,
-    room: Room,
+    memory: FeatureMemory,
     progress: Progress | None,
 ) -> Restored:
     if tile is None:
         image, routing = _run(model, batch)
         return Restored(image.clamp(0, 1), routing, None, 0)
     if is_exact(model):
-        return _restore_exactly(model, batch, tile, room, progress)
+        return _restore_exactly(model, batch, tile, memory, progress)
     # The picture stays on its device; the network's device holds one tile only.
     total, weights = torch.zeros_like(batch), torch.zeros_like(batch[:1, :1])
     shares: dict[str, Tensor] = {}
@@ -299,12 +300,12 @@ def _restore(
 
 
 def _restore_exactly(
-    model: MEASNet, batch: Tensor, tile: int, room: Room, progress: Progress | None
+    model: MEASNet, batch: Tensor, tile: int, memory: FeatureMemory, progress: Progress | None
 ) -> Restored:
     report = progress or (lambda share: None)
     done = []
     for at, image in enumerate(batch):
-        store = room.store(model, tile, image.shape[-2:].numel())
+        store = memory.store(model, tile, image.shape[-2:].numel())
         with full_precision():
             done.append(
                 restore_in_windows(

@@ -145,7 +145,7 @@ def _run_trials(
     """Let Ray Tune run what is left, until the end or a signal."""
     import ray
 
-    from distributed.cluster import is_local, wait_for_room
+    from distributed.cluster import is_local, wait_for_resources
     from distributed.internals import ray_tune
     from distributed.stopping import on_signal
     from tune.capacity import needed, plan_capacity
@@ -155,7 +155,9 @@ def _run_trials(
     if not is_local():
         workers, wanted = needed(config)
         with on_signal(signals.append):
-            wait_for_room(workers, wanted, config.train.scaling, console, lambda: bool(signals))
+            wait_for_resources(
+                workers, wanted, config.train.scaling, console, lambda: bool(signals)
+            )
     if signals:
         return
     capacity = plan_capacity(config, [n["Resources"] for n in ray.nodes() if n["Alive"]])

@@ -1,7 +1,8 @@
 """What training needs of Ray beyond its documented interface. Tested with Ray 2.60."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import socket
+from typing import Any
 
 import ray
 from ray._private import services
@@ -17,6 +18,7 @@ from distributed.internals.versions import untested
 
 TESTED = "2.60"
 """Ray's version that everything here was tested with."""
+LOOPBACK = "127.0.0.1"
 COUNT_S = 5.0
 """Seconds that a count of the resources may take; after that a start uses the last count."""
 
@@ -26,19 +28,30 @@ def version_warning() -> str:
     return untested("ray", TESTED, "make test-slow")
 
 
-@contextmanager
-def bound_to_loopback() -> Iterator[None]:
-    """Inside the block, a Ray started with the address 127.0.0.1 listens there.
+def init_on_loopback(**options: Any) -> None:
+    """Start a local Ray that listens on 127.0.0.1 only; `options` are those of `ray.init`.
 
-    Ray replaces 127.0.0.1 by the machine's outward address and listens on that. No argument of
-    `ray.init` changes this. test_train.py::test_ray_listens_on_this_machine_only.
+    * Ray replaces 127.0.0.1 by the machine's outward address and listens on that. No argument of
+      `ray.init` changes this.
+    * No documented argument names the address of the node.
+    * Processes of Ray Train connect to RAY_ADDRESS, else to any cluster on this machine. Another
+      cluster does not know this run, so they would end its workers. So the port is chosen here.
+
+    test_train.py::test_ray_listens_on_this_machine_only.
     """
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        port = probe.getsockname()[1]
+    pinned = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"{LOOPBACK}:{port}"}
     outward = services.resolve_ip_for_localhost
     services.resolve_ip_for_localhost = lambda host: host
+    os.environ.update(pinned)
     try:
-        yield
+        ray.init(address="local", _node_ip_address=LOOPBACK, include_dashboard=False, **options)
     finally:
         services.resolve_ip_for_localhost = outward
+        for name in pinned:  # for Ray's own processes only
+            del os.environ[name]
 
 
 class ShardTrainer(TorchTrainer):
