@@ -86,7 +86,7 @@ def test_what_changed(
     assert hardware_changes(by_hardware(before), by_hardware(now)) == changes
 
 
-def test_a_resumed_run_tells_what_changed_since_the_last_start(tmp_path: Path) -> None:
+def test_a_resumed_run_says_what_changed_since_the_last_start(tmp_path: Path) -> None:
     first = {"workers": by_hardware([on("a", A100)]), "driver_process": driver_process()}
     assert replace_environment(str(tmp_path), first) == []
     assert replace_environment(str(tmp_path), first) == []

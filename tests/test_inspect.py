@@ -84,7 +84,7 @@ HARMLESS = ("header bit flipped", "header zeroed", "size field wrong")
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_is_named_with_what_mends_it(packed: Path, kind: str) -> None:
+def test_damage_is_named_with_the_command_that_repairs_it(packed: Path, kind: str) -> None:
     DAMAGE[kind](packed / "derain-000001.tar")
     report = inspect.inspect(str(packed), workers=1)
     assert not report.ok
@@ -209,7 +209,7 @@ def test_a_damaged_manifest_is_refused(packed: Path, old: str, new: str, message
 
 
 @pytest.mark.parametrize("uri", ["pipe:cat x", "s3://a::file://b", "ftp://x/y", "file+x://y"])
-def test_places_that_could_run_commands_are_refused(uri: str) -> None:
+def test_uris_that_could_run_commands_are_refused(uri: str) -> None:
     with pytest.raises(ValueError, match="is not a folder or a store that can be read"):
         manifest.read(uri)
 

@@ -105,7 +105,7 @@ def training(packed: Path, folder: Path, *more: str) -> list[str]:
     ]
 
 
-def test_a_job_runs_fails_stops_and_goes_on(head: Head, packed: Path, tmp_path: Path) -> None:
+def test_a_job_runs_fails_stops_and_resumes(head: Head, packed: Path, tmp_path: Path) -> None:
     wrong = head.submit(*training(packed, tmp_path, "--recipe.lr", "-1"))
     assert wrong.returncode != 0
     assert "recipe.lr is -1.0" in wrong.stdout + wrong.stderr

@@ -181,7 +181,7 @@ def test_inference_in_every_type_never_waits(
     assert {one.device.type for one in restoration.routing.values()} == {"meta"}
 
 
-def test_noise_is_drawn_where_its_generator_lives() -> None:
+def test_noise_is_drawn_on_the_device_of_its_generator() -> None:
     """meta has no generators; a generator of the CPU costs a copy per library."""
     model, image = network(CONFIGS["official"]), picture((1, 64, 64))
     with OneDevice() as device:

@@ -92,7 +92,7 @@ def ray_start(name: str, folder: Path, *more: str) -> subprocess.Popen[bytes]:
     )
 
 
-def test_a_node_that_is_cut_off_is_done_without(
+def test_the_run_continues_without_a_node_that_is_cut_off(
     two_nodes: None, packed: Path, tmp_path: Path
 ) -> None:
     temporary = Path(f"/tmp/ray-nodes-{os.getpid()}")

@@ -29,7 +29,7 @@ def plan(seed: int = 0, mode: str = "uniform", scale: int = 1, lanes: int = 16) 
 
 @settings(max_examples=200, deadline=None)
 @given(n=st.integers(1, 5000), seed=st.integers(0, 2**63 - 1))
-def test_a_permutation_reaches_every_place_once(n: int, seed: int) -> None:
+def test_a_permutation_has_every_position_once(n: int, seed: int) -> None:
     reached = order.permute(np.arange(n), n, order.key(seed))
     assert np.array_equal(np.sort(reached), np.arange(n))
 

@@ -185,7 +185,9 @@ def run_and_kill(arguments: list[str], after: float) -> bool:
     return False
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(photos: Path, tmp_path: Path) -> None:
+def test_killed_at_any_moment_packing_resumes_to_the_same_bytes(
+    photos: Path, tmp_path: Path
+) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     tasks = ["dehaze", "derain", "deblur"]
     pack("clean", str(photos), str(whole), synthesise=tasks, workers=1, shard_mib=0.05)
@@ -204,7 +206,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(photos: Path, tmp_pat
     assert not (killed / ".packing").exists()
 
 
-def test_killed_before_the_first_record_it_goes_on(photos: Path, tmp_path: Path) -> None:
+def test_killed_before_the_first_record_packing_resumes(photos: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     pack("clean", str(photos), str(whole), workers=1, shard_mib=0.05)
     (killed / ".packing").mkdir(parents=True)

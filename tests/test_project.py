@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import pkgutil
 import re
 import subprocess
 import sys
@@ -29,6 +30,10 @@ HEAVY = ("torch", "ray", "deepspeed", "mlflow", "numpy")
 DOCUMENTS = sorted(
     path for place in (ROOT, ROOT / "docs", ROOT / "deploy") for path in place.glob("*.md")
 )
+NAMING = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]
+"""Documents of the present state."""
+MLFLOW_TAGS = {"measnet.search"}
+"""Names in documents that look like a module."""
 
 
 def imported(path: Path) -> set[str]:
@@ -102,6 +107,26 @@ def test_commands_in_the_documentation_exist(path: Path) -> None:
 def test_files_named_in_the_documentation_exist(path: Path) -> None:
     for link in re.findall(r"\]\((?!https?://|#)([^)\s#]+)", path.read_text()):
         assert (path.parent / link).exists(), f"{path.name} links to {link}"
+
+
+@pytest.mark.parametrize("path", NAMING, ids=lambda path: path.name)
+def test_code_named_in_the_documentation_exists(path: Path) -> None:
+    text = path.read_text()
+    for name in set(re.findall(r"`((?:measnet|shards|distributed|tune)(?:\.\w+)+)", text)):
+        if name not in MLFLOW_TAGS:
+            pkgutil.resolve_name(name)
+    files = {file.as_posix() for file in ROOT.glob("[a-z]*/**/*.py")}
+    for name in set(re.findall(r"`([\w./]+\.py)\b", text)):
+        assert "NAME" in name or any(file.endswith(f"/{name}") for file in files), name
+
+
+def test_tests_named_in_documents_and_internals_exist() -> None:
+    tests = [path.read_text() for path in (ROOT / "tests").rglob("*.py")]
+    known = {name for text in tests for name in re.findall(r"\bdef (test_\w+)", text)}
+    known |= {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    for path in [*NAMING, *(ROOT / "distributed" / "internals").glob("*.py")]:
+        named = set(re.findall(r"\b(test_\w+)\b(?!\*)", path.read_text()))
+        assert named <= known, f"{path.name} names {sorted(named - known)}"
 
 
 def test_the_readme_is_short() -> None:

@@ -128,7 +128,7 @@ def test_over_http_the_batches_are_those_of_the_folder(
     assert [name for name in server.asked if name != manifest.NAME] == []
 
 
-def test_a_server_that_stumbles_is_asked_again(
+def test_a_server_with_transient_errors_is_asked_again(
     server: Server, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
@@ -140,7 +140,7 @@ def test_a_server_that_stumbles_is_asked_again(
     assert not list((tmp_path / "cache").glob(".*.part"))
 
 
-def test_a_shard_that_never_comes_whole_stops_with_its_name(
+def test_a_shard_that_is_never_complete_stops_with_its_name(
     server: Server, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "sleep", lambda seconds: None)

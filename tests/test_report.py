@@ -98,7 +98,7 @@ class Tags(HTMLParser):
 
 
 @pytest.mark.parametrize("more", [(), ("--space", "ablation"), ("--space", "tasks")])
-def test_the_page_is_whole_and_loads_nothing(more: tuple[str, ...]) -> None:
+def test_the_page_is_complete_and_loads_nothing(more: tuple[str, ...]) -> None:
     record, _ = searched(16, *more)
     text = page(record)
     tags = Tags()
@@ -166,7 +166,7 @@ def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "holds no search.json" in capsys.readouterr().err
 
 
-def test_a_gain_within_noise_is_warned_of() -> None:
+def test_a_gain_within_noise_causes_a_warning() -> None:
     record, _ = searched()
     assert "gain of +" in page(record) and "above noise" not in page(record)
     best = record.best

@@ -79,7 +79,7 @@ def test_a_network_without_residual_gives_back_the_file(model: MEASNet, tmp_path
         np.testing.assert_array_equal(written, expected)
 
 
-def test_a_folder_keeps_its_structure_and_goes_on_after_failures(
+def test_a_folder_keeps_its_structure_and_continues_after_failures(
     weights: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = tmp_path / "in", tmp_path / "out"

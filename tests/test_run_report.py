@@ -216,7 +216,7 @@ def test_wrong_arguments_give_one_clear_line(
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
 
-def test_the_page_is_whole_and_loads_nothing(single: Path, several: Path) -> None:
+def test_the_page_is_complete_and_loads_nothing(single: Path, several: Path) -> None:
     for path in (single, several):
         text = path.read_text()
         tags = Tags()

@@ -149,7 +149,7 @@ def test_mlflow_has_flat_trials_a_summary_and_the_champion(finished: Path) -> No
 
 
 @pytest.mark.slow
-def test_the_best_trains_at_full_length_by_the_command_that_is_shown(finished: Path) -> None:
+def test_the_shown_command_trains_the_best_at_full_length(finished: Path) -> None:
     from distributed.config import from_yaml
     from distributed.launch import check, resolve
 
@@ -250,7 +250,7 @@ def saved(
     return checkpoints.Snapshot(state, *tensors).write(str(folder))
 
 
-def test_taking_over_hands_weights_on_and_keeps_the_own_recipe(tmp_path: Path) -> None:
+def test_taking_over_replaces_the_weights_and_keeps_the_recipe(tmp_path: Path) -> None:
     own = dataclasses.replace(demo(), name="own", storage=str(tmp_path))
     own = replace_dotted(own, {"recipe.lr": 5e-4})
     saved(tmp_path / "own", own, samples=900, value=1.0)
@@ -325,7 +325,7 @@ def test_asha_remembers_the_trials_of_an_earlier_launch() -> None:
             assert asha.on_trial_result(None, newcomer, {"samples": 80, "psnr": psnr}) == expected
 
 
-def test_asha_gives_a_trial_that_goes_on_its_place_in_the_rungs_it_has_passed() -> None:
+def test_asha_enters_a_resumed_trial_into_the_rungs_it_has_passed() -> None:
     """Its next figure, at more samples, is not compared with others' figures at fewer samples."""
     rows = [TrialRecord(number=0, name="s-000", changes={})]
     rows += [
@@ -340,7 +340,7 @@ def test_asha_gives_a_trial_that_goes_on_its_place_in_the_rungs_it_has_passed() 
     assert asha.on_trial_result(None, resumed, {"samples": 320, "psnr": 29.0}) == "CONTINUE"
 
 
-def test_asha_spares_the_papers_point() -> None:
+def test_asha_never_stops_the_papers_point() -> None:
     rows = [
         TrialRecord(number=n, name=f"s-00{n}", changes={}, state="finished", curve=curve(30.0))
         for n in range(1, 4)
@@ -351,7 +351,9 @@ def test_asha_spares_the_papers_point() -> None:
         assert asha.on_trial_result(None, Stand(name), {"samples": 80, "psnr": 9.0}) == decision
 
 
-def test_what_a_killed_search_did_not_hear_is_read_from_the_checkpoint(tmp_path: Path) -> None:
+def test_validations_that_a_killed_search_missed_are_read_from_the_checkpoint(
+    tmp_path: Path,
+) -> None:
     report = {
         "tasks": {"denoise": {"restored_psnr": 22.0}},
         "mean": {"input_psnr": 15.0},
@@ -377,7 +379,7 @@ def test_what_a_killed_search_did_not_hear_is_read_from_the_checkpoint(tmp_path:
     assert fresh.psnr is None and not fresh.curve
 
 
-def test_two_launches_of_one_search_do_not_meet(tmp_path: Path) -> None:
+def test_a_second_launch_of_a_search_is_refused(tmp_path: Path) -> None:
     hold = (
         "import sys, time; from distributed.lease import exclusive\n"
         "with exclusive(sys.argv[1]): print('in', flush=True); time.sleep(60)"
@@ -400,7 +402,7 @@ def test_two_launches_of_one_search_do_not_meet(tmp_path: Path) -> None:
     assert not in_use(str(tmp_path)) and not in_use(str(tmp_path / "none"))
 
 
-def test_losers_on_disk_go_while_the_search_runs(tmp_path: Path) -> None:
+def test_checkpoints_of_losers_are_deleted_while_the_search_runs(tmp_path: Path) -> None:
     record = SearchRecord(
         name="s", config={}, command="", budget=100, cost="none", folder=str(tmp_path)
     )
@@ -429,7 +431,7 @@ def test_losers_on_disk_go_while_the_search_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("parallel", [1, 2, 3, 7, 16])
-def test_as_many_trials_run_as_there_is_room_for(parallel: int) -> None:
+def test_shares_of_the_node_allow_exactly_the_parallel_trials(parallel: int) -> None:
     share = trial_share(parallel)
     assert parallel * share <= 1 < (parallel + 1) * share
 
@@ -446,7 +448,7 @@ def test_as_many_trials_run_as_there_is_room_for(parallel: int) -> None:
         ([], "other"),
     ],
 )
-def test_a_failure_is_sorted_by_the_type_of_the_exception(
+def test_the_cause_of_a_failure_follows_from_the_type_of_the_exception(
     errors: list[Exception], cause: str
 ) -> None:
     from ray.train import WorkerGroupError  # type: ignore[attr-defined]
@@ -482,7 +484,7 @@ def test_a_model_is_registered_only_where_it_is_known_to_be_better(
     assert decision.choice == choice and reason in decision.reason
 
 
-def test_a_toy_search_does_not_take_the_place_of_a_better_champion(tmp_path: Path) -> None:
+def test_a_toy_search_does_not_replace_a_better_champion(tmp_path: Path) -> None:
     from mlflow import MlflowClient
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
@@ -543,7 +545,7 @@ def wait_for(folder: Path, run: subprocess.Popen[bytes], condition: Any) -> None
 
 
 @pytest.mark.slow
-def test_a_killed_search_goes_on_and_loses_nothing(packed: Path, tmp_path: Path) -> None:
+def test_a_killed_search_resumes_and_loses_nothing(packed: Path, tmp_path: Path) -> None:
     more = ("--trials", "3", "--scheduler", "none", "--parallel", "1", "--samples", "240")
     more = (*more, "--recipe.samples", "480")
     run = start(packed, tmp_path, *more)
@@ -569,7 +571,7 @@ def test_a_killed_search_goes_on_and_loses_nothing(packed: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_asha_stops_what_lags_and_what_diverges_fails_with_its_reason(
+def test_asha_stops_slow_trials_and_a_diverged_trial_fails_with_its_reason(
     packed: Path, tmp_path: Path
 ) -> None:
     ranges = tmp_path / "ranges.yaml"
@@ -596,7 +598,7 @@ def test_asha_stops_what_lags_and_what_diverges_fails_with_its_reason(
 
 
 @pytest.mark.slow
-def test_pbt_hands_weights_over(packed: Path, tmp_path: Path) -> None:
+def test_with_pbt_a_trial_takes_over_weights(packed: Path, tmp_path: Path) -> None:
     ranges = tmp_path / "ranges.yaml"
     ranges.write_text("recipe.lr: [0.002, 1.0e-9]\n")
     more = ("--trials", "2", "--space", str(ranges), "--scheduler", "pbt", "--parallel", "2")
@@ -609,7 +611,7 @@ def test_pbt_hands_weights_over(packed: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_everything_and_ends_soon(packed: Path, tmp_path: Path) -> None:
+def test_ctrl_c_loses_nothing_and_ends_soon(packed: Path, tmp_path: Path) -> None:
     more = ("--trials", "2", "--scheduler", "none", "--parallel", "1", "--samples", "2400")
     run = start(packed, tmp_path, *more, "--recipe.samples", "4800")
     wait_for(tmp_path, run, lambda t: bool(t) and t[0]["state"] == "running" and t[0]["curve"])

@@ -328,7 +328,7 @@ def burst(server: Server, number: int, during: Callable[[], None] = lambda: None
 
 
 @pytest.mark.slow
-def test_more_requests_than_places_are_refused_and_told_when_to_come_again(
+def test_more_requests_than_the_queue_holds_are_refused_with_retry_after(
     server: Server,
 ) -> None:
     replies = burst(server, 32)

@@ -74,7 +74,7 @@ def test_trial_0_is_the_papers_point() -> None:
     assert train.recipe.balance_weight == 1e-4
 
 
-def test_the_papers_point_is_told_to_the_searcher_even_outside_of_the_range() -> None:
+def test_the_papers_point_may_lie_outside_of_the_range() -> None:
     config = parse(["demo", "--space", "--vary", "model.pixel_experts=2..4"])
     rows = rows_of(config, ["finished"] * 6)
     assert rows[0].changes == {"model.pixel_experts": 6}
@@ -84,7 +84,7 @@ def test_the_papers_point_is_told_to_the_searcher_even_outside_of_the_range() ->
     assert {(one.low, one.high) for one in ranges} == {(2, 6)}  # type: ignore[attr-defined]
 
 
-def test_what_is_proposed_follows_from_the_record_alone() -> None:
+def test_the_next_trial_depends_on_the_record_alone() -> None:
     """A search that is killed after each trial proposes the trials of an uninterrupted one."""
     config = parse(["demo", "--trials", "12"])
     undisturbed = rows_of(config, ["finished", "stopped", "failed"] * 4)
@@ -95,7 +95,7 @@ def test_what_is_proposed_follows_from_the_record_alone() -> None:
     assert rows_of(other, ["finished"] * 3)[1].changes != undisturbed[1].changes
 
 
-def test_tpe_goes_where_trials_were_good_and_random_does_not() -> None:
+def test_tpe_prefers_the_values_of_good_trials_and_random_does_not() -> None:
     def late(algorithm: str) -> float:
         config = parse(["demo", "--algorithm", algorithm, "--trials", "30"])
         rows = rows_of(config, ["finished"] * 30)
@@ -104,7 +104,7 @@ def test_tpe_goes_where_trials_were_good_and_random_does_not() -> None:
     assert late("tpe") < 3.5 < late("random")
 
 
-def test_optuna_is_told_the_truth_about_each_state() -> None:
+def test_optuna_gets_the_state_of_each_trial() -> None:
     config = parse(["demo"])
     space = build(config.space, config.vary, config.base())
     rows = rows_of(config, ["finished", "stopped", "failed", "running"])
@@ -175,7 +175,7 @@ def test_what_cannot_be_searched_is_refused_with_the_reason(
         (["--scheduler", "hyper"], "hyper"),
     ],
 )
-def test_a_wrong_command_line_is_answered(
+def test_a_wrong_command_line_is_refused_with_the_reason(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as error:
@@ -238,7 +238,7 @@ def test_a_shorter_trial_keeps_its_shape(samples: int, validations: int) -> None
     assert config.interval <= config.first_rung <= config.budget
 
 
-def test_a_trial_takes_one_worker_unless_told_otherwise(tmp_path: Path) -> None:
+def test_a_trial_has_one_worker_by_default(tmp_path: Path) -> None:
     assert parse(["demo"]).train.scaling.workers == "1"
     assert parse(["demo", "--scaling.workers", "3..4"]).train.scaling.workers == "3..4"
     (tmp_path / "own.yaml").write_text("scaling: {workers: '2'}\n")
@@ -290,7 +290,7 @@ def test_only_what_keeps_trials_comparable_may_change() -> None:
         assert len(changed(*change)) == 1
 
 
-def test_the_front_is_what_no_other_beats() -> None:
+def test_the_front_has_the_trials_that_no_other_beats() -> None:
     figures = [(30.0, 5.0), (31.0, 9.0), (29.0, 5.0), (30.0, 6.0), (28.0, 1.0), (31.0, 9.0)]
     rows = [
         TrialRecord(
@@ -312,7 +312,7 @@ def test_only_trials_that_ran_to_the_end_can_win() -> None:
     assert (record.champion, record.front) == (1, [1])
 
 
-def test_the_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     config = parse(["demo"])
     record = SearchRecord(
         name="s",

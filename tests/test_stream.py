@@ -295,7 +295,7 @@ def test_the_samples_of_today_are_those_of_tomorrow(packed: Path) -> None:
     ]
 
 
-def test_keys_of_generators_do_not_meet(packed: Path) -> None:
+def test_keys_of_generators_differ(packed: Path) -> None:
     keyed = degrade.KeyedGenerator()
     starts = [
         tuple(keyed.at(seed, epoch, place).bit_generator.random_raw(2).tolist())

@@ -82,7 +82,7 @@ def test_replays_add_nothing(tmp_path: Path, run: Run) -> None:
     assert history(run, "train/loss") == [(8, 0.5)]
 
 
-def test_a_resumed_run_goes_on_in_the_same_mlflow_run(tmp_path: Path, run: Run) -> None:
+def test_a_resumed_run_continues_the_same_mlflow_run(tmp_path: Path, run: Run) -> None:
     first = Tracker(RunLog(str(tmp_path), 0), run)
     for step in (8, 16, 24):
         first.metrics({"train/loss": step / 100}, step)

@@ -297,7 +297,7 @@ def test_a_damaged_sample_ends_the_run_by_name_and_marks_it_failed(
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_the_last_step_and_the_same_command_goes_on(
+def test_ctrl_c_keeps_the_last_step_and_the_same_command_resumes(
     packed: Path, tmp_path: Path
 ) -> None:
     arguments = [

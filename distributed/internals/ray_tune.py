@@ -16,14 +16,14 @@ TESTED = "2.60"
 ENVIRONMENT = {
     # Number of processes that Ray starts at the same time. Its default is the number of cores; a
     # trial has several small processes that mostly wait, and would start them one after the other.
-    # No argument of ray.init sets it. test_a_killed_search_goes_on_and_loses_nothing gets slow.
+    # No argument of ray.init sets it. test_a_killed_search_resumes_and_loses_nothing gets slow.
     "RAY_worker_maximum_startup_concurrency": "8",
     # No result.json, progress.csv and TensorBoard files per trial: search.json and MLflow have all
     # of this. No argument of RunConfig does this. test_a_search_leaves_what_is_needed.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     # Accept a result without `psnr`: a trial may fail before its first validation. Otherwise a
     # trial would have to report an invented figure.
-    # test_asha_stops_what_lags_and_what_diverges_fails_with_its_reason.
+    # test_asha_stops_slow_trials_and_a_diverged_trial_fails_with_its_reason.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     # Print no table of trials: the search prints a line per event. `verbose=0` leaves its header.
     # Looks only; no test.
