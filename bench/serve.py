@@ -84,11 +84,11 @@ def line(name: str, answers: list[Answer], seconds: float) -> str:
     other = Counter(answer.status for answer in answers if answer.status not in (200, 503))
     p50, p99 = np.quantile(good, (0.5, 0.99)) if good else (float("nan"), float("nan"))
     silent = sum(not answer.retry for answer in refused)
-    told = f"{len(refused)} x 503" + (f" ({silent} without Retry-After)" if silent else "")
+    failed = f"{len(refused)} x 503" + (f" ({silent} without Retry-After)" if silent else "")
     rest = "".join(f", {count} x {status or 'lost'}" for status, count in other.items())
     return (
         f"{name:<12} sent {len(answers):>5} ({len(answers) / seconds:6.1f}/s)  "
-        f"restored {len(good) / seconds:6.1f}/s  p50 {p50:6.3f} s  p99 {p99:6.3f} s  {told}{rest}"
+        f"restored {len(good) / seconds:6.1f}/s  p50 {p50:6.3f} s  p99 {p99:6.3f} s  {failed}{rest}"
     )
 
 

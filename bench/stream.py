@@ -223,7 +223,7 @@ def bench_kind(kind: str, root: Path, sources: list[np.ndarray], rounds: int) ->
         pack("paired", str(root / "pairs"), str(root / "tiled"), tiles=128, **options)
         contenders["tiles"] = ours(root / "tiled")
     speeds = measure(contenders, samples, rounds)
-    told = {f"{name}_per_cpu_s": round(statistics.median(s), 1) for name, s in speeds.items()}
+    figures = {f"{name}_per_cpu_s": round(statistics.median(s), 1) for name, s in speeds.items()}
     pairs = {
         "vs_decode": ("ours", "decode"),
         "vs_folder": ("ours", "folder"),
@@ -236,8 +236,8 @@ def bench_kind(kind: str, root: Path, sources: list[np.ndarray], rounds: int) ->
         }
     for name, (one, other) in pairs.items():
         ratios = [a / b for a, b in zip(speeds[one], speeds[other], strict=True)]
-        told[name] = round(statistics.median(ratios), 3)
-    return told
+        figures[name] = round(statistics.median(ratios), 3)
+    return figures
 
 
 def peak_mib() -> float:
@@ -250,7 +250,7 @@ def peak_mib() -> float:
 def bench_plan() -> dict[str, float]:
     """Planning at the size of a billion samples in a million shards."""
     before = peak_mib()
-    told: dict[str, float] = {}
+    figures: dict[str, float] = {}
     sizes = np.full(1_000_000, 1000)
     for order in ("uniform", "local"):
         start = time.process_time()
@@ -263,12 +263,14 @@ def bench_plan() -> dict[str, float]:
             shard_sizes=(sizes,),
         )
         plan.draws(np.arange(123_456_789, 123_456_789 + 64))
-        told[f"{order}_cold_start_s"] = round(time.process_time() - start, 4)
+        figures[f"{order}_cold_start_s"] = round(time.process_time() - start, 4)
         start, block = time.process_time(), np.arange(1 << 20) + 987_654_321
         plan.draws(block)
-        told[f"{order}_us_per_sample"] = round((time.process_time() - start) / len(block) * 1e6, 3)
-    told["memory_mib"] = round(peak_mib() - before, 1)
-    return told
+        figures[f"{order}_us_per_sample"] = round(
+            (time.process_time() - start) / len(block) * 1e6, 3
+        )
+    figures["memory_mib"] = round(peak_mib() - before, 1)
+    return figures
 
 
 def shuffle_quality() -> dict[str, dict[str, float]]:
@@ -278,7 +280,7 @@ def shuffle_quality() -> dict[str, dict[str, float]]:
     `same_shard`: share of a batch's pairs of samples that come from one shard, against what chance
     gives. `open_shards`: distinct shards among 4,096 consecutive samples.
     """
-    told = {}
+    figures = {}
     sizes = np.full(1000, 1000)
     for order in ("uniform", "local"):
         plan = Plan(
@@ -296,12 +298,12 @@ def shuffle_quality() -> dict[str, dict[str, float]]:
             [(np.bincount(b) * (np.bincount(b) - 1)).sum() / (64 * 63) for b in batches]
         )
         windows = shard.reshape(-1, 4096)
-        told[order] = {
+        figures[order] = {
             "shards_per_batch": round(float(distinct.mean()), 1),
             "same_shard": round(float(same.mean()), 4),
             "open_shards": round(float(np.mean([len(set(w)) for w in windows.tolist()])), 1),
         }
-    return told
+    return figures
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """Classical methods to compare a network with, each for one task.
 
-They see the degraded picture only, except that CBM3D is told the noise's standard deviation.
+They see the degraded picture only; CBM3D also gets the noise's standard deviation.
 """
 
 from collections.abc import Callable

@@ -30,7 +30,7 @@ LEAST_DISK = 5 * GIB
 FULLEST = 0.95
 """Share of a disk above which Ray stores no objects on it."""
 LEAST_SHARED_MEMORY = GIB
-"""Free bytes of /dev/shm: batches of the loader and Ray's objects lie there."""
+"""Free bytes of /dev/shm: for the loader's batches and Ray's objects."""
 CLOCK_S = 5.0
 """Clocks that differ by more confuse leases and logs; S3 refuses requests above 15 minutes."""
 LEAST_BANDWIDTH = 100e6
@@ -328,7 +328,7 @@ def examine(arguments: Arguments) -> list[Finding]:
 
 
 def _with_shared_object(places: Places) -> list[Node]:
-    """Look at the cluster while an object lies in the storage that all nodes must see."""
+    """Look at the cluster; each node must see an object that this one has written."""
     name = f".shared-{secrets.token_hex(4)}"
     where = storage.join(places.storage, name)
     if places.storage:

@@ -104,7 +104,7 @@ class SkipCounter:
         """Spans [first, end) of samples that are left out; `end` is not part of the span."""
 
     def behind(self, samples: int) -> int:
-        """Where training continues after `samples` samples: there, or after a span left out."""
+        """The position after `samples` samples, or the end of the span left out that it is in."""
         for first, last in self.spans:
             if first <= samples < last:
                 samples = last

@@ -137,7 +137,7 @@ class WeightAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The averaged weights stand in the network while inside."""
+        """Inside the block, the network has the averaged weights."""
         self._swap()
         try:
             yield

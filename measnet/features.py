@@ -36,7 +36,7 @@ class InMemory:
     """Features in a tensor, on any device."""
 
     def __init__(self, x_hwc: Tensor, store: "Store | None" = None) -> None:
-        """`store`: told when the memory is free again."""
+        """`store`: gets the memory back when the features are closed."""
         self._x: Tensor | None = x_hwc
         self._store = store
         self.height, self.width, self.channels = x_hwc.shape
@@ -59,10 +59,10 @@ class InMemory:
 
 
 class InFile:
-    """Features in a temporary file without a name, which vanishes with the process."""
+    """Features in a temporary file without a name, which is deleted when the process ends."""
 
     def __init__(self, height: int, width: int, channels: int, folder: Path) -> None:
-        """`folder`: where the file lies; it needs room for 4 bytes a value."""
+        """`folder`: of the file, which takes 4 bytes a value."""
         self.height, self.width, self.channels = height, width, channels
         self._row = 4 * width * channels
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115

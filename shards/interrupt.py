@@ -48,7 +48,7 @@ def _raise_once(_number: int, _frame: FrameType | None) -> None:
 def check() -> None:
     """Raises `Interrupted` if SIGINT has arrived; for long work to call now and then.
 
-    Python drops an exception that a handler raises inside a destructor, and the work would go on.
+    Python drops an exception that a handler raises inside a destructor: the work would continue.
     """
     if _arrived:
         raise Interrupted

@@ -94,7 +94,7 @@ def pack(
         seed: of what is synthesised.
         shard_mib: approximate size of a shard, in MiB.
         tiles: side of the tiles that lossless pictures are cut into; 0 keeps the original files.
-        allow_missing: go on where the benchmark is not complete.
+        allow_missing: pack an incomplete benchmark too.
         repair: pack missing or damaged shards again, with the options in the manifest.
         workers: processes; None for one per core.
         ray: pack on the Ray cluster of RAY_ADDRESS; ROOT and OUT must be reachable from each of
@@ -236,7 +236,7 @@ def _check_complete(
         return
     if listing.missing:
         line += f" (full list in {_write_list(listing, out, task)})"
-    raise ValueError(f"{line}; add them, or go on without them by --allow-missing")
+    raise ValueError(f"{line}; add them, or pack without them by --allow-missing")
 
 
 def _write_list(listing: Listing, out: str, task: str) -> str:
@@ -346,7 +346,7 @@ def locked(out: str) -> Iterator[bool]:
             f"another packing or indexing into {out} is running; wait until it ends"
         ) from error
     finally:
-        # Where nothing was written, nothing is left behind.
+        # If nothing was written, no empty folder stays.
         if not another and storage.list_names(f"{out}/{WORK}") in ([], ["running.lock"]):
             shutil.rmtree(f"{out}/{WORK}", ignore_errors=True)
             with contextlib.suppress(OSError):

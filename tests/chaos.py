@@ -339,8 +339,8 @@ def state_of(run: str) -> dict[str, Any]:
     if newest is None:
         return {}
     state = newest.state()
-    told = {"samples": state.samples, "updates": state.updates, "consumed": state.consumed}
-    return told | {kind: newest.tensors(kind) for kind in ("weights", "ema", "optimizer")}
+    counts = {"samples": state.samples, "updates": state.updates, "consumed": state.consumed}
+    return counts | {kind: newest.tensors(kind) for kind in ("weights", "ema", "optimizer")}
 
 
 def difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
@@ -425,7 +425,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def summary(trials: Sequence[Trial]) -> dict[str, Any]:
     """Counts and median recovery, in all and per point."""
 
-    def told(own: Sequence[Trial]) -> dict[str, Any]:
+    def counts(own: Sequence[Trial]) -> dict[str, Any]:
         recoveries = [s for t in own for s in t.recoveries]
         return {
             "trials": len(own),
@@ -433,14 +433,14 @@ def summary(trials: Sequence[Trial]) -> dict[str, Any]:
             "recovery_s_median": round(statistics.median(recoveries), 2) if recoveries else None,
         }
 
-    points = {p: told([t for t in trials if t.point == p]) for p in {t.point for t in trials}}
-    return {**told(trials), "points": points}
+    points = {p: counts([t for t in trials if t.point == p]) for p in {t.point for t in trials}}
+    return {**counts(trials), "points": points}
 
 
 def _table(trials: Sequence[Trial]) -> Table:
-    told = summary(trials)
+    result = summary(trials)
     table = Table("point", "trials", "identical", "median recovery")
-    for point, row in [*told["points"].items(), ("all", told)]:
+    for point, row in [*result["points"].items(), ("all", result)]:
         took = row["recovery_s_median"]
         table.add_row(
             point, str(row["trials"]), str(row["identical"]), "-" if took is None else f"{took} s"

@@ -167,17 +167,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"the same run undisturbed, workers: {workers}", highlight=False)
         undisturbed.append(Run(base / workers, data, {}, *options, "--scaling.workers", workers))
         undisturbed[-1].process.wait()
-    told = goodput([line for line in run.consumed() if line["time"] <= until])
+    result = goodput([line for line in run.consumed() if line["time"] <= until])
     digests = {each.consumed()[-1]["consumed"] for each in (run, *undisturbed)}
     same = len(digests) == 1
     summary = {
         "finished": True,
         "draws": len(drawn),
         "changes": sum(a != b for a, b in itertools.pairwise(drawn)),
-        "starts": told.starts,
-        "steps_made_again": told.again,
-        "minutes": round(told.all_s / 60, 1),
-        "goodput": round(told.share, 3),
+        "starts": result.starts,
+        "steps_made_again": result.again,
+        "minutes": round(result.all_s / 60, 1),
+        "goodput": round(result.share, 3),
         "same_samples": same,
         "curve_apart": [dataclasses.asdict(distance(each, run)) for each in undisturbed],
         "undisturbed_apart": dataclasses.asdict(distance(*undisturbed)),

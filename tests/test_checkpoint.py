@@ -35,7 +35,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     {
         "cut": "optimizer.safetensors has",
         "flip": "optimizer.safetensors was changed",
@@ -49,7 +49,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     }.items(),
 )
 def test_a_damaged_newest_falls_back_to_the_one_before(
-    tmp_path: Path, damage: str, told: str
+    tmp_path: Path, damage: str, message: str
 ) -> None:
     write(tmp_path, 8)
     folder = Path(write(tmp_path, 16).path)
@@ -81,7 +81,7 @@ def test_a_damaged_newest_falls_back_to_the_one_before(
     newest = checkpoints.newest_complete(str(tmp_path), said.append)
     assert newest is not None and newest.samples == 8
     assert len(said) == 1 and folder.name in said[0] and "going back" in said[0]
-    assert told in said[0]
+    assert message in said[0]
 
 
 def test_without_a_complete_checkpoint_the_run_starts_again_and_says_so(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_a_yaml_file_is_a_starting_point(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["nonsense"], ["unknown preset 'nonsense'", "paper-5task"]),
         (["demo", "--model.pixel-top-k", "9"], ["model.pixel_top_k is 9"]),
@@ -75,18 +75,18 @@ def test_a_yaml_file_is_a_starting_point(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_wrong_is_named(
-    arguments: list[str], told: list[str], capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
         parse(arguments)
     assert stopped.value.code == 2
     output = capsys.readouterr()
     said = " ".join((output.err + output.out).replace("│", " ").split())
-    assert all(text in said for text in told), said
+    assert all(text in said for text in message), said
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("recipe: {lerning: 1}", "unknown field recipe.lerning"),
         ("recipe: {lr: fast}", "recipe.lr must be float, not 'fast'"),
@@ -97,8 +97,8 @@ def test_what_is_wrong_is_named(
         ("a: [", "not valid YAML"),
     ],
 )
-def test_a_wrong_file_is_refused(text: str, told: str) -> None:
-    with pytest.raises(ValueError, match=told.replace("[", r"\[").replace(".", r"\.")):
+def test_a_wrong_file_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("[", r"\[").replace(".", r"\.")):
         from_yaml(text)
 
 

@@ -44,7 +44,7 @@ def test_device_of_a_local_run(machine: str, asked: str, workers: str, device: s
 
 
 @pytest.mark.parametrize(
-    ("machine", "asked", "workers", "told"),
+    ("machine", "asked", "workers", "message"),
     [
         ("no GPU", "gpu", "1", "scaling.device is gpu, but torch sees no GPU"),
         ("old driver", "gpu", "1", "535.104.05"),
@@ -54,10 +54,10 @@ def test_device_of_a_local_run(machine: str, asked: str, workers: str, device: s
     ],
 )
 def test_what_a_machine_cannot_give_is_refused_at_once(
-    machine: str, asked: str, workers: str, told: str
+    machine: str, asked: str, workers: str, message: str
 ) -> None:
     scaling = ScalingConfig(device=asked, workers=workers)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         training_device(scaling, 0, MACHINES[machine])
 
 
@@ -94,7 +94,7 @@ NEVER = Fit(checkpointing=None, needed=30e9, usable=23e9, largest=40)
 
 
 @pytest.mark.parametrize(
-    ("asked", "predicted", "choice", "told"),
+    ("asked", "predicted", "choice", "message"),
     [
         ("auto", None, "off", "the device is a CPU"),
         ("auto", WITHOUT, "off", "14.0 of 21.4 GiB"),
@@ -106,10 +106,10 @@ NEVER = Fit(checkpointing=None, needed=30e9, usable=23e9, largest=40)
     ],
 )
 def test_activation_checkpointing(
-    asked: str, predicted: Fit | None, choice: str, told: str
+    asked: str, predicted: Fit | None, choice: str, message: str
 ) -> None:
     decision = choose_checkpointing(asked, 8, predicted)
-    assert decision.choice == choice and told in decision.reason
+    assert decision.choice == choice and message in decision.reason
 
 
 @pytest.mark.parametrize(

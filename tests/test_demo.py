@@ -27,7 +27,7 @@ def save(folder: Path, count: int, size: tuple[int, int] = (160, 120)) -> None:
 
 
 @pytest.mark.parametrize(
-    ("machine", "workers", "device", "told"),
+    ("machine", "workers", "device", "described"),
     [
         ("no GPU", "2", "cpu", "trains on the CPU with 2 workers"),
         ("old driver", "2", "cpu", "(the GPU driver is 535.104.05"),
@@ -37,11 +37,11 @@ def save(folder: Path, count: int, size: tuple[int, int] = (160, 120)) -> None:
     ],
 )
 def test_the_demo_takes_what_the_machine_has(
-    machine: str, workers: str, device: str, told: str
+    machine: str, workers: str, device: str, described: str
 ) -> None:
     scaling = scaling_for(MACHINES[machine])
     assert (scaling.workers, scaling.device) == (workers, device)
-    assert told in describe_device(MACHINES[machine])
+    assert described in describe_device(MACHINES[machine])
 
 
 def test_photographs_come_with_the_packages() -> None:

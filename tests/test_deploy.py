@@ -215,7 +215,7 @@ def test_nodes_and_image_can_build_kernels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loaded", "code", "told"),
+    ("loaded", "code", "message"),
     [
         ("580.95.05", 0, ""),
         ("570.133.20", 1, "the GPU driver is 570.133.20, but torch needs 580 or newer"),
@@ -223,7 +223,7 @@ def test_nodes_and_image_can_build_kernels() -> None:
     ],
 )
 def test_a_node_with_an_old_driver_is_refused(
-    tmp_path: Path, loaded: str | None, code: int, told: str
+    tmp_path: Path, loaded: str | None, code: int, message: str
 ) -> None:
     """The first part of setup.sh, on the /sys of a machine with a card."""
     card = tmp_path / "bus" / "pci" / "devices" / "0000:00:1e.0" / "vendor"
@@ -240,7 +240,7 @@ def test_a_node_with_an_old_driver_is_refused(
         text=True,
         check=False,
     )
-    assert done.returncode == code and told in done.stderr
+    assert done.returncode == code and message in done.stderr
 
 
 def test_lost_nodes_are_found_everywhere_as_in_the_tests_of_lost_nodes() -> None:

@@ -149,8 +149,8 @@ def test_a_full_disk(
     with pytest.raises(OSError, match=r"cannot use the storage .*No space left on device"):
         check_storage(str(full_disk / "runs"))
     assert main(["--storage", str(full_disk / "runs")]) == 1
-    told = capsys.readouterr().out
-    assert "0.0 of 0 GiB free" in told and "No space left" in told
+    output = capsys.readouterr().out
+    assert "0.0 of 0 GiB free" in output and "No space left" in output
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs another user")

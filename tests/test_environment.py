@@ -96,10 +96,10 @@ def test_a_resumed_run_says_what_changed_since_the_last_start(tmp_path: Path) ->
 
 
 def test_a_cpu_worker_tells_its_machine() -> None:
-    told = json.loads(json.dumps(hardware(torch.device("cpu"))))
-    assert told["device"] == "cpu" and told["torch"] == torch.__version__
-    assert told["cores"] >= 1 and told["memory_gib"] > 0 and told["processor"]
-    assert "card" not in told
+    described = json.loads(json.dumps(hardware(torch.device("cpu"))))
+    assert described["device"] == "cpu" and described["torch"] == torch.__version__
+    assert described["cores"] >= 1 and described["memory_gib"] > 0 and described["processor"]
+    assert "card" not in described
 
 
 def test_neither_the_command_nor_a_cpu_worker_asks_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,8 +120,12 @@ def test_neither_the_command_nor_a_cpu_worker_asks_a_gpu(monkeypatch: pytest.Mon
 def test_a_gpu_worker_tells_its_card_and_asks_no_other() -> None:
     card = torch.device("cuda", 0)
     torch.ones(1, device=card)
-    told = hardware(card)
-    assert told["card"] == torch.cuda.get_device_name(card) and told["driver"] and told["cuda"]
+    described = hardware(card)
+    assert (
+        described["card"] == torch.cuda.get_device_name(card)
+        and described["driver"]
+        and described["cuda"]
+    )
     metrics = SystemMetrics(card).read()
     assert {name for name in metrics if "/gpu_" in name} >= {"system/gpu_0_memory_usage_megabytes"}
     assert not any("/gpu_1" in name for name in metrics)

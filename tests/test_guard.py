@@ -28,8 +28,8 @@ def test_the_chain_tells_order_and_content() -> None:
 def test_a_loss_that_stands_out_is_noticed_and_noise_is_not() -> None:
     draw = random.Random(0)
     detector = SpikeDetector(8.0)
-    told = [detector.is_spike(0.1 + 0.01 * draw.gauss(0, 1)) for _ in range(2000)]
-    assert not any(told)
+    found = [detector.is_spike(0.1 + 0.01 * draw.gauss(0, 1)) for _ in range(2000)]
+    assert not any(found)
     assert detector.is_spike(0.5)
     assert not detector.is_spike(float("nan"))
     assert not detector.is_spike(0.1)
@@ -61,11 +61,11 @@ def test_a_learning_rate_of_zero_is_noticed_once() -> None:
     groups = [{"params": [w], "lr": lr} for w, lr in zip(weights, (1e-3, 1e-4), strict=True)]
     optimizer = torch.optim.Adam(groups)
     watch = RateWatch(optimizer)
-    told = []
+    found = []
     for rate in (1e-4, 0.0, 0.0, 1e-4, 0.0):
         optimizer.param_groups[1]["lr"] = rate
-        told.append(watch.falls_to_zero())
-    assert told == [False, True, False, False, True]
+        found.append(watch.falls_to_zero())
+    assert found == [False, True, False, False, True]
 
 
 def test_samples_fit_in_a_line() -> None:

@@ -46,7 +46,7 @@ def test_a_gpu_that_is_not_there_is_refused_with_the_reason() -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "cuda", "driver", "told"),
+    ("build", "cuda", "driver", "message"),
     [
         ("2.13.0+cpu", None, "", ""),
         ("2.13.0+cu130", "13.0", "", ""),
@@ -62,10 +62,10 @@ def test_a_gpu_that_is_not_there_is_refused_with_the_reason() -> None:
     ],
 )
 def test_an_unusable_card_is_explained(
-    build: str, cuda: str | None, driver: str, told: str
+    build: str, cuda: str | None, driver: str, message: str
 ) -> None:
     said = unusable_card(build, cuda, driver)
-    assert told in said and bool(told) == bool(said)
+    assert message in said and bool(message) == bool(said)
 
 
 def test_this_machine_is_looked_at() -> None:

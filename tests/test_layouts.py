@@ -178,7 +178,7 @@ def test_where_only_the_count_is_known_no_list_is_promised(
         pack("lol-our485", root, out, workers=1)
     assert str(refused.value) == (
         "found 1 of 485; which ones are missing is not known, only the count; "
-        "add them, or go on without them by --allow-missing"
+        "add them, or pack without them by --allow-missing"
     )
     pack("lol-our485", root, out, workers=1, allow_missing=True)
     assert "full list" not in capsys.readouterr().err

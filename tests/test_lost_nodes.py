@@ -26,9 +26,9 @@ def test_without_other_nodes_the_run_says_what_it_waits_for_and_gives_up(
         assert run.end() != 0
     finally:
         cluster.close()
-    told = (tmp_path / "log.txt").read_text()
-    assert re.search(r"no message from a worker for \d+ s; waiting for 2 workers", told)
-    assert "the run fails in" in told
-    assert "the same command resumes it" in told.splitlines()[-1], told
+    output = (tmp_path / "log.txt").read_text()
+    assert re.search(r"no message from a worker for \d+ s; waiting for 2 workers", output)
+    assert "the run fails in" in output
+    assert "the same command resumes it" in output.splitlines()[-1], output
     kept = checkpoints.newest_complete(str(run.folder))
     assert kept is not None and kept.samples >= 20

@@ -133,8 +133,8 @@ def test_the_run_continues_without_a_node_that_is_cut_off(
     took = wait_for(reached.samples + 64, 200)
     print(f"cut off at {reached.samples} samples; 64 samples further after {took:.0f} s")
     assert run.wait(600) == 0, log.read_text()
-    told = log.read_text()
-    assert re.findall(r"/ (\d) workers", told)[-1] == "1"
-    assert "finished 1,200 samples" in told
+    output = log.read_text()
+    assert re.findall(r"/ (\d) workers", output)[-1] == "1"
+    assert "finished 1,200 samples" in output
     assert len(losses(folder)) == 300
     shutil.rmtree(temporary, ignore_errors=True)

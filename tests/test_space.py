@@ -181,8 +181,10 @@ def test_a_wrong_command_line_is_refused_with_the_reason(
     with pytest.raises(SystemExit) as error:
         parse(["demo", *arguments])
     assert error.value.code == 2
-    told = capsys.readouterr()
-    assert message in " ".join((told.err + told.out).replace("│", " ").split())  # drawn in a box
+    printed = capsys.readouterr()
+    assert message in " ".join(
+        (printed.err + printed.out).replace("│", " ").split()
+    )  # drawn in a box
 
 
 def test_a_file_of_ranges(tmp_path: Path) -> None:

@@ -39,9 +39,9 @@ class SearchConfig:
     algorithm: Literal["tpe", "random"] = "tpe"
     """How new trials are chosen: Optuna's TPE learns from earlier trials, `random` does not."""
     scheduler: Literal["asha", "pbt", "none"] = "asha"
-    """`asha` stops trials that are behind, except trial 0. With `pbt` such trials take over the
-    weights of better ones, and the searched recipe.* fields are varied. `none` trains all trials to
-    the end, as is always done with fixed lists."""
+    """`asha` stops trials that are not among the best, except trial 0. With `pbt` the worst trials
+    take over the weights of better ones, and the searched recipe.* fields are varied. `none` trains
+    all trials to the end, as is always done with fixed lists."""
     cost: Cost = "none"
     """A second objective, to be low while PSNR is high: `multiply_adds` (of 256x256 pixels),
     `parameters` or measured `latency`. K alone changes the multiply-adds by about 2 %: search the
