@@ -69,11 +69,6 @@ class Card:
         """Whether it has bf16 in hardware; torch's own function also returns True for emulation."""
         return self.capability >= (8, 0)
 
-    @property
-    def has_fp16(self) -> bool:
-        """Whether it has tensor cores for fp16."""
-        return self.capability >= (7, 0)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:

@@ -1,1 +1,8 @@
-"""Raw datasets -> WebDataset shards -> batches; imports no other package of this project."""
+"""Raw datasets -> WebDataset shards -> batches; imports no other package of this project.
+
+packing         pack, packing, execution, writer; layouts, benchmarks, tasks, degrade
+others' tars    index, indexing, tars
+what is there   manifest, inspect
+training reads  stream, order, reader, decode, cache, config
+for all         storage: folders and object stores; interrupt: Ctrl-C
+"""

@@ -1,7 +1,6 @@
 """A headless Chromium, driven by its own protocol, for tests of pages."""
 
 import asyncio
-import base64
 import shutil
 import subprocess
 import tempfile
@@ -85,11 +84,6 @@ class Page:
         event = {"key": key, "code": key, "windowsVirtualKeyCode": code}
         await self.call("Input.dispatchKeyEvent", type="keyDown", **event)
         await self.call("Input.dispatchKeyEvent", type="keyUp", **event)
-
-    async def screenshot(self, path: Path) -> None:
-        """The whole page as a PNG."""
-        taken = await self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(taken["data"]))
 
     async def sideways(self) -> int:
         """Pixels by which the page is wider than its window."""

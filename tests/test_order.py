@@ -9,8 +9,6 @@ from shards import order
 from shards.order import Plan
 from shards.tasks import DEGRADATIONS
 
-NAMES = list(DEGRADATIONS)
-
 
 def plan(seed: int = 0, mode: str = "uniform", scale: int = 1, lanes: int = 16) -> Plan:
     """Three degradations in uneven shards; 30 x 3, 23 x 2 and 77 x 1 samples times `scale`."""

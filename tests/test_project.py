@@ -64,6 +64,15 @@ def test_packages_hold_a_docstring_only(package: str) -> None:
     assert isinstance(only, ast.Expr) and isinstance(only.value, ast.Constant)
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_says_where_its_modules_belong(package: str) -> None:
+    (only,) = ast.parse((ROOT / package / "__init__.py").read_text()).body
+    assert isinstance(only, ast.Expr) and isinstance(only.value, ast.Constant)
+    modules = {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"}
+    named = set(re.findall(r"\w+", str(only.value.value)))
+    assert not modules - named, f"add {modules - named} to {package}/__init__.py"
+
+
 def test_distributed_is_ours_and_not_that_of_dask() -> None:
     assert distributed.__file__ and Path(distributed.__file__).parent == ROOT / "distributed"
     command = [sys.executable, "-c", "import distributed; print(distributed.__file__)"]

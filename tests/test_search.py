@@ -49,6 +49,13 @@ def command(packed: Path, *more: str) -> list[str]:
     ]
 
 
+FINISHED = (
+    *("--trials", "2", "--keep", "1", "--cost", "latency"),
+    *("--register", "always", "--model-name", "net"),
+)
+"""Options of the search that the fixture `finished` runs."""
+
+
 def read(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "runs" / "s" / "search.json").read_text()))
 
@@ -60,19 +67,7 @@ def finished(packed: Path, ray_local: None, tmp_path_factory: pytest.TempPathFac
     before = Path.cwd()
     os.chdir(folder)
     try:
-        more = (
-            "--trials",
-            "2",
-            "--keep",
-            "1",
-            "--cost",
-            "latency",
-            "--register",
-            "always",
-            "--model-name",
-            "net",
-        )
-        assert main(command(packed, *more)) == 0
+        assert main(command(packed, *FINISHED)) == 0
     finally:
         os.chdir(before)
     return folder
@@ -170,23 +165,11 @@ def test_a_finished_search_says_so_and_another_one_of_its_name_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(finished)
-    more = (
-        "--trials",
-        "2",
-        "--keep",
-        "1",
-        "--cost",
-        "latency",
-        "--register",
-        "always",
-        "--model-name",
-        "net",
-    )
     before = read(finished)["trials"]
-    assert main(command(packed, *more)) == 0
+    assert main(command(packed, *FINISHED)) == 0
     assert "is finished: 2 trials" in capsys.readouterr().out
     assert read(finished)["trials"] == before
-    assert main(command(packed, *more, "--recipe.lr", "1e-5")) == 2
+    assert main(command(packed, *FINISHED, "--recipe.lr", "1e-5")) == 2
     message = capsys.readouterr().err
     assert "(now 1e-05)" in message and "--name" in message
 
