@@ -6,12 +6,16 @@ Also the log of consumed samples. All ranks have the same values here, so all de
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from distributed.config import TrainConfig
+from distributed.exchange import Exchange, Step, StepSums
 from measnet.config import ModelConfig
 from measnet.network import PIXEL_LIBRARIES
 from measnet.routing import has_collapsed, measures
@@ -158,6 +162,83 @@ class RateWatch:
             not all(g["lr"] for g in self._optimizer.param_groups),
         )
         return self._at_zero and not before
+
+
+class StepGuard:
+    """Looks at the numbers of each step: names what is wrong, and decides when to go back."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        optimizer: torch.optim.Optimizer,
+        unused: Callable[[], list[str]],
+        note: Callable[[str], None],
+    ) -> None:
+        """Watch a run; every rank has one.
+
+        Args:
+            config: of the run.
+            optimizer: its learning rates are watched.
+            unused: names the parameters that got no gradient; called once, after the first step.
+            note: records a line among the events of the run.
+        """
+        self.skips = SkipCounter(config.folder, config.guard.skips_in_a_row)
+        self._config, self._note = config, note
+        self._spikes = SpikeDetector(config.guard.spike)
+        self._rates = RateWatch(optimizer)
+        self._unused: Callable[[], list[str]] | None = unused
+        self._losses = [0.0] * Exchange.LOSSES
+
+    def after_step(self, step: Step, sums: StepSums) -> None:
+        """Judge a step; a collective call.
+
+        Raises:
+            GoBackError: too many steps in a row were skipped.
+        """
+        self._warn(step)
+        before = self._losses
+        self._losses = [0.0] * Exchange.LOSSES if step.ends_point else sums.losses
+        micro_batches = sums.losses[3] - before[3]
+        loss = (sums.losses[0] - before[0]) / micro_batches if micro_batches else math.nan
+        spike = self._spikes.is_spike(loss)
+        if sums.updated and not spike:
+            self.skips.after_step(0, 0, skipped=False)
+            return
+        gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, step.keys)
+        named = describe_samples([key for part in gathered for key in part])
+        if spike:
+            self._note(f"loss {loss:.4f} stands out at {step.samples:,} samples: {named}")
+        if sums.updated:
+            return
+        self._note(
+            f"update skipped on all ranks at {step.samples:,} samples, a gradient is not finite: "
+            f"{named}"
+        )
+        first = step.samples - self._config.recipe.global_batch
+        if self.skips.after_step(first, step.samples, skipped=True):
+            self._go_back(step.samples)
+
+    def _warn(self, step: Step) -> None:
+        """Name parameters without a gradient, and a learning rate that has fallen to zero."""
+        if self._unused is not None:
+            if unused := self._unused():
+                self._note(f"warning: no gradient ever reaches {describe_samples(unused)}")
+            self._unused = None
+        if self._rates.falls_to_zero():
+            self._note(
+                f"warning: the learning rate is 0 at {step.samples:,} samples, though the recipe "
+                f"asks for up to {self._config.recipe.lr:g} (recipe.lr) until its end"
+            )
+
+    def _go_back(self, samples: int) -> None:
+        reason = f"{self._config.guard.skips_in_a_row} updates in a row were skipped"
+        if dist.get_rank() == 0:
+            first, end = self.skips.pass_over(samples)
+            self._note(f"{reason}; going back, leaving out samples {first:,} to {end:,}")
+            time.sleep(1.0)  # until the line is on its way
+        dist.barrier()
+        raise GoBackError(f"{reason} up to {samples:,} samples (guard.skips_in_a_row)")
 
 
 def routing_warnings(usage: Mapping[str, Sequence[float]], model: ModelConfig) -> list[str]:

@@ -3,9 +3,9 @@
 All changes of the state of a run are here; `distributed.worker` is the loop that makes them.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import ray.train
@@ -25,12 +25,8 @@ from distributed.environment import keep_environment, record_environment
 from distributed.exchange import Exchange, Step, StepSums, curve_point
 from distributed.graphs import graph_micro_batches
 from distributed.guard import (
-    GoBackError,
-    RateWatch,
-    SkipCounter,
-    SpikeDetector,
+    StepGuard,
     chain,
-    describe_samples,
     log_line,
     routing_warnings,
     watch_unused,
@@ -108,7 +104,7 @@ class Session:
             model.load_state_dict(found.tensors("weights"))
         elif self.config.init:
             start_from(self.config.init, model)
-        self._name_unused: Callable[[], list[str]] | None = watch_unused(model)
+        name_unused: Callable[[], list[str]] = watch_unused(model)
         self.engine = initialize(self.config, decisions, model)
         self.graph, graphs = graph_micro_batches(
             self.engine, self.config, decisions, self.loss_weight
@@ -116,15 +112,14 @@ class Session:
         reduction = choose_reduction(self.config.engine.zero_stage, self.world, graphs)
         decisions = decisions._replace(graphs=graphs, reduction=reduction)
         if self.graph is not None:
-            self._name_unused = lambda unused=self.graph.unused: unused
+            name_unused = partial(list, self.graph.unused)
         self.average = WeightAverage(self.engine, self.config.recipe.ema_decay)
         if found and state:
             load_optimizer_state(self.engine, found.tensors("optimizer"), state.updates)
             self.average.load(found.tensors("ema"))
-        self._skips = SkipCounter(self._folder, self.config.guard.skips_in_a_row)
-        self._spikes = SpikeDetector(self.config.guard.spike)
-        self._rates = RateWatch(guarded_optimizer(self.engine))
-        self.samples = self._skips.behind(state.samples if state else 0)
+        optimizer = guarded_optimizer(self.engine)
+        self._guard = StepGuard(self.config, optimizer, name_unused, self.note)
+        self.samples = self._guard.skips.behind(state.samples if state else 0)
         self.updates = state.updates if state else 0
         self._consumed = state.consumed if state else ""
         self._best = state.best if state else None
@@ -137,7 +132,6 @@ class Session:
         self._speed = Speed(self.world, card)
         self._late = self.device.type == "cuda"
         self._exchange = Exchange(self.device, late=self._late)
-        self._losses_before = [0.0] * Exchange.LOSSES
         self._damaged = 0
         self.stop_reason = ""
         self._tiling: Tiling | None = None
@@ -189,7 +183,7 @@ class Session:
         sizes = {"global_batch": recipe.global_batch, "micro_batch": recipe.micro_batch}
         part = {"world": self._sharing, "rank": self._slice}
         floats = self.device.type == "cpu"  # a GPU makes them itself, of a quarter of the bytes
-        for first, behind in [*self._skips.spans, (self._end, self._end)]:
+        for first, behind in [*self._guard.skips.spans, (self._end, self._end)]:
             if at < first:
                 batches = self._stream.batches(at, first, **sizes, **part, floats=floats)
                 yield from self._watched(batches)
@@ -257,7 +251,7 @@ class Session:
         if sums.stops:
             self.stop_reason = self._reporter.stop_reason or "asked to stop"
         self._log_consumed(step, sums.digests)
-        self._guard(step, sums)
+        self._guard.after_step(step, sums)
         skipped = step.samples // self.config.recipe.global_batch - self.updates
         metrics = curve_point(step, sums, world=self.world, skipped=skipped)
         crop = self.config.data.crop_at(step.samples - self.config.recipe.global_batch)
@@ -267,7 +261,6 @@ class Session:
         self._reporter.update({"samples": step.samples, "checkpoint_s": checkpoint_s, **metrics})
         if step.ends_point or self.stop_reason:
             self.keep_metrics(metrics, step.samples)
-            self._losses_before = [0.0] * Exchange.LOSSES
 
     @property
     def validation_is_due(self) -> bool:
@@ -287,11 +280,11 @@ class Session:
             return True
         validated = self._validation.get("at") == self.samples
         due = validated or self._crossed(self.config.every.checkpoint)
-        return due and not self._skips.in_a_row
+        return due and not self._guard.skips.in_a_row
 
     def skip_left_out_samples(self) -> None:
-        """Go on behind samples that earlier skipped updates left out."""
-        self.samples = self._skips.behind(self.samples)
+        """Continue after samples that earlier skipped updates left out."""
+        self.samples = self._guard.skips.behind(self.samples)
 
     def finish(self) -> dict[str, Any]:
         """Hand over what is still to be sent, and say how the run ended."""
@@ -362,49 +355,6 @@ class Session:
         if self.rank == 0:
             self._log.consumed(log_line(step.samples, self._consumed, digests, time.time()))
 
-    def _guard(self, step: Step, sums: StepSums) -> None:
-        """Look at the numbers of the step, name what is wrong, and go back if need be."""
-        if self._name_unused is not None:
-            unused = self._name_unused()
-            self._name_unused = None
-            if unused:
-                self.note(f"warning: no gradient ever reaches {describe_samples(unused)}")
-        if self._rates.falls_to_zero():
-            self.note(
-                f"warning: the learning rate is 0 at {step.samples:,} samples, though the recipe "
-                f"asks for up to {self.config.recipe.lr:g} (recipe.lr) until its end"
-            )
-        before, self._losses_before = self._losses_before, sums.losses
-        micro_batches = sums.losses[3] - before[3]
-        loss = (sums.losses[0] - before[0]) / micro_batches if micro_batches else math.nan
-        spike = self._spikes.is_spike(loss)
-        if sums.updated and not spike:
-            self._skips.after_step(0, 0, skipped=False)
-            return
-        gathered: list[list[str]] = [[] for _ in range(self.world)]
-        dist.all_gather_object(gathered, step.keys)
-        named = describe_samples([key for part in gathered for key in part])
-        first = step.samples - self.config.recipe.global_batch
-        if spike:
-            self.note(f"loss {loss:.4f} stands out at {step.samples:,} samples: {named}")
-        if sums.updated:
-            return
-        self.note(
-            f"update skipped on all ranks at {step.samples:,} samples, a gradient is not finite: "
-            f"{named}"
-        )
-        if self._skips.after_step(first, step.samples, skipped=True):
-            self._go_back(step.samples)
-
-    def _go_back(self, samples: int) -> None:
-        reason = f"{self.config.guard.skips_in_a_row} updates in a row were skipped"
-        if self.rank == 0:
-            first, behind = self._skips.pass_over(samples)
-            self.note(f"{reason}; going back, leaving out samples {first:,} to {behind:,}")
-            time.sleep(1.0)  # until the line is on its way
-        dist.barrier()
-        raise GoBackError(f"{reason} up to {samples:,} samples (guard.skips_in_a_row)")
-
     def note(self, line: str, *, from_any_rank: bool = False) -> None:
         """Show a line, and keep it among the events that MLflow gets."""
         self._reporter.say(line, from_any_rank=from_any_rank)
@@ -470,7 +420,7 @@ class Session:
 
     @timed("speed/save_s")
     def save(self) -> None:
-        """Take a snapshot, which is written while training goes on; a collective call."""
+        """Take a snapshot, which is written while training continues; a collective call."""
         self._reporter.enter("checkpoint")
         score = self._validation["psnr"] if self._validation.get("at") == self.samples else None
         state = RunState(

@@ -4,19 +4,24 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from distributed.exchange import Step, StepSums
 from distributed.guard import (
     PASSED_OVER,
+    GoBackError,
     RateWatch,
     SkipCounter,
     SpikeDetector,
+    StepGuard,
     chain,
     describe_samples,
     routing_warnings,
     watch_unused,
 )
-from measnet.config import tiny
+from distributed.presets import demo
+from measnet.config import replace_dotted, tiny
 
 
 def test_the_chain_tells_order_and_content() -> None:
@@ -45,6 +50,34 @@ def test_skips_in_a_row_lead_back_and_their_samples_are_passed_over(tmp_path: Pa
     assert json.loads((tmp_path / PASSED_OVER).read_text()) == [[16, 32]]
     again = SkipCounter(str(tmp_path), limit=2)
     assert [again.behind(s) for s in (8, 16, 24, 32)] == [8, 32, 32, 32]
+
+
+def test_a_run_goes_back_after_skips_in_a_row_and_names_their_samples(tmp_path: Path) -> None:
+    config = replace_dotted(
+        demo(), {"storage": str(tmp_path), "name": "r", "guard.skips_in_a_row": 2}
+    )
+    (tmp_path / "r").mkdir()
+    weight = nn.Parameter(torch.ones(1))
+    lines: list[str] = []
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        guard = StepGuard(config, torch.optim.Adam([weight]), lambda: ["gate"], lines.append)
+        for samples, updated in ((8, True), (16, False), (24, True), (32, False)):
+            guard.after_step(*one_step(samples, updated))
+        assert guard.skips.in_a_row == 1
+        with pytest.raises(GoBackError, match="2 updates in a row were skipped up to 40 samples"):
+            guard.after_step(*one_step(40, False))
+    finally:
+        dist.destroy_process_group()
+    assert lines[0] == "warning: no gradient ever reaches gate"
+    assert [line.partition(": ")[2] for line in lines[1:4]] == ["key16", "key32", "key40"]
+    assert lines[4].endswith("going back, leaving out samples 24 to 40")
+    assert SkipCounter(config.folder, 2).spans == [[24, 40]]
+
+
+def one_step(samples: int, updated: bool) -> tuple[Step, StepSums]:
+    step = Step(samples, 1e-3, [f"key{samples}"], True, 8, 1.0)
+    return step, StepSums([0.1, 0.1, 0.0, 1.0], 0.0, False, 0, updated, [])
 
 
 def test_parameters_without_gradient_are_named() -> None:
