@@ -5,7 +5,6 @@ from pathlib import Path
 
 from distributed import mlflow_model, mlflow_tracker
 from measnet.hardware import Decision
-from shards.manifest import read as read_manifest
 from tune.config import Register, SearchConfig
 from tune.record import SearchRecord, TrialRecord
 
@@ -54,11 +53,6 @@ def protocol(config: SearchConfig) -> str:
     limit = config.train.every.validation_pictures
     pictures = f"{limit} pictures per degradation" if limit else "all pictures"
     return f"{FIELD.describe()}; {pictures}; averaged weights"
-
-
-def validation_fingerprint(config: SearchConfig) -> str:
-    """Fingerprint of the shards that the trials are validated on."""
-    return str(read_manifest(config.train.data.validation).fingerprint)
 
 
 def register_champion(

@@ -95,11 +95,11 @@ def _open_record(config: SearchConfig, command: str) -> SearchRecord:
         ValueError: the folder's search has other values, so its trials would not be comparable.
     """
     from measnet.config import to_dict
-    from tune.registry import validation_fingerprint
+    from shards.manifest import read as read_manifest
     from tune.results import refresh
 
     record = load(config.folder)
-    data = validation_fingerprint(config)
+    data = read_manifest(config.train.data.validation).fingerprint
     if record is None:
         return SearchRecord(
             name=config.train.name,
