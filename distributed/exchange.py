@@ -144,7 +144,7 @@ class Upload:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pinned: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         # A tensor on the device: torch would multiply by the reciprocal of a number, which
-        # rounds otherwise than the division on a CPU.
+        # rounds differently from the division on a CPU.
         self._white = torch.full((1,), 255.0, device=device)
 
     def __call__(self, tensor: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Attempt:
-    """One start of the workers, as rank 0 told it."""
+    """One start of the workers, as rank 0 reported it."""
 
     first: int
     """Samples of the checkpoint from which it started."""
@@ -96,7 +96,7 @@ def goodput(launches: Sequence[Launch]) -> Goodput:
         for phase, duration in attempt.seconds.items():
             spent[phase] = spent.get(phase, 0.0) + duration
         later = [other.first for other in attempts[number + 1 :]]
-        # A command that was killed may not have told the last steps, but the next one starts there.
+        # A killed command may not have reported its last steps, but the next attempt starts there.
         reached = max([attempt.last, *later[:1]])
         made = reached - attempt.first
         stays = max(0, min([reached, *later]) - attempt.first)

@@ -236,7 +236,7 @@ class StepGuard:
         if dist.get_rank() == 0:
             first, end = self.skips.pass_over(samples)
             self._note(f"{reason}; going back, leaving out samples {first:,} to {end:,}")
-            time.sleep(1.0)  # until the line is on its way
+            time.sleep(1.0)  # until the line is sent
         dist.barrier()
         raise GoBackError(f"{reason} up to {samples:,} samples (guard.skips_in_a_row)")
 

@@ -69,6 +69,6 @@ class EndWithoutProgress(UserCallback):
             listed = checkpoints.listed(self._folder)
             self._newest = listed[-1].samples if listed else 0
         except OSError:
-            pass  # the storage fails too: no progress is known, and the restart may find it well
+            pass  # the storage fails too, so no progress is known; it may work after the restart
         if self._budget.is_spent(self._newest):
             raise NoProgressError(self._limit, worker_exceptions)

@@ -182,7 +182,7 @@ class Session:
         recipe, at = self.config.recipe, self.samples
         sizes = {"global_batch": recipe.global_batch, "micro_batch": recipe.micro_batch}
         part = {"world": self._sharing, "rank": self._slice}
-        floats = self.device.type == "cpu"  # a GPU makes them itself, of a quarter of the bytes
+        floats = self.device.type == "cpu"  # a GPU converts bytes itself: a quarter of the transfer
         for first, behind in [*self._guard.skips.spans, (self._end, self._end)]:
             if at < first:
                 batches = self._stream.batches(at, first, **sizes, **part, floats=floats)

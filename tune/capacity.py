@@ -60,7 +60,7 @@ def plan_capacity(config: SearchConfig, nodes: Sequence[Mapping[str, float]]) ->
     total = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
     gpu = scaling.device == "gpu" or (scaling.device == "auto" and total["GPU"] > 0)
     cpus = scaling.cpus_per_worker
-    if not cpus and gpu:  # the CPUs that come with a GPU, on the node that has least of them
+    if not cpus and gpu:  # the CPUs per GPU of the node with the fewest
         cpus = int(min((n.get("CPU", 0) / n["GPU"] for n in nodes if n.get("GPU")), default=1))
     elif not cpus:
         cpus = int(total["CPU"] / ((config.parallel or 2) * workers))

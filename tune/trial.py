@@ -99,7 +99,7 @@ class Trial(Trainable):
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Resume from its own checkpoint, or take over the weights of another trial (PBT)."""
         if checkpoint:
-            self._costs = checkpoint["costs"]  # the network is that of the weights
+            self._costs = checkpoint["costs"]  # the weights decide the network, and so its cost
             if checkpoint["folder"] != self._config.folder:
                 self._donor = checkpoint
 
