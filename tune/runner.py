@@ -56,6 +56,10 @@ class Search:
         """Queue the trials that an earlier launch left unfinished."""
         self._waiting = [trial for trial in self.record.trials if trial.state == "waiting"]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Ray Tune pickles what it was given, but the record is the state."""
+        return {}
+
     def next_trial(self) -> TrialRecord | None:
         """An unfinished trial of an earlier launch, else a new one, which enters the record."""
         if self._waiting:
@@ -101,14 +105,6 @@ class TrialSource(Searcher):
         super().__init__(metric="psnr", mode="max")
         self._search = search
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing, since the record is the state."""
-        return {}
-
-    def set_search_properties(self, *_args: Any, **_kwargs: Any) -> bool:
-        """Metric and mode are known."""
-        return True
-
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial, or `FINISHED`."""
         stopped = self._search.stop_file.exists()
@@ -121,9 +117,6 @@ class TrialSource(Searcher):
     def save(self, checkpoint_path: str) -> None:
         """Nothing, since the record is the state."""
 
-    def restore(self, checkpoint_path: str) -> None:
-        """Nothing, since the record is the state."""
-
 
 class EventWriter(Callback):
     """Writes what happens to the trials into the record, and shows it."""
@@ -132,10 +125,6 @@ class EventWriter(Callback):
         """Watch this search."""
         self._search = search
         self._since: dict[str, float] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing, since the record is the state."""
-        return {}
 
     def on_trial_start(self, *, trial: Any, **_info: Any) -> None:
         """A trial starts; with PBT it may have the values and weights of a better one."""
