@@ -4,7 +4,6 @@ The facts of a run come from its folder: `config.yaml`, `consumed.jsonl` (the di
 it was trained on) and its newest evaluation. What is not there is called unknown.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -83,12 +82,6 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def protocol_digest(protocol: Mapping[str, Any]) -> str:
-    """Twelve digits that are equal for equal protocols."""
-    fields = {key: value for key, value in protocol.items() if key != "description"}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def model_card(config: ModelConfig, facts: Facts, parameters: int) -> str:
     """README.md of the folder, with the header that the Hugging Face hub reads."""
     parts = [
@@ -134,7 +127,7 @@ def _results(report: Mapping[str, Any]) -> str:
         return "Not evaluated: unknown."
     protocol = report.get("protocol", {})
     lines = [
-        f"Protocol `{protocol_digest(protocol)}`: {protocol.get('description', UNKNOWN)}.",
+        f"Measured by {protocol.get('description', f'a protocol that is {UNKNOWN}')}.",
         "",
         "| degradation | pictures | PSNR before | PSNR after | SSIM before | SSIM after |",
         "|---|---|---|---|---|---|",

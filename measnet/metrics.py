@@ -24,6 +24,8 @@ _LUMA = (65.481 / 255.0, 128.553 / 255.0, 24.966 / 255.0)
 _WINDOW = 7
 """Side of SSIM's window."""
 _C1, _C2 = 0.01**2, 0.03**2
+_AT_ONCE = 50_000
+"""Values of SSIM's map that are computed at once on a CPU: its sums then stay in the cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,7 @@ def quality(restored: Tensor, clean: Tensor, protocol: Protocol = FIELD) -> Qual
 
     Args:
         restored: (B, 3, H, W), RGB in [0, 1]; values outside are clipped.
-        clean: the same shape.
+        clean: the same shape, or (1, 3, H, W) for all pictures of the batch.
         protocol: how to compare.
 
     Raises:
@@ -130,7 +132,8 @@ def _batch(picture: NDArray[np.floating]) -> Tensor:
 
 def _compared(restored: Tensor, clean: Tensor, protocol: Protocol) -> tuple[Tensor, Tensor]:
     """Both in float64 as the protocol compares them: (B, 3, H', W'), or (B, 1, H', W') for Y."""
-    if restored.shape != clean.shape or clean.ndim != 4 or clean.shape[1] != 3:
+    same = restored.shape[1:] == clean.shape[1:] and len(clean) in (1, len(restored))
+    if not same or clean.ndim != 4 or clean.shape[1] != 3:
         shapes = f"{tuple(restored.shape)}, {tuple(clean.shape)}"
         raise ValueError(f"expected two pictures of one size, (B, 3, H, W), got {shapes}")
     cut = protocol.border
@@ -145,7 +148,7 @@ def _compared(restored: Tensor, clean: Tensor, protocol: Protocol) -> tuple[Tens
         if protocol.colour == "rgb":
             return part
         luma = torch.tensor(_LUMA, dtype=part.dtype, device=part.device)
-        return (part * luma[:, None, None]).sum(1, keepdim=True) + 16.0 / 255.0
+        return torch.einsum("bchw,c->bhw", part, luma)[:, None] + 16.0 / 255.0
 
     return prepare(restored), prepare(clean)
 
@@ -156,24 +159,35 @@ def _psnr(a: Tensor, b: Tensor) -> Tensor:
 
 def _ssim(a: Tensor, b: Tensor) -> Tensor:
     """Wang et al. 2004 with a uniform window and the sample covariance, as scikit-image has it."""
-    mean_a, mean_b = _window_mean(a), _window_mean(b)
-    number = _WINDOW**2
-    sample = number / (number - 1)
-    var_a = sample * (_window_mean(a * a) - mean_a * mean_a)
-    var_b = sample * (_window_mean(b * b) - mean_b * mean_b)
-    both = sample * (_window_mean(a * b) - mean_a * mean_b)
-    above = (2 * mean_a * mean_b + _C1) * (2 * both + _C2)
-    below = (mean_a.square() + mean_b.square() + _C1) * (var_a + var_b + _C2)
-    return (above / below).mean((1, 2, 3))
+    channels, height, width = a.shape[1], *(size - _WINDOW + 1 for size in a.shape[-2:])
+    rows = max(1, _AT_ONCE // (len(a) * channels * width)) if a.device.type == "cpu" else height
+    total = torch.zeros(len(a), dtype=a.dtype, device=a.device)
+    for top in range(0, height, rows):
+        strip = slice(top, min(top + rows, height) + _WINDOW - 1)
+        total += _ssim_map(a[..., strip, :], b[..., strip, :]).sum((1, 2, 3))
+    return total / (channels * height * width)
 
 
-def _window_mean(x: Tensor) -> Tensor:
-    """Means over all windows that lie inside the picture; rows first, then columns."""
-    height, width = (size - _WINDOW + 1 for size in x.shape[-2:])
-    rows = x[..., :height, :].clone()
-    for shift in range(1, _WINDOW):
-        rows += x[..., shift : shift + height, :]
-    both = rows[..., :width].clone()
-    for shift in range(1, _WINDOW):
-        both += rows[..., shift : shift + width]
-    return both / _WINDOW**2
+def _ssim_map(a: Tensor, b: Tensor) -> Tensor:
+    """SSIM of each window, from sums S over its n pixels.
+
+    A mean is S(a) / n, a covariance (S(ab) - S(a) S(b) / n) / (n - 1). The fraction is expanded by
+    n^2 (n - 1), so that nothing is divided but the end result.
+    """
+    n = _WINDOW**2
+    c1, c2 = n * n * _C1, (n - 1) * _C2
+    sum_a, sum_b = _window_sum(a), _window_sum(b)
+    product, squares = sum_a * sum_b, sum_a.square() + sum_b.square()
+    covariance = _window_sum(a * b) - product / n
+    variances = _window_sum(a.square() + b.square()) - squares / n
+    return (2 * product + c1) * (2 * covariance + c2) / ((squares + c1) * (variances + c2))
+
+
+def _window_sum(x: Tensor) -> Tensor:
+    """Sums over all windows that lie inside the picture; rows first, then columns."""
+    for axis in (-2, -1):
+        number = x.shape[axis] - _WINDOW + 1
+        pairs = x.narrow(axis, 0, number + 5) + x.narrow(axis, 1, number + 5)
+        fours = pairs.narrow(axis, 0, number) + pairs.narrow(axis, 2, number)
+        x = fours.add_(pairs.narrow(axis, 4, number)).add_(x.narrow(axis, 6, number))  # 4 + 2 + 1
+    return x

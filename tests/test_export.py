@@ -5,6 +5,7 @@ Folders in the layout of the Hugging Face hub hold the network and what is known
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -16,8 +17,9 @@ import torch
 
 from measnet import config as configs
 from measnet import export
-from measnet.card import Facts, facts_of_run, model_card, protocol_digest
+from measnet.card import Facts, facts_of_run, model_card
 from measnet.config import ModelConfig, from_dict, replace_dotted
+from measnet.metrics import FIELD
 from measnet.network import MEASNet
 from measnet.weights import load_weights
 
@@ -85,7 +87,7 @@ def test_a_saved_program_can_be_loaded(tmp_path: Path) -> None:
 # --- The layout of the Hugging Face hub ---
 
 REPORT = {
-    "protocol": {"colour": "rgb", "border": 0, "description": "RGB in [0,1]"},
+    "protocol": FIELD.as_dict(),
     "held": {"derain": {"packed": 3, "benchmark": 100}},
     "degradations": {
         "derain": {
@@ -135,7 +137,7 @@ def test_a_folder_holds_the_network_and_its_facts(tmp_path: Path) -> None:
         "validation shards: `folder test, digest unknown`",
         "160, chained sha256 0f0f",
         "| derain | 3 of the benchmark's 100 | 20.12 | unknown | 0.5000 | 0.7500 |",
-        f"Protocol `{protocol_digest(REPORT['protocol'])}`",
+        f"Measured by {FIELD.describe()}.",
         "* lr: `0.003`",
         "* dim: `8`",
     ):
@@ -150,14 +152,15 @@ def test_a_card_says_what_is_unknown(tmp_path: Path) -> None:
     assert facts == Facts(name=tmp_path.name)
 
 
-def test_the_digest_of_a_protocol_is_that_of_its_fields() -> None:
-    one = {"colour": "rgb", "border": 0, "description": "in words"}
-    assert protocol_digest(one) == protocol_digest({"border": 0, "colour": "rgb"})
-    assert protocol_digest(one) != protocol_digest({**one, "border": 4})
+def test_a_card_has_the_protocols_digest_and_no_other() -> None:
+    card = model_card(SMALL, Facts(name="rainy", evaluation=REPORT), 1)
+    assert card.count(FIELD.digest) == 1
+    assert re.findall(r"\b[0-9a-f]{12}\b", card) == [FIELD.digest]
 
 
 LOAD = """
 import sys
+from measnet.metrics import FIELD
 from measnet.network import MEASNet
 MEASNet.from_pretrained(sys.argv[1])
 """
