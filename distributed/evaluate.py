@@ -9,49 +9,47 @@ much of the benchmark it covers.
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import tyro
-from PIL import Image
 from rich.console import Console
-from torch import Tensor
 
-from distributed import baselines, compare, figures, routing, tables
+from distributed import baselines, compare, routing, tables
 from distributed.checkpoint import newest_complete
 from distributed.routing import Routing, RoutingOf
-from distributed.scores import EvaluationReport, Grids, Held, Score, routing_table, table, write
+from distributed.scores import Elapsed, EvaluationReport, Held, routing_table, table, write
+from distributed.scoring import (
+    GPU_BATCH,
+    Panels,
+    Restore,
+    Scorer,
+    chunks,
+    network_scorer,
+    score_with,
+)
+from distributed.scoring_workers import Count, Job, Workers, ray_workers
 from distributed.sources import packed, parse_all
 from measnet.config import ModelConfig, from_dict
-from measnet.ensemble import TURNS, self_ensemble
 from measnet.hardware import Decision, DeviceChoice, choose_device, this_machine
 from measnet.hub import SMALL
-from measnet.metrics import FIELD, Protocol, quality
+from measnet.metrics import FIELD, Protocol
 from measnet.network import MEASNet
 from measnet.routing import mean_gates
-from measnet.tiling import ARITHMETIC, Restored, Tiling, choose_tiling, restore_routed
+from measnet.tiling import ARITHMETIC, Restored, Tiling, choose_tiling
 from measnet.weights import load_weights
-from shards import manifest
-from shards.stream import Picture, pictures
+from shards import manifest, stream
+from shards.stream import Picture
 from shards.tasks import DEGRADATIONS
 
 OVERLAP = 64
 """Pixels that neighbouring tiles share."""
 WEIGHT_FILES = (".safetensors", ".ckpt", ".pth", ".pt")
 """Suffixes of weights: files of this program, or checkpoints of the authors' program."""
-_COMPARED = tuple(
-    f"{side}_{kind}{colour}"
-    for colour in ("", "_y")
-    for kind in ("psnr", "ssim")
-    for side in ("input", "restored")
-)
-"""Figures of a `Score`: first both PSNR of RGB, then both SSIM, then those of luma."""
-_OVERVIEW = 240
-"""Pixels of the longer side in the grid that shows one picture per task."""
 
 
 def evaluate(
@@ -64,6 +62,8 @@ def evaluate(
     tiling: Tiling | None = None,
     grid_rows: int = 2,
     ensemble: bool = False,
+    batch: int = 0,
+    workers: Workers | None = None,
 ) -> EvaluationReport:
     """Restore whole pictures, compare them, and write the results.
 
@@ -77,15 +77,30 @@ def evaluate(
         tiling: tiles of large pictures; None: chosen by the free memory.
         grid_rows: pictures drawn per degradation.
         ensemble: restore each picture as `measnet.ensemble` says.
+        batch: pictures of a chunk, see `scoring.chunks`; 0: `scoring.GPU_BATCH` on a GPU, else 1.
+        workers: restore the pictures, in place of this process.
 
     Raises:
         ValueError, OSError: no readable shards, or no pictures in them.
     """
-    panels = Panels(grid_rows if out is not None else 0)
-    tiling = tiling or choose_tiling(model, overlap=OVERLAP)
-    source = protocol_pictures(data_uri, protocol, limit=limit)
-    scores = score(model, source, tiling, protocol=protocol, seen=panels.keep, ensemble=ensemble)
-    report = EvaluationReport(str(data_uri), protocol, list(scores), held_by(data_uri))
+    rows = grid_rows if out is not None else 0
+    panels = Panels(rows)
+    device = next(model.parameters()).device.type if workers is None else workers.device
+    if tiling is None:
+        tiling = (
+            workers.tiling(model, OVERLAP) if workers else choose_tiling(model, overlap=OVERLAP)
+        )
+    start = time.perf_counter()
+    pictures = protocol_pictures(data_uri, protocol, limit=limit)
+    source = chunks(pictures, batch or (1 if device == "cpu" else GPU_BATCH), tiling.at_once)
+    if workers is None:
+        scorer = network_scorer(model, tiling, protocol=protocol, ensemble=ensemble)
+        scores = list(score_with(scorer, source, seen=panels.keep))
+    else:
+        job = Job(protocol, tiling, ensemble)
+        scores = workers.score(model, job, source, rows=rows, seen=panels.keep)
+    elapsed = Elapsed(time.perf_counter() - start, len(workers) if workers else 1)
+    report = EvaluationReport(str(data_uri), protocol, scores, held_by(data_uri), elapsed)
     if out is not None:
         write(report, panels.grids, Path(out))
     return report
@@ -97,7 +112,7 @@ def protocol_pictures(
     """The pictures of packed shards, cropped and degraded as the protocol says."""
     multiple = 16 if protocol.crop16 else 1
     share: dict[str, Any] = {"limit": limit, "rank": rank, "world": world}
-    return pictures(data_uri, noise=protocol.noise, multiple=multiple, **share)
+    return stream.pictures(data_uri, noise=protocol.noise, multiple=multiple, **share)
 
 
 def held_by(data_uri: str) -> dict[str, Held]:
@@ -108,100 +123,6 @@ def held_by(data_uri: str) -> dict[str, Held]:
         for name, kind in DEGRADATIONS.items()
         if kind.task in entries
     }
-
-
-class Panels:
-    """Rows of the before/after grids, collected while pictures are scored."""
-
-    def __init__(self, rows: int) -> None:
-        """Keep the first `rows` pictures of each degradation."""
-        self._rows = rows
-        self.grids: Grids = {}
-        self._overview: dict[str, Image.Image] = {}
-
-    def keep(self, score: Score, picture: Picture, restored: Tensor) -> None:
-        """Add a scored picture, unless its degradation has enough rows."""
-        own = self.grids.setdefault(score.degradation, [])
-        if len(own) >= self._rows:
-            return
-        row = _row(score, picture, restored)
-        if not own:  # the last, strongest degradation of a task stays in the overview
-            self._overview[score.task] = figures.panel(row, widest=_OVERVIEW)
-            self.grids["overview"] = list(self._overview.values())
-        own.append(figures.panel(row))
-
-
-def score(
-    model: MEASNet,
-    source: Iterable[Picture],
-    tiling: Tiling,
-    *,
-    protocol: Protocol = FIELD,
-    seen: Callable[[Score, Picture, Tensor], None] | None = None,
-    ensemble: bool = False,
-) -> Iterator[Score]:
-    """Restore pictures by the network and compare them, one by one; see `score_with`."""
-    device = next(model.parameters()).device
-
-    def restore(picture: Picture) -> Restored:
-        if not ensemble:
-            return _restore(model, picture.degraded, tiling)
-        turned: list[Restored] = []
-
-        def one_turn(image: Tensor, turn: int) -> Tensor:
-            turned.append(_restore(model, image, tiling))
-            return turned[-1].image
-
-        image = self_ensemble(one_turn, picture.degraded)
-        return turned[0]._replace(image=image)  # the experts of the upright picture
-
-    scores = score_with(restore, source, protocol=protocol, seen=seen, device=device)
-    return (one._replace(turns=TURNS if ensemble else 1) for one in scores)
-
-
-def score_with(
-    restore: Callable[[Picture], Restored],
-    source: Iterable[Picture],
-    *,
-    protocol: Protocol = FIELD,
-    seen: Callable[[Score, Picture, Tensor], None] | None = None,
-    device: torch.device | str = "cpu",
-) -> Iterator[Score]:
-    """Restore and compare pictures, one by one.
-
-    Args:
-        restore: the method.
-        source: the pictures.
-        protocol: how to compare.
-        seen: is called with each score, its picture and the restored picture (3, H, W) on the CPU.
-        device: where pictures are compared.
-    """
-    luma = dataclasses.replace(protocol, colour="y")
-    for picture in source:
-        height, width = picture.clean.shape[-2:]
-        start = time.perf_counter()
-        restored = restore(picture)
-        seconds = time.perf_counter() - start
-        sides = torch.stack([picture.degraded, restored.image]).to(device)
-        clean = picture.clean.to(device).expand_as(sides)
-        rgb, y = quality(sides, clean, protocol), quality(sides, clean, luma)
-        figures_of = dict(zip(_COMPARED, torch.cat([*rgb, *y]).tolist(), strict=True))
-        result = Score(
-            position=picture.position,
-            degradation=picture.degradation,
-            task=picture.task,
-            name=picture.name,
-            height=height,
-            width=width,
-            tile=restored.tile or 0,
-            overlap=restored.overlap,
-            **figures_of,
-            seconds=seconds,
-            routing={name: shares[0].tolist() for name, shares in restored.routing.items()},
-        )
-        if seen is not None:
-            seen(result, picture, restored.image)
-        yield result
 
 
 def load(checkpoint: str, device: torch.device | str) -> MEASNet:
@@ -269,13 +190,24 @@ class Arguments:
     """Whose choice is replaced: the per-pixel libraries', the per-picture ones', or all."""
     device: DeviceChoice = "auto"
     """Device for restoring; `auto`: the GPU if there is one."""
+    batch: int = 0
+    """Pictures that are taken at a time; those of one size are restored together. 0: 16 on a GPU, 1
+    on a CPU."""
+    workers: Count = 0
+    """Restore on so many workers of a Ray cluster (RAY_ADDRESS, else a local one), or on `all`; 0:
+    in this process. Classical methods of --compare stay in this process."""
 
     def check(self) -> None:
         """Refuse values out of range."""
-        for name in ("limit", "grid_rows", "tile", "overlap", "border"):
-            if getattr(self, name) < 0:
+        for name in ("limit", "grid_rows", "tile", "overlap", "border", "batch", "workers"):
+            value = getattr(self, name)
+            if value != "all" and value < 0:
                 flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} is {getattr(self, name)}, but must be 0 or more")
+                raise ValueError(f"{flag} is {value}, but must be 0 or more")
+        if self.workers and self.routing != "learned":
+            raise ValueError(
+                f"--routing {self.routing} changes the network of this process; leave --workers out"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -293,23 +225,33 @@ def _run(given: Arguments) -> None:
     given.check()
     console = Console(soft_wrap=True)
     sources = parse_all(given.data)
-    device = choose_device(given.device, this_machine())
-    model = load(given.checkpoint, device.choice)
-    others = {name: _method(name, device.choice) for name in given.compare}
-    out = given.out or _beside(given.checkpoint)
-    tiling = choose_tiling(model, tile=given.tile or None, overlap=given.overlap)
-    arithmetic = Decision(ARITHMETIC, "a GPU and a CPU give the same figures")
-    for name, made in (("device", device), ("arithmetic", arithmetic), ("tiles", tiling.decision)):
-        console.print(f"{name}: {made.choice} ({made.reason})", style="dim", highlight=False)
-    reports = []
-    for source in sources:
-        folder = out if len(sources) == 1 else out / source.name
-        with packed(source) as uri:
-            report = _evaluate_source(given, model, tiling, uri, folder, console)
-            report = dataclasses.replace(report, data=source.name if source.layout else uri)
-            if others:
-                _compare(given, report, others, tiling, uri, folder, console)
-        reports.append(report)
+    with ExitStack() as stack:
+        device = choose_device("cpu" if given.workers else given.device, this_machine())
+        model = load(given.checkpoint, device.choice)
+        others = {name: _method(name, device.choice) for name in given.compare}
+        out = given.out or _beside(given.checkpoint)
+        workers = None
+        if given.workers:
+            workers = stack.enter_context(ray_workers(given.workers, given.device))
+            device = Decision(workers.device, f"of each of {len(workers)} workers on Ray")
+        if given.tile or workers is None:
+            tiling = choose_tiling(model, tile=given.tile or None, overlap=given.overlap)
+        else:
+            tiling = workers.tiling(model, given.overlap)
+        arithmetic = Decision(ARITHMETIC, "a GPU and a CPU give the same figures")
+        decisions = {"device": device, "arithmetic": arithmetic, "tiles": tiling.decision}
+        for name, made in decisions.items():
+            console.print(f"{name}: {made.choice} ({made.reason})", style="dim", highlight=False)
+        settings = _settings(given, tiling, workers)
+        reports = []
+        for source in sources:
+            folder = out if len(sources) == 1 else out / source.name
+            with packed(source) as uri:
+                report = _evaluate_source(given, model, settings, uri, folder, console)
+                report = dataclasses.replace(report, data=source.name if source.layout else uri)
+                if others:
+                    _compare(given, report, others, settings, uri, folder, console)
+            reports.append(report)
     written = tables.write(Path(given.checkpoint).name, reports, out)
     console.print(
         f"per picture:  {out / ('pictures.csv' if len(sources) == 1 else '*/pictures.csv')}\n"
@@ -319,7 +261,7 @@ def _run(given: Arguments) -> None:
     )
 
 
-def _settings(given: Arguments, tiling: Tiling) -> dict[str, Any]:
+def _settings(given: Arguments, tiling: Tiling, workers: Workers | None) -> dict[str, Any]:
     protocol = Protocol(
         colour=given.colour, border=given.border, crop16=given.crop16, noise=given.noise
     )
@@ -328,14 +270,20 @@ def _settings(given: Arguments, tiling: Tiling) -> dict[str, Any]:
         "protocol": protocol,
         "tiling": tiling,
         "ensemble": given.self_ensemble,
+        "batch": given.batch,
+        "workers": workers,
     }
 
 
 def _evaluate_source(
-    given: Arguments, model: MEASNet, tiling: Tiling, uri: str, folder: Path, console: Console
+    given: Arguments,
+    model: MEASNet,
+    settings: dict[str, Any],
+    uri: str,
+    folder: Path,
+    console: Console,
 ) -> EvaluationReport:
     """Evaluate one set, show its tables, and what the choice of experts is worth if asked for."""
-    settings = _settings(given, tiling)
     with mean_gates(model) as means:
         report = evaluate(model, uri, folder, grid_rows=given.grid_rows, **settings)
     console.print(table(report))
@@ -362,13 +310,12 @@ def _compare(
     given: Arguments,
     first: EvaluationReport,
     others: dict[str, MEASNet | None],
-    tiling: Tiling,
+    settings: dict[str, Any],
     uri: str,
     folder: Path,
     console: Console,
 ) -> None:
     """Evaluate the other methods on the same pictures, and show the differences."""
-    settings = _settings(given, tiling)
     protocol: Protocol = settings["protocol"]
     reports = {Path(given.checkpoint).name or given.checkpoint: first}
     for name, network in others.items():
@@ -376,16 +323,21 @@ def _compare(
             reports[name] = evaluate(network, uri, None, **settings)
             continue
 
-        def restore(picture: Picture, name: str = name) -> Restored:
-            image = baselines.apply(name, picture.degradation, _hwc(picture.degraded))
-            return Restored(torch.from_numpy(image).permute(2, 0, 1).float(), {}, None, 0)
-
-        source = protocol_pictures(uri, protocol, limit=given.limit)
-        scores = list(score_with(restore, source, protocol=protocol))
+        source = chunks(protocol_pictures(uri, protocol, limit=given.limit))
+        scores = list(score_with(Scorer(_classical(name), protocol=protocol), source))
         reports[name] = EvaluationReport(uri, protocol, scores, held_by(uri))
     console.print(compare.table(reports))
     used = [baselines.BASELINES[n].about for n in others if n in baselines.BASELINES]
     compare.write(reports, folder / "compare.json", used)
+
+
+def _classical(name: str) -> Restore:
+    def restore(picture: Picture) -> Restored:
+        degraded = picture.degraded.permute(1, 2, 0).numpy()
+        image = baselines.apply(name, picture.degradation, degraded)
+        return Restored(torch.from_numpy(image).permute(2, 0, 1).float(), {}, None, 0)
+
+    return lambda pictures: [restore(picture) for picture in pictures]
 
 
 def _beside(checkpoint: str) -> Path:
@@ -398,31 +350,6 @@ def _beside(checkpoint: str) -> Path:
     if checkpoint == SMALL and not path.exists():
         return Path("evaluation")
     return (path.parent if path.is_file() else path) / "evaluation"
-
-
-def _restore(model: MEASNet, degraded: Tensor, tiling: Tiling) -> Restored:
-    """Restore one picture (3, H, W) on the CPU; the network's mode does not change."""
-    training = model.training
-    tile = tiling.side(*degraded.shape[-2:])
-    try:
-        return restore_routed(model.eval(), degraded, tile=tile, overlap=tiling.overlap)
-    finally:
-        model.train(training)
-
-
-def _hwc(picture: Tensor) -> np.ndarray:
-    return picture.permute(1, 2, 0).numpy()
-
-
-def _row(score: Score, picture: Picture, restored: Tensor) -> figures.GridRow:
-    return figures.GridRow(
-        label=f"{score.degradation}   {score.name}",
-        degraded=_hwc(picture.degraded),
-        restored=_hwc(restored),
-        clean=_hwc(picture.clean),
-        input_psnr=score.input_psnr,
-        restored_psnr=score.restored_psnr,
-    )
 
 
 if __name__ == "__main__":

@@ -78,6 +78,14 @@ class Summary(NamedTuple):
     restored_ssim_y: float
 
 
+class Elapsed(NamedTuple):
+    """Time of an evaluation, from the first picture read to the last one compared."""
+
+    seconds: float
+    workers: int = 1
+    """Processes that restored pictures at the same time."""
+
+
 @dataclass(frozen=True)
 class EvaluationReport:
     """Scores, their means, the data and the protocol."""
@@ -88,6 +96,8 @@ class EvaluationReport:
     """Per picture, in the fixed order."""
     held: Mapping[str, Held] = field(default_factory=dict)
     """Degradation -> number of pictures, from `held_by`; empty: not known."""
+    elapsed: Elapsed | None = None
+    """None: not known."""
     degradations: dict[str, Summary] = field(init=False)
     """Means over the pictures of a degradation."""
     tasks: dict[str, Summary] = field(init=False)
@@ -137,6 +147,14 @@ class EvaluationReport:
         return float(np.std(gains, ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else math.nan
 
     @property
+    def network_share(self) -> float:
+        """Share of the time that was spent in the network, 0 to 1; NaN where it is not known."""
+        if self.elapsed is None:
+            return math.nan
+        restoring = sum(score.seconds for score in self.scores)
+        return restoring / (self.elapsed.seconds * self.elapsed.workers)
+
+    @property
     def routing_measures(self) -> dict[str, Measures]:
         """Library of experts -> how the tasks use it."""
         return measures(self.routing)
@@ -177,6 +195,10 @@ class EvaluationReport:
             if name in self.degradations and held.packed < held.benchmark
         }
         lines = [self.protocol.describe(), f"restored in {ARITHMETIC}: {tiles}", *parts]
+        if self.elapsed:
+            seconds, workers = self.elapsed
+            on = f" on {workers} workers" if workers > 1 else ""
+            lines.append(f"{seconds:.1f} s{on}, {self.network_share:.0%} of it in the network")
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
@@ -191,6 +213,8 @@ class EvaluationReport:
             "degradations": {name: row._asdict() for name, row in self.degradations.items()},
             "mean": self.mean._asdict(),
             "gain_error": self.gain_error,
+            "time": self.elapsed
+            and {**self.elapsed._asdict(), "network_share": self.network_share},
             "routing": self.routing,
             "routing_measures": {n: one._asdict() for n, one in self.routing_measures.items()},
         }

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 
 from distributed.config import TrainConfig
-from distributed.evaluate import OVERLAP, Panels, held_by, score
+from distributed.evaluate import OVERLAP, held_by
 from distributed.scores import EvaluationReport, Grids, Score
+from distributed.scoring import Panels, score
 from measnet.metrics import FIELD
 from measnet.network import MEASNet
 from measnet.tiling import Tiling, choose_tiling

@@ -1,8 +1,14 @@
 import csv
+import dataclasses
 import json
+import math
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -10,8 +16,10 @@ from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from distributed import routing
-from distributed.evaluate import evaluate, held_by, load, main, score
-from distributed.scores import EvaluationReport, Held, table
+from distributed.evaluate import evaluate, held_by, load, main
+from distributed.scores import Elapsed, EvaluationReport, Held, table
+from distributed.scoring import ahead, chunks, score
+from distributed.scoring_workers import Job, ray_workers, room
 from measnet.config import ModelConfig, replace_dotted, tiny
 from measnet.metrics import FIELD, Protocol
 from measnet.network import MEASNet
@@ -19,7 +27,7 @@ from measnet.routing import mean_gates
 from measnet.tiling import Tiling
 from shards.packing import pack
 from shards.storage import finite
-from shards.stream import pictures
+from shards.stream import Picture, pictures
 from tests.test_official import Golden
 
 WHOLE = Tiling(at_once=10**9)
@@ -106,8 +114,91 @@ def test_ranks_together_give_the_report_of_one(
         for rank in range(world)
         for result in score(model, pictures(shards, rank=rank, world=world), WHOLE)
     ]
-    together = EvaluationReport(shards, FIELD, sorted(scores), held_by(shards))
-    assert together.as_dict() == report.as_dict()
+    together = EvaluationReport(shards, FIELD, sorted(scores), held_by(shards), report.elapsed)
+    assert figures(together) == figures(report)
+
+
+def figures(report: EvaluationReport) -> dict[str, Any]:
+    """All of a report but its times."""
+    scores = [score._replace(seconds=0.0) for score in report.scores]
+    return {**report.as_dict(), "time": None, "scores": scores}
+
+
+def test_pictures_of_one_size_together_give_the_report_of_one_by_one(
+    model: MEASNet, shards: str, report: EvaluationReport
+) -> None:
+    assert {(s.height, s.width) for s in report.scores} == {(75, 90), (66, 80)}
+    together = evaluate(model, shards, None, batch=5)
+    assert [s.name for s in together.scores] == [s.name for s in report.scores]
+    assert together.tiles == report.tiles
+    for one, other in zip(together.scores, report.scores, strict=True):
+        assert one.restored_psnr == pytest.approx(other.restored_psnr, abs=1e-4)
+        assert one.restored_ssim == pytest.approx(other.restored_ssim, abs=1e-6)
+        assert one.input_psnr == other.input_psnr
+        for name, shares in one.routing.items():
+            assert shares == pytest.approx(other.routing[name], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch", "pixels", "lengths"),
+    [
+        ([(8, 8)] * 5, 1, 10**6, [1, 1, 1, 1, 1]),
+        ([(8, 8)] * 5, 2, 10**6, [2, 2, 1]),
+        ([(8, 8), (64, 64), (8, 8), (8, 8)], 4, 256, [1, 1, 2]),
+        ([(64, 64), (64, 64)], 4, 0, [1, 1]),
+        ([], 4, 256, []),
+    ],
+)
+def test_chunks_are_consecutive_and_bounded_in_pixels(
+    sizes: list[tuple[int, int]], batch: int, pixels: int, lengths: list[int]
+) -> None:
+    source = [
+        Picture("derain", "derain", str(at), torch.zeros(3, *size), torch.zeros(3, *size), at)
+        for at, size in enumerate(sizes)
+    ]
+    found = list(chunks(source, batch, pixels))
+    assert [len(chunk) for chunk in found] == lengths
+    assert [picture.position for chunk in found for picture in chunk] == list(range(len(sizes)))
+
+
+def test_the_next_item_is_made_while_the_caller_works() -> None:
+    made: list[int] = []
+    second = threading.Event()
+
+    def source() -> Iterator[int]:
+        for number in range(3):
+            made.append(number)
+            if number == 1:
+                second.set()
+            yield number
+
+    items = ahead(source())
+    assert next(items) == 0
+    assert second.wait(timeout=10)  # made by now, though it was not asked for
+    assert list(items) == [1, 2] and made == [0, 1, 2]
+
+
+def test_an_error_while_reading_ahead_reaches_the_caller() -> None:
+    def source() -> Iterator[int]:
+        yield 0
+        raise ValueError("corrupt sample")
+
+    items = ahead(source())
+    assert next(items) == 0
+    with pytest.raises(ValueError, match="corrupt sample"):
+        next(items)
+
+
+def test_the_share_of_the_network_is_in_the_summary(out: Path, report: EvaluationReport) -> None:
+    time = json.loads((out / "summary.json").read_text())["time"]
+    assert time["network_share"] == report.network_share and time["workers"] == 1
+    assert 0 < report.network_share <= 1
+    assert report.describe().endswith("of it in the network")
+    several = dataclasses.replace(report, elapsed=Elapsed(100.0, workers=2))
+    spent = sum(score.seconds for score in report.scores)
+    assert several.network_share == pytest.approx(spent / 200)
+    assert "100.0 s on 2 workers" in several.describe()
+    assert math.isnan(dataclasses.replace(report, elapsed=None).network_share)
 
 
 def test_shares_of_experts(report: EvaluationReport) -> None:
@@ -211,6 +302,8 @@ def test_command_line(
         (["MODEL", "SHARDS", "--device", "cuda"], "device is cuda, but"),
         (["MODEL", "nowhere"], "nowhere"),
         (["MODEL", "SHARDS", "--limit", "-1"], "--limit is -1, but must be 0 or more"),
+        (["MODEL", "SHARDS", "--workers", "-1"], "--workers is -1, but must be 0 or more"),
+        (["MODEL", "SHARDS", "--workers", "all", "--routing", "fixed"], "leave --workers out"),
         (["s3://bucket/run.safetensors", "SHARDS"], "there is no file"),
     ],
 )
@@ -329,3 +422,62 @@ def test_self_ensemble_is_the_mean_of_eight_turns_and_is_named(
     assert found.tiles == {"whole, mean of 8 turns": len(found.scores)}
     rows = list(csv.DictReader((tmp_path / "pictures.csv").open()))
     assert {row["turns"] for row in rows} == {"8"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--noise", "field", "--self-ensemble", "--batch", "3"]])
+def test_workers_of_ray_give_the_files_of_one_process(
+    options: list[str], ray_local: None, model: MEASNet, shards: str, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path / "model.safetensors")
+    given = [str(tmp_path / "model.safetensors"), shards, "--device", "cpu", "--tile", "80"]
+    for name, workers in (("one", []), ("two", ["--workers", "2"])):
+        assert main([*given, *options, *workers, "--out", str(tmp_path / name)]) == 0
+    one, two = (
+        [
+            {key: cell for key, cell in row.items() if key != "seconds"}
+            for row in csv.DictReader((tmp_path / name / "pictures.csv").open())
+        ]
+        for name in ("one", "two")
+    )
+    assert len(one) == 12 and two == one
+    summaries = [
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")
+    ]
+    assert [summary.pop("time")["workers"] for summary in summaries] == [1, 2]
+    assert summaries[0] == summaries[1]
+    for path in sorted((tmp_path / "one" / "grids").iterdir()):
+        assert (tmp_path / "two" / "grids" / path.name).read_bytes() == path.read_bytes()
+    assert (tmp_path / "two" / "tables.md").read_text() == (
+        tmp_path / "one" / "tables.md"
+    ).read_text()
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_replaced_and_no_score_is_lost(
+    ray_local: None, model: MEASNet, shards: str, report: EvaluationReport
+) -> None:
+    with ray_workers(2, "cpu") as workers:
+
+        def source() -> Iterator[list[Picture]]:
+            for picture in pictures(shards):
+                yield [picture]
+                if picture.position == 4:
+                    own = psutil.Process().children(recursive=True)
+                    names = {one: "".join(one.cmdline()) for one in own}
+                    next(one for one, name in names.items() if "_Worker" in name).kill()
+
+        found = workers.score(model, Job(FIELD, WHOLE), source(), rows=0, seen=lambda *_: None)
+    again = EvaluationReport(shards, FIELD, found, held_by(shards))
+    assert figures(again) == figures(report)
+
+
+def test_the_cluster_gives_room_to_workers() -> None:
+    has = {"CPU": 16.0, "GPU": 4.0}
+    gpu, cpu = {"CPU": 1.0, "GPU": 1.0}, {"CPU": 2.0}
+    assert room(has, "all", "auto", 2) == (gpu, 4)
+    assert room(has, 2, "cuda", 2) == (gpu, 2)
+    assert room(has, "all", "cpu", 2) == (cpu, 8)
+    assert room({"CPU": 1.0}, "all", "auto", 2) == (cpu, 1)
+    with pytest.raises(ValueError, match="the Ray cluster has no GPU"):
+        room({"CPU": 4.0}, "all", "cuda", 1)

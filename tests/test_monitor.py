@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from distributed.config import ScalingConfig
-from distributed.evaluate import score
 from distributed.hang import Activity, describe, find_hang
 from distributed.progress import FIRST_STEPS, Message, Monitor, Reporter, start_monitor, where
+from distributed.scoring import score
 from measnet.config import tiny
 from measnet.network import MEASNet
 from measnet.tiling import Tiling
@@ -118,7 +118,7 @@ def test_where_names_the_innermost_line_of_this_project() -> None:
     thread = threading.Thread(target=lambda: list(score(MEASNet(tiny()), blocked(), tiling)))
     thread.start()
     assert ready.wait(timeout=30)
-    assert re.fullmatch(r"distributed/evaluate\.py:\d+, score_with", where(thread.ident or 0))
+    assert re.fullmatch(r"distributed/scoring\.py:\d+, ahead", where(thread.ident or 0))
     go_on.set()
     thread.join()
     assert where(thread.ident or 0) == ""

@@ -17,10 +17,11 @@ from torch import Tensor
 from distributed.checkpoint import Checkpoint, RunState, newest_complete
 from distributed.config import TrackingConfig
 from distributed.cost import amount
-from distributed.evaluate import OVERLAP, held_by, score
+from distributed.evaluate import OVERLAP, held_by
 from distributed.mlflow_tracker import KEY_FILE, Run, read_metrics, tracking_uri
 from distributed.pages import charts, views
 from distributed.scores import EvaluationReport, Score
+from distributed.scoring import score
 from measnet.complexity import Complexity, count
 from measnet.config import ModelConfig, from_dict
 from measnet.metrics import FIELD
