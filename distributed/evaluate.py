@@ -19,10 +19,19 @@ import torch
 import tyro
 from rich.console import Console
 
-from distributed import baselines, compare, routing, tables
+from distributed import baselines, compare, iqa, routing, tables
 from distributed.checkpoint import newest_complete
+from distributed.iqa import Name
 from distributed.routing import Routing, RoutingOf
-from distributed.scores import Elapsed, EvaluationReport, Held, routing_table, table, write
+from distributed.scores import (
+    Elapsed,
+    EvaluationReport,
+    Held,
+    iqa_table,
+    routing_table,
+    table,
+    write,
+)
 from distributed.scoring import (
     GPU_BATCH,
     Panels,
@@ -64,6 +73,7 @@ def evaluate(
     ensemble: bool = False,
     batch: int = 0,
     workers: Workers | None = None,
+    iqa: Sequence[Name] = (),
 ) -> EvaluationReport:
     """Restore whole pictures, compare them, and write the results.
 
@@ -79,6 +89,7 @@ def evaluate(
         ensemble: restore each picture as `measnet.ensemble` says.
         batch: pictures of a chunk, see `scoring.chunks`; 0: `scoring.GPU_BATCH` on a GPU, else 1.
         workers: restore the pictures, in place of this process.
+        iqa: perceptual metrics, see `distributed.iqa`.
 
     Raises:
         ValueError, OSError: no readable shards, or no pictures in them.
@@ -94,10 +105,10 @@ def evaluate(
     pictures = protocol_pictures(data_uri, protocol, limit=limit)
     source = chunks(pictures, batch or (1 if device == "cpu" else GPU_BATCH), tiling.at_once)
     if workers is None:
-        scorer = network_scorer(model, tiling, protocol=protocol, ensemble=ensemble)
+        scorer = network_scorer(model, tiling, protocol=protocol, ensemble=ensemble, iqa=iqa)
         scores = list(score_with(scorer, source, seen=panels.keep))
     else:
-        job = Job(protocol, tiling, ensemble)
+        job = Job(protocol, tiling, ensemble, tuple(iqa))
         scores = workers.score(model, job, source, rows=rows, seen=panels.keep)
     elapsed = Elapsed(time.perf_counter() - start, len(workers) if workers else 1)
     report = EvaluationReport(str(data_uri), protocol, scores, held_by(data_uri), elapsed)
@@ -183,6 +194,9 @@ class Arguments:
     """Crop pictures to multiples of 16 before they are restored, as programs of the field do."""
     noise: Literal["picture", "field"] = "picture"
     """Noise of denoising: keyed by the picture, or the stream of the field's test programs."""
+    iqa: tuple[Name, ...] = ()
+    """Also compute these perceptual metrics (`pip install "measnet-ray[iqa]"`). Their weights must
+    be on this machine; a missing file is named before anything is restored."""
     routing: Routing = "learned"
     """Also evaluate with another choice of experts, and say what the learned one is worth in dB:
     `fixed` for all pixels, at `random`, or the `best-single` expert of each library."""
@@ -234,6 +248,9 @@ def _run(given: Arguments) -> None:
         if given.workers:
             workers = stack.enter_context(ray_workers(given.workers, given.device))
             device = Decision(workers.device, f"of each of {len(workers)} workers on Ray")
+            workers.check(given.iqa)
+        else:
+            iqa.check(given.iqa)
         if given.tile or workers is None:
             tiling = choose_tiling(model, tile=given.tile or None, overlap=given.overlap)
         else:
@@ -272,6 +289,7 @@ def _settings(given: Arguments, tiling: Tiling, workers: Workers | None) -> dict
         "ensemble": given.self_ensemble,
         "batch": given.batch,
         "workers": workers,
+        "iqa": given.iqa,
     }
 
 
@@ -287,6 +305,8 @@ def _evaluate_source(
     with mean_gates(model) as means:
         report = evaluate(model, uri, folder, grid_rows=given.grid_rows, **settings)
     console.print(table(report))
+    if given.iqa:
+        console.print(iqa_table(report))
     if report.routing_measures:
         console.print(routing_table(report))
     if given.routing != "learned":
@@ -324,7 +344,9 @@ def _compare(
             continue
 
         source = chunks(protocol_pictures(uri, protocol, limit=given.limit))
-        scores = list(score_with(Scorer(_classical(name), protocol=protocol), source))
+        scores = list(
+            score_with(Scorer(_classical(name), protocol=protocol, iqa=given.iqa), source)
+        )
         reports[name] = EvaluationReport(uri, protocol, scores, held_by(uri))
     console.print(compare.table(reports))
     used = [baselines.BASELINES[n].about for n in others if n in baselines.BASELINES]

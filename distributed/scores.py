@@ -14,6 +14,7 @@ from PIL import Image
 from rich.table import Table
 
 from distributed import figures
+from distributed.iqa import METRICS
 from measnet.metrics import Protocol
 from measnet.routing import Measures, measures
 from measnet.tiling import ARITHMETIC
@@ -62,6 +63,8 @@ class Score(NamedTuple):
     """Expert library -> share of the picture that chose each expert."""
     turns: int = 1
     """Mirrored and turned pictures that the result is the mean of; 1: no self-ensemble."""
+    iqa: Mapping[str, Sequence[float]] = {}
+    """Perceptual metric (`distributed.iqa`) -> value before and after."""
 
 
 class Summary(NamedTuple):
@@ -141,6 +144,17 @@ class EvaluationReport:
         return _mean(tasks)._replace(pictures=sum(s.pictures for s in tasks))
 
     @property
+    def iqa(self) -> dict[str, dict[str, tuple[float, float]]]:
+        """Degradation -> perceptual metric -> mean before and after."""
+        found: dict[str, dict[str, tuple[float, float]]] = {}
+        for name in self.degradations:
+            own = [score.iqa for score in self.scores if score.degradation == name]
+            for metric in own[0]:
+                before, after = np.mean([values[metric] for values in own], axis=0).tolist()
+                found.setdefault(name, {})[metric] = (before, after)
+        return found
+
+    @property
     def gain_error(self) -> float:
         """Standard error of the mean gain in PSNR (dB) over the pictures; NaN for one picture."""
         gains = [s.restored_psnr - s.input_psnr for s in self.scores]
@@ -215,6 +229,7 @@ class EvaluationReport:
             "gain_error": self.gain_error,
             "time": self.elapsed
             and {**self.elapsed._asdict(), "network_share": self.network_share},
+            "iqa": self.iqa,
             "routing": self.routing,
             "routing_measures": {n: one._asdict() for n, one in self.routing_measures.items()},
         }
@@ -224,12 +239,15 @@ class EvaluationReport:
 def write(report: EvaluationReport, panels: Mapping[str, Sequence[Image.Image]], out: Path) -> None:
     """Write pictures.csv, summary.json, experts.png and the grids to the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    columns = [name for name in Score._fields if name != "routing"]
+    columns = [name for name in Score._fields if name not in ("routing", "iqa")]
+    metrics = list(report.scores[0].iqa)
+    sides = [f"{side}_{metric}" for metric in metrics for side in ("input", "restored")]
     with (out / "pictures.csv").open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow([*columns, "protocol"])
+        table.writerow([*columns, *sides, "protocol"])
         for row in report.scores:
             values = [getattr(row, name) for name in columns]
+            values += [value for metric in metrics for value in row.iqa[metric]]
             table.writerow([*map(_digits, values), report.protocol.describe()])
     text = json.dumps(report.as_dict(), indent=2, allow_nan=False)
     (out / "summary.json").write_text(text + "\n")
@@ -251,6 +269,20 @@ def table(report: EvaluationReport) -> Table:
     view.add_section()
     mean = report.mean
     view.add_row("mean of tasks", str(mean.pictures), *_cells(mean), style="bold")
+    return view
+
+
+def iqa_table(report: EvaluationReport) -> Table:
+    """Perceptual metrics before -> after, a row per degradation."""
+    view = Table(title="perceptual metrics", caption="before -> after; whole pictures, in [0, 1]")
+    view.add_column("task", no_wrap=True)
+    for name, metric in METRICS.items():
+        if name in report.scores[0].iqa:
+            better = "lower" if metric.lower_is_better else "higher"
+            view.add_column(f"{name.upper()} ({better} is better)", justify="right")
+    for degradation, own in report.iqa.items():
+        cells = [own[name] for name in METRICS if name in own]
+        view.add_row(degradation, *(f"{before:.4f} -> {after:.4f}" for before, after in cells))
     return view
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from distributed import figures
+from distributed.iqa import Name, Perceptual
 from distributed.scores import Grids, Score
 from measnet.ensemble import TURNS, self_ensemble
 from measnet.metrics import FIELD, Protocol, quality
@@ -60,9 +61,11 @@ class Scorer:
         protocol: Protocol = FIELD,
         device: torch.device | str = "cpu",
         turns: int = 1,
+        iqa: Sequence[Name] = (),
     ) -> None:
-        """Takes the method, how to compare, where to compare, and the method's turns."""
+        """Takes the method, how and where to compare, the method's turns, and further metrics."""
         self._restore, self._protocol, self._turns = restore, protocol, turns
+        self._perceptual = Perceptual(iqa, device) if iqa else None
         self._luma = dataclasses.replace(protocol, colour="y")
         self._device = torch.device(device)
 
@@ -87,6 +90,7 @@ class Scorer:
         rgb, luma = (quality(both, clean, one) for one in (self._protocol, self._luma))
         figures_of = dict(zip(_COMPARED, torch.cat([*rgb, *luma]).tolist(), strict=True))
         height, width = picture.clean.shape[-2:]
+        perceptual = self._perceptual(both, clean) if self._perceptual else {}
         return Score(
             position=picture.position,
             degradation=picture.degradation,
@@ -100,11 +104,17 @@ class Scorer:
             seconds=seconds,
             routing={name: shares[0].tolist() for name, shares in restored.routing.items()},
             turns=self._turns,
+            iqa=perceptual,
         )
 
 
 def network_scorer(
-    model: MEASNet, tiling: Tiling, *, protocol: Protocol = FIELD, ensemble: bool = False
+    model: MEASNet,
+    tiling: Tiling,
+    *,
+    protocol: Protocol = FIELD,
+    ensemble: bool = False,
+    iqa: Sequence[Name] = (),
 ) -> Scorer:
     """Restores by a network, on its device.
 
@@ -113,6 +123,7 @@ def network_scorer(
         tiling: of large pictures.
         protocol: how to compare.
         ensemble: restore each picture as `measnet.ensemble` says.
+        iqa: further metrics.
     """
     device = next(model.parameters()).device
 
@@ -133,7 +144,7 @@ def network_scorer(
         return [one._replace(image=image) for one, image in zip(upright, images, strict=True)]
 
     turns = TURNS if ensemble else 1
-    return Scorer(restore, protocol=protocol, device=device, turns=turns)
+    return Scorer(restore, protocol=protocol, device=device, turns=turns, iqa=iqa)
 
 
 def score(

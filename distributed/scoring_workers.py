@@ -15,7 +15,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from distributed import iqa
 from distributed.cluster import is_local, start_local_ray
+from distributed.iqa import Name
 from distributed.scores import Score
 from distributed.scoring import Seen, ahead, network_scorer
 from measnet.config import ModelConfig
@@ -41,6 +43,7 @@ class Job(NamedTuple):
     protocol: Protocol
     tiling: Tiling
     ensemble: bool = False
+    iqa: tuple[Name, ...] = ()
 
 
 class _Network(NamedTuple):
@@ -61,6 +64,13 @@ class _Worker:
         self._device = choose_device(device, this_machine()).choice
         self._key: tuple[str, Job] | None = None
 
+    def why_not(self, names: Sequence[Name]) -> str:
+        try:
+            iqa.check(names)
+        except ValueError as error:
+            return str(error)
+        return ""
+
     def machine(self) -> str:
         import ray
 
@@ -80,7 +90,7 @@ class _Worker:
 
             model = ray.get(reference).on(self._device)
             self._scorer = network_scorer(
-                model, job.tiling, protocol=job.protocol, ensemble=job.ensemble
+                model, job.tiling, protocol=job.protocol, ensemble=job.ensemble, iqa=job.iqa
             )
             self._key = key
         return [
@@ -101,6 +111,18 @@ class Workers:
     def __len__(self) -> int:
         """Number of workers."""
         return len(self._actors)
+
+    def check(self, names: Sequence[Name]) -> None:
+        """Refuse metrics that a worker cannot compute.
+
+        Raises:
+            ValueError: as `iqa.check`, for the first such worker.
+        """
+        import ray
+
+        for text in ray.get([actor.why_not.remote(names) for actor in self._actors]):
+            if text:
+                raise ValueError(f"on a worker: {text}")
 
     def tiling(self, model: MEASNet, overlap: int) -> Tiling:
         """By the worker with the least free memory, for all."""
