@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from shards import manifest
-from shards.storage import exists, join, open_binary, open_folder, retrying
+from shards.storage import exists, join, open_binary, open_folder
 
 T = TypeVar("T")
 ANSWER_S = 10.0
@@ -20,12 +20,13 @@ ANSWER_S = 10.0
 HELP = "see 'Access to the storage' in docs/cluster.md"
 
 
-def check_storage(uri: str, *, attempts: int = 3) -> None:
+def check_storage(uri: str, *, patience_s: float | None = None) -> None:
     """Write, read and remove one small object; each node does so before it trains.
 
     Args:
         uri: folder or URI of the runs; a local folder is made where it is missing.
-        attempts: tries in all; a missing permission is not tried again.
+        patience_s: seconds for which a store that fails is asked again; None: as
+            `shards.patience` says. A missing permission is not tried again.
 
     Raises:
         OSError: this node cannot use it.
@@ -33,7 +34,7 @@ def check_storage(uri: str, *, attempts: int = 3) -> None:
     told = secrets.token_bytes(16)
 
     def use() -> None:
-        fs, root = open_folder(uri)
+        fs, root = open_folder(uri, patience_s)
         path = f"{root}/.access-{socket.gethostname()}-{os.getpid()}-{told[:4].hex()}"
         if "file" in fs.protocol:
             fs.makedirs(root, exist_ok=True)
@@ -44,9 +45,7 @@ def check_storage(uri: str, *, attempts: int = 3) -> None:
         finally:
             fs.rm_file(path)
 
-    _explained(
-        f"use the storage {uri}", lambda: retrying("writing a small object", use, attempts), HELP
-    )
+    _explained(f"use the storage {uri}", use, HELP)
 
 
 def check_shared(uri: str, name: str) -> None:

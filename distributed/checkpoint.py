@@ -9,7 +9,8 @@ A checkpoint is a folder `RUN/checkpoints/SAMPLES-ATTEMPT` of
     checkpoint.json         the marker, written last: size and sha256 of each file above
 
 A checkpoint is complete if its marker exists and all files match it; others are not used. Each
-folder has a new name, so files of a killed process never mix with those of the next one.
+folder has a new name, so files of a killed process never mix with those of the next one. In an
+object store `checkpoints/newest` names the newest one: some stores list new objects late.
 
 An exact resume needs nothing else: the order of samples, their crops and noise, and the noise of
 the gates are functions of the seed and the number of samples, not the state of a random generator.
@@ -17,6 +18,7 @@ the gates are functions of the seed and the number of samples, not the state of 
     python -m distributed.checkpoint {list,show,verify,export,prune} RUN
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
 MARKER = "checkpoint.json"
 STATE = "state.json"
+NEWEST = "newest"
 VERSION = 1
 WEIGHTS, EMA, OPTIMIZER = (f"{kind}.safetensors" for kind in ("weights", "ema", "optimizer"))
 FILES = {WEIGHTS, EMA, OPTIMIZER, STATE}
@@ -127,8 +130,7 @@ class Checkpoint:
         """Read `weights`, `ema` or `optimizer` as CPU tensors by name."""
         from safetensors.torch import load
 
-        with self.fs.open(f"{self.path}/{kind}.safetensors", "rb") as file:
-            return load(file.read())
+        return load(self.fs.cat_file(f"{self.path}/{kind}.safetensors"))
 
     def export(self, fs: fsspec.AbstractFileSystem, path: str) -> None:
         """Write the averaged weights, with the configuration inside, to one .safetensors file; it
@@ -136,9 +138,8 @@ class Checkpoint:
         write_whole(fs, path, self.fs.cat_file(f"{self.path}/{EMA}"))
 
     def remove(self) -> None:
-        """Delete it, the marker first, so that a half-deleted checkpoint does not look complete."""
-        self.fs.rm(f"{self.path}/{MARKER}")
-        self.fs.rm(self.path, recursive=True)
+        """Delete it."""
+        _remove(self.fs, self.path)
 
 
 @dataclass(frozen=True)
@@ -170,8 +171,7 @@ class Snapshot:
         }
         listed = {}
         for name, data in files.items():
-            with fs.open(f"{path}/{name}", "wb") as file:
-                file.write(data)
+            fs.pipe_file(f"{path}/{name}", data)
             listed[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         marker = {
             "version": VERSION,
@@ -181,8 +181,9 @@ class Snapshot:
             "seconds": round(time.monotonic() - started, 3),
             "files": listed,
         }
-        with fs.open(f"{path}/{MARKER}", "wb") as file:
-            file.write(json.dumps(marker, indent=2).encode())
+        fs.pipe_file(f"{path}/{MARKER}", json.dumps(marker, indent=2).encode())
+        if "file" not in fs.protocol:
+            fs.pipe_file(f"{root}/checkpoints/{NEWEST}", PurePosixPath(path).name.encode())
         return Checkpoint(fs, path, marker)
 
 
@@ -239,19 +240,29 @@ def prune(run: str, keep: int) -> list[str]:
     removed = []
     for folder in _folders(fs, root):
         if folder not in kept:
-            marker = f"{folder}/{MARKER}"
-            if fs.exists(marker):
-                fs.rm(marker)  # first, so that a half-deleted checkpoint does not look complete
-            fs.rm(folder, recursive=True)
+            _remove(fs, folder)
             removed.append(PurePosixPath(folder).name)
     return removed
 
 
+def _remove(fs: fsspec.AbstractFileSystem, folder: str) -> None:
+    """Delete a checkpoint, the marker first, so that a half-deleted one does not look complete."""
+    for path, whole in ((f"{folder}/{MARKER}", False), (folder, True)):
+        with contextlib.suppress(FileNotFoundError):  # an earlier try did it
+            fs.rm(path, recursive=whole)
+
+
 def _folders(fs: fsspec.AbstractFileSystem, root: str) -> list[str]:
+    """Folders of all checkpoints, oldest first."""
     folder = f"{root}/checkpoints"
-    if not fs.exists(folder):
-        return []
-    paths = [e["name"].rstrip("/") for e in fs.ls(folder, detail=True) if e["type"] == "directory"]
+    paths = []
+    if fs.exists(folder):
+        entries = fs.ls(folder, detail=True)
+        paths = [entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory"]
+    if "file" not in fs.protocol and fs.exists(f"{folder}/{NEWEST}"):
+        newest = f"{folder}/{fs.cat_file(f'{folder}/{NEWEST}').decode()}"
+        if newest not in paths and fs.exists(f"{newest}/{MARKER}"):
+            paths.append(newest)
     return sorted(p for p in paths if re.fullmatch(r"\d{12}-[0-9a-f]{6}", PurePosixPath(p).name))
 
 

@@ -120,16 +120,18 @@ class Launches:
     def __init__(self, run: str) -> None:
         """Read the earlier ones."""
         self._fs, root = open_folder(run)
-        self._folder = f"{root}/{FOLDER}"
-        there = self._fs.ls(self._folder, detail=False) if self._fs.exists(self._folder) else []
-        paths = sorted(path for path in there if path.endswith(".json"))
-        self._earlier = [_launch(read_json(self._fs, path)) for path in paths]
+        self._folder, self._earlier = f"{root}/{FOLDER}", list[Launch]()
+        while self._fs.exists(self._path):  # not listed: some stores list new files late
+            self._earlier.append(_launch(read_json(self._fs, self._path)))
+
+    @property
+    def _path(self) -> str:
+        return f"{self._folder}/{len(self._earlier):05d}.json"
 
     def keep(self, launch: Launch) -> Goodput:
         """Write the launch of this command, again and again; the sum so far."""
         self._fs.makedirs(self._folder, exist_ok=True)
-        path = f"{self._folder}/{len(self._earlier):05d}.json"
-        write_json(self._fs, path, finite(dataclasses.asdict(launch)))
+        write_json(self._fs, self._path, finite(dataclasses.asdict(launch)))
         return goodput([*self._earlier, launch])
 
 

@@ -35,6 +35,7 @@ from distributed.run_log import join_parts
 from distributed.stopping import on_signal, platform_limit, stop_limit
 from measnet.hardware import Machine, this_machine
 from measnet.hub import SMALL
+from shards import patience
 from shards.manifest import Manifest
 from shards.manifest import read as read_manifest
 from shards.order import Plan
@@ -171,6 +172,7 @@ def launch(
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False)
 
+    patience.listen(say)
     with exclusive(config.folder, wait_s=wait_s, say=say) as lease:
         started = time.monotonic()
         newest = check_resume(config, plan)

@@ -6,11 +6,14 @@ rewrites it every `BEAT_S` seconds. The store accepts a write only if the object
 that the writer has read (S3: `If-None-Match` and `If-Match`), so of several processes exactly one
 becomes the owner. An owner whose object does not change for `DEAD_S` seconds is dead, and the next
 process replaces it. Clocks of two machines are never compared.
+
+Some stores accept a conditional write and ignore its condition. Each owner tries that at first. In
+such a store the object is written, and read back after `SETTLE_S` seconds; an owner also reads it
+before each heartbeat, so of two that started at once one soon ends itself.
 """
 
 import contextlib
 import dataclasses
-import errno
 import json
 import logging
 import os
@@ -27,10 +30,15 @@ import fsspec
 import psutil
 from filelock import FileLock, Timeout
 
+from shards.patience import http_status
 from shards.storage import open_folder, read_json
 
 OWNER = "owner.json"
 """File of a folder: who owns it now."""
+NOT_AS_READ, NOT_IMPLEMENTED = 412, 501
+"""Answers to a conditional write: the object has changed; the store does not know conditions."""
+NO_VERSION = '"00000000000000000000000000000000"'
+"""A version (ETag) that no object has."""
 LOCK = "running.lock"
 """The lock of a local folder."""
 BEAT_S = 10.0
@@ -206,10 +214,13 @@ def _leased(
     say: Callable[[str], object],
 ) -> Iterator[Lease]:
     path = f"{root}/{OWNER}"
-    version = _acquire(fs, path, lease, wait_s, say)
+    claim = _Claim(fs, path, lease.folder, say)
+    version = _acquire(claim, lease, wait_s, say)
+    # A heartbeat that comes late is no heartbeat.
+    claim.fs = open_folder(lease.folder, patience_s=BEAT_S)[0]
     stop = threading.Event()
     beating = threading.Thread(
-        target=_beat, args=(fs, path, lease, version, stop), name="lease", daemon=True
+        target=_beat, args=(claim, lease, version, stop, say), name="lease", daemon=True
     )
     beating.start()
     try:
@@ -217,23 +228,20 @@ def _leased(
     finally:
         stop.set()
         beating.join()
-        _release(fs, path, lease)
+        claim.release(lease.owner)
 
 
-def _acquire(
-    fs: fsspec.AbstractFileSystem,
-    path: str,
-    lease: Lease,
-    wait_s: float,
-    say: Callable[[str], object],
-) -> str:
+def _acquire(claim: "_Claim", lease: Lease, wait_s: float, say: Callable[[str], object]) -> str:
     """Become the owner; the version of the object that says so."""
     deadline = time.monotonic() + wait_s
     seen, seen_at = "", time.monotonic()
     while True:
-        there = _read(fs, path)
+        asked = time.monotonic()
+        there = claim.read()
+        if time.monotonic() - asked > DEAD_S / 2:
+            seen_at = time.monotonic()  # the store failed, so the owner could not write either
         if there is None:
-            if version := _write(fs, path, lease.owner, replaces=None):
+            if version := claim.write(lease.owner, replaces=None):
                 return version
             continue
         owner, version = there
@@ -249,24 +257,31 @@ def _acquire(
             seen, seen_at = version, time.monotonic()
         if owner.is_gone or time.monotonic() - seen_at >= DEAD_S:
             say(f"{lease.folder}: {owner} is dead; this process takes its place")
-            if mine := _write(fs, path, lease.owner, replaces=version):
+            if mine := claim.write(lease.owner, replaces=version):
                 return mine
             continue
         time.sleep(min(1.0, BEAT_S / 4))
 
 
 def _beat(
-    fs: fsspec.AbstractFileSystem, path: str, lease: Lease, version: str, stop: threading.Event
+    claim: "_Claim",
+    lease: Lease,
+    version: str,
+    stop: threading.Event,
+    say: Callable[[str], object],
 ) -> None:
     """Rewrite the object until the end; note it if another process has taken it."""
     beat = 0
     while not stop.wait(BEAT_S):
         beat += 1
         try:
-            mine = _write(fs, path, dataclasses.replace(lease.owner, beat=beat), replaces=version)
-            there = None if mine else _read(fs, path)
+            mine = claim.write(dataclasses.replace(lease.owner, beat=beat), replaces=version)
+            there = None if mine else claim.read()
         except OSError as error:  # the store fails; the next beat tries again
-            log.warning("the lease of %s could not be renewed: %s", lease.folder, error)
+            say(
+                f"the ownership of {lease.folder} could not be renewed ({error}); retrying. After "
+                f"{DEAD_S:.0f} s another command may take the run"
+            )
             continue
         if mine:
             version = mine
@@ -277,11 +292,93 @@ def _beat(
             return
 
 
-def _release(fs: fsspec.AbstractFileSystem, path: str, lease: Lease) -> None:
-    with contextlib.suppress(OSError):  # then the next owner waits until this one is dead
-        there = _read(fs, path)
-        if there and there[0].token == lease.owner.token:
-            fs.rm_file(path)
+class _Claim:
+    """The object `owner.json` of a folder in a store."""
+
+    def __init__(
+        self, fs: fsspec.AbstractFileSystem, path: str, folder: str, say: Callable[[str], object]
+    ) -> None:
+        """Of `folder`, at `path`; `say` gets a line if the store ignores conditions."""
+        self.fs, self._path, self._folder, self._say = fs, path, folder, say
+        self._conditional: bool | None = None if "s3" in fs.protocol else False
+
+    def read(self) -> tuple[Owner, str] | None:
+        """The owner, and the version of the object that names it; None where there is none."""
+        return _read(self.fs, self._path)
+
+    def write(self, owner: Owner, *, replaces: str | None) -> str:
+        """Write the owner if the object is still as it was read.
+
+        Args:
+            owner: to write.
+            replaces: the version that was read; None if there was no object.
+
+        Returns:
+            Its new version; empty if the object is not as it was read.
+
+        Raises:
+            OSError: the store failed.
+        """
+        data = json.dumps(dataclasses.asdict(owner)).encode()
+        if self._conditional is not False:
+            # The answer to a successful write may be lost; then the next try is refused.
+            written = self._put(data, replaces) or self._holds(owner)
+            if written and self._conditional is None:
+                self._check_conditions(data)
+            if self._conditional is not False:
+                return written
+        elif self._version() == (replaces or ""):
+            self.fs.pipe_file(self._path, data)
+        else:
+            return ""
+        if replaces is None or owner.beat == 0:  # another process may do the same now
+            time.sleep(SETTLE_S)
+        return self._holds(owner)
+
+    def release(self, owner: Owner) -> None:
+        """Remove the object if it is still this owner's."""
+        with contextlib.suppress(OSError):  # then the next owner waits until this one is dead
+            there = self.read()
+            if there and there[0].token == owner.token:
+                self.fs.rm_file(self._path)
+
+    def _put(self, data: bytes, replaces: str | None) -> str:
+        """A conditional write; the new version, or empty if the store refused it."""
+        condition = {"mode": "create"} if replaces is None else {"IfMatch": replaces}
+        try:
+            return str(self.fs.pipe_file(self._path, data, **condition)["ETag"])
+        except (FileExistsError, FileNotFoundError):
+            return ""
+        except OSError as error:
+            if http_status(error) == NOT_IMPLEMENTED:
+                self._conditional = False
+                self._warn()
+            elif http_status(error) != NOT_AS_READ:
+                raise
+            return ""
+
+    def _check_conditions(self, data: bytes) -> None:
+        """Find out whether the store refuses writes whose condition is not met."""
+        self._conditional = not self._put(data, None) and not self._put(data, NO_VERSION)
+        if not self._conditional:
+            self._warn()
+
+    def _warn(self) -> None:
+        self._say(
+            f"the store of {self._folder} ignores the conditions of writes (If-None-Match, "
+            "If-Match). If two commands start this run in the same moment, both may train for up "
+            f"to {BEAT_S + SETTLE_S:.0f} s; then one ends itself. Use a store with conditional "
+            "writes, or start one command at a time"
+        )
+
+    def _holds(self, owner: Owner) -> str:
+        """The version of the object if it names this owner at this beat; else empty."""
+        there = self.read()
+        return there[1] if there and there[0] == owner else ""
+
+    def _version(self) -> str:
+        there = self.read()
+        return there[1] if there else ""
 
 
 def _read(fs: fsspec.AbstractFileSystem, path: str) -> tuple[Owner, str] | None:
@@ -303,36 +400,3 @@ def _version(fs: fsspec.AbstractFileSystem, path: str) -> str:
     about: dict[str, Any] = fs.info(path)
     tag = about.get("ETag") or about.get("etag") or about.get("generation")
     return str(tag if tag is not None else fs.checksum(path))
-
-
-def _write(fs: fsspec.AbstractFileSystem, path: str, owner: Owner, *, replaces: str | None) -> str:
-    """Write the owner if the object is still as it was read; its version, or empty if it is not.
-
-    The object is read back, because the answer to a successful write may be lost.
-
-    Args:
-        fs: of the store.
-        path: of the object.
-        owner: to write.
-        replaces: the version that was read; None if there was no object.
-
-    Raises:
-        OSError: the store failed.
-    """
-    data = json.dumps(dataclasses.asdict(owner)).encode()
-    try:
-        if "s3" in fs.protocol:
-            condition = {"IfMatch": replaces} if replaces else {"mode": "create"}
-            fs.pipe_file(path, data, **condition)
-        else:
-            there = _read(fs, path)
-            if (there[1] if there else None) == replaces:
-                fs.pipe_file(path, data)
-                time.sleep(SETTLE_S)
-    except (FileExistsError, FileNotFoundError):
-        pass
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # so s3fs reports that the condition is not met
-            raise
-    there = _read(fs, path)
-    return there[1] if there and there[0] == owner else ""

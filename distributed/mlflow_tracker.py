@@ -29,7 +29,7 @@ from PIL import Image
 from distributed.config import TrackingConfig, TrainConfig, flat_fields, to_yaml
 from distributed.environment import SystemMetrics, code_version, installed_packages
 from distributed.run_log import EVENTS, METRICS, RunLog, complete_lines, read, records
-from shards.storage import open_folder
+from shards.storage import open_folder, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -75,12 +75,9 @@ def run_key(folder: str) -> str:
     fs, root = open_folder(folder)
     path = f"{root}/{KEY_FILE}"
     if fs.exists(path):
-        with fs.open(path, "r") as file:
-            return str(file.read()).strip()
-    fs.makedirs(root, exist_ok=True)
+        return bytes(fs.cat_file(path)).decode().strip()
     key = secrets.token_hex(16)
-    with fs.open(path, "w") as file:
-        file.write(key + "\n")
+    write_whole(fs, path, f"{key}\n".encode())
     return key
 
 

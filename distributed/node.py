@@ -118,7 +118,7 @@ def _disks(places: Places) -> tuple[tuple[str, int, int], ...]:
 def _problems(places: Places) -> tuple[tuple[str, str], ...]:
     checks: list[tuple[str, Callable[[], Any]]] = []
     if places.storage:
-        checks.append(("storage", lambda: access.check_storage(places.storage, attempts=1)))
+        checks.append(("storage", lambda: access.check_storage(places.storage, patience_s=0)))
     if places.shared:
         checks.append(("storage", lambda: access.check_shared(places.storage, places.shared)))
     if places.train:

@@ -10,6 +10,9 @@ whole lines; its name says which attempt wrote it and which bytes of the file it
 
     ATTEMPT-START-END
 
+`RUN/log/NAME.last` names the last part. Some stores list new objects late; whoever reads the parts
+waits until the list is complete.
+
 An attempt is one start of the workers. The first part of an attempt replaces all bytes from its
 START on that earlier attempts wrote, so no step is in the log twice. An event is a part of its own,
 because any rank may write one, and because it is often the last thing that a process does.
@@ -25,19 +28,24 @@ import re
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
 
-from shards.storage import is_remote, open_folder, retrying, write_whole
+from shards.patience import PAUSE_S, say
+from shards.storage import is_remote, open_folder, write_whole
 
 METRICS, CONSUMED, EVENTS = "metrics.jsonl", "consumed.jsonl", "events.log"
 LOG = "log"
 """Folder of a run in a store, for the parts of these files."""
+LAST = ".last"
 END_S = 30.0
 """Seconds that the last events may take to reach the store."""
+LISTED_S = 60.0
+"""Seconds after which a part that is not listed counts as lost."""
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +56,8 @@ class Part(NamedTuple):
     attempt: int
     start: int
     """Its first byte in the file."""
+    end: int
+    """The byte behind its last one."""
     name: str
 
 
@@ -152,6 +162,7 @@ class RunLog:
                     part = f"{self._attempt:05d}-{start:013d}-{end:013d}"
                     write_whole(self._fs, f"{self._root}/{LOG}/{name}/{part}", data)
                     self._kept[name] = end
+                    write_whole(self._fs, f"{self._root}/{LOG}/{name}{LAST}", part.encode())
             return self._kept.get(name, 0)
 
     def close(self) -> None:
@@ -181,26 +192,38 @@ def read(run: str, name: str) -> bytes:
     parts = _parts(fs, root, name)
     if not parts:
         path = f"{root}/{name}"
-        return (
-            bytes(retrying(f"reading {path}", lambda: fs.cat_file(path)))
-            if fs.exists(path)
-            else b""
-        )
+        return bytes(fs.cat_file(path)) if fs.exists(path) else b""
     paths = [f"{root}/{LOG}/{name}/{part.name}" for part in parts]
-    found = retrying(f"reading {root}/{LOG}/{name}", lambda: fs.cat(paths))
+    found = fs.cat(paths)
     contents = [found[path] for path in paths]
     return b"".join(contents) if name == EVENTS else assemble(parts, contents)
 
 
 def assemble(parts: list[Part], contents: list[bytes]) -> bytes:
-    """The file of which these are the parts, in any order."""
-    data, attempt = bytearray(), 0
+    """The file of which these are the parts, in any order.
+
+    A part that is written again after a failure starts at the same byte and may have more lines.
+    """
+    data = bytearray()
     for part, content in sorted(zip(parts, contents, strict=True)):
-        if part.attempt != attempt:
-            attempt = part.attempt
-            del data[part.start :]
+        del data[part.start :]
         data += content
     return bytes(data)
+
+
+def is_complete(parts: Sequence[Part], last: str) -> bool:
+    """Whether no part is missing in a list.
+
+    Args:
+        parts: of one file, sorted.
+        last: name of the part that was written last; empty if that is not known.
+    """
+    reached = 0
+    for part in parts:
+        if part.start > reached:
+            return False
+        reached = part.end
+    return not last or last in {part.name for part in parts}
 
 
 def records(lines: bytes) -> list[dict[str, Any]]:
@@ -243,12 +266,19 @@ def join_parts(run: str) -> None:
 
 def _parts(fs: fsspec.AbstractFileSystem, root: str, name: str) -> list[Part]:
     """Parts of a file in the order of their names; none in a local folder."""
-    folder = f"{root}/{LOG}/{name}"
-    if "file" in fs.protocol or not fs.exists(folder):
+    if "file" in fs.protocol:
         return []
-    names = sorted(os.path.basename(path) for path in fs.ls(folder, detail=False))
-    return [
-        Part(int(found[1]), int(found[2]), found[0])
-        for found in (re.fullmatch(r"(\d+)-(\d+)-(\d+)", one) for one in names)
-        if found
-    ]
+    folder, started = f"{root}/{LOG}/{name}", time.monotonic()
+    last = fs.cat_file(f"{folder}{LAST}").decode() if fs.exists(f"{folder}{LAST}") else ""
+    while True:
+        paths = fs.ls(folder, detail=False) if last or fs.exists(folder) else []
+        found = [re.fullmatch(r"(\d+)-(\d+)-(\d+)", os.path.basename(path)) for path in paths]
+        parts = sorted(Part(int(p[1]), int(p[2]), int(p[3]), p[0]) for p in found if p)
+        if name == EVENTS or is_complete(parts, last):
+            return parts
+        passed = time.monotonic() - started
+        if passed > LISTED_S:
+            log.warning("%s lacks a part after %.0f s; some lines are lost", folder, passed)
+            return parts
+        say(folder, f"{folder}: the store does not list all parts yet; listing them again")
+        time.sleep(PAUSE_S)

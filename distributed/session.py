@@ -52,6 +52,7 @@ from measnet.hardware import card_of
 from measnet.network import MEASNet
 from measnet.routing import drift
 from measnet.tiling import Tiling
+from shards import patience
 from shards.reader import DamagedError
 from shards.stream import Batch, TrainStream
 
@@ -75,10 +76,16 @@ class Session:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = own_device(settings["device"])
         self._folder = self.config.folder
+        self._reporter = Reporter(
+            settings["monitor"],
+            self.rank,
+            self.world,
+            on_hang=lambda line: self._log.event(line) if self.rank == 0 else None,
+        )
+        patience.listen(lambda line: self._reporter.say(line, from_any_rank=True))
         check_storage(self.config.storage)
         self._log = RunLog(self._folder, self.rank)
-        on_hang = self._log.event if self.rank == 0 else lambda line: None
-        self._reporter = Reporter(settings["monitor"], self.rank, self.world, on_hang=on_hang)
+        patience.listen(lambda line: self.note(f"rank {self.rank}: {line}", from_any_rank=True))
         self._stream = TrainStream(self.config.data, self.config.seed)
 
         card = card_of(self.device)

@@ -13,9 +13,13 @@ from dataclasses import dataclass
 from filelock import FileLock
 
 from shards import storage
+from shards.patience import retrying
+
+TRIES = 3
+"""Times that a file with other content is fetched again: only its transfer may be wrong."""
 
 
-class ContentError(OSError):
+class ContentError(ValueError):
     """A store holds another file under this name than the one that was asked for."""
 
 
@@ -28,10 +32,8 @@ class Cache:
     limit: int
     """Most bytes to keep. The least recently used copies are removed first; the one just fetched
     always stays."""
-    attempts: int = 5
-    """Tries before a fetch counts as failed."""
-    delay: float = 0.5
-    """Seconds before the second try; doubled for each later one."""
+    patience_s: float | None = None
+    """Seconds for which a fetch is retried; None: as `shards.patience` says."""
 
     def __post_init__(self) -> None:
         """Find the home folder."""
@@ -42,10 +44,14 @@ class Cache:
         return os.path.join(self.folder, sha256)
 
     def fetch(self, uri: str, sha256: str, size: int) -> str:
-        """The path of a copy with the right content; OSError after the last try.
+        """The path of a copy with the right content.
 
         Another process may evict the copy at any time: open it at once, and fetch again if it is
         gone. An open file stays readable.
+
+        Raises:
+            StoreError: the store failed for too long.
+            ContentError: it holds another file under this name.
         """
         path = self.path(sha256)
         if self._mark_used(path, size):
@@ -76,11 +82,14 @@ class Cache:
                 received = storage.download(uri, temporary)
                 if received != (size, sha256):
                     raise ContentError(
-                        f"received {received[0]} bytes with sha256 {received[1][:12]}…, but the "
-                        f"manifest says {size} and {sha256[:12]}…"
+                        f"fetching {uri} failed: received {received[0]} bytes with sha256 "
+                        f"{received[1][:12]}…, but the manifest says {size} and {sha256[:12]}…"
                     )
 
-        storage.retrying(f"fetching {uri}", copy, self.attempts, self.delay)
+        for _ in range(TRIES - 1):
+            with contextlib.suppress(ContentError):
+                return retrying("fetching", uri, copy, self.patience_s)
+        retrying("fetching", uri, copy, self.patience_s)
 
     def _evict(self, keep: str, room: int = 0) -> None:
         """Remove copies until the limit holds, and until `room` bytes are free on the disk."""

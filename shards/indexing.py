@@ -19,6 +19,7 @@ from shards import execution, manifest, storage, tars
 from shards.decode import DecodeError, decode
 from shards.manifest import WEBDATASET, Index, Manifest, Shard, TaskEntry
 from shards.packing import locked
+from shards.patience import retrying
 from shards.reader import split_member_name
 from shards.tars import Member
 from shards.tasks import TASKS
@@ -216,7 +217,7 @@ def _read_all(work: list[_Tar], total: int, workers: int | None, progress: bool)
 
 
 def _read(tar: _Tar, advance: Callable[[int], None]) -> _Indexed:
-    return storage.retrying(f"reading {tar.uri}", lambda: _read_once(tar, advance))
+    return retrying("reading", tar.uri, lambda: _read_once(tar, advance))
 
 
 def _read_once(tar: _Tar, advance: Callable[[int], None]) -> _Indexed:

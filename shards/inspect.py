@@ -30,6 +30,8 @@ from shards.tasks import TASKS
 
 _IN_PROCESS = 64 * 2**20
 """Fewer bytes than these are hashed in this process: starting others would take longer."""
+_PATIENCE_S = 10.0
+"""Seconds for which a fetch is retried: shorter than in training, because somebody waits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,8 @@ def inspect(
     """
     data = data or DataConfig()
     source = manifest.read(uri)
-    cache = Cache(folder=data.cache_dir, limit=int(data.cache_gib * 2**30), attempts=2)
+    cache_bytes = int(data.cache_gib * 2**30)
+    cache = Cache(folder=data.cache_dir, limit=cache_bytes, patience_s=_PATIENCE_S)
     work = [(_only(source, shard), deep, cache) for shard in source.shards]
     problems: list[Problem] = []
     sizes: dict[str, Counter[str]] = {task: Counter() for task in source.tasks}

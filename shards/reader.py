@@ -185,10 +185,8 @@ class Reader:
             return uri
         try:
             return self.cache.fetch(uri, shard.sha256, shard.bytes)
-        except OSError as error:
-            if isinstance(error.__cause__, ContentError):
-                raise self._damaged(shard, str(error), Damage.SHARD_SIZE) from error
-            raise
+        except ContentError as error:
+            raise self._damaged(shard, str(error), Damage.SHARD_SIZE) from error
 
     def close(self) -> None:
         """Closes all files."""

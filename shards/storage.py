@@ -2,8 +2,11 @@
 it.
 
 A place is a local folder or a URI of fsspec (`s3://bucket/folder`, `http://…`, `gs://…`). A write
-is atomic: a reader sees the old file or the new one, never half of it. Reads and writes of a store
-are retried. Listings are never cached: another process may have written since.
+is atomic: a reader sees the old file or the new one, never half of it. Listings are never cached:
+another process may have written since.
+
+A store may fail for a while. Each operation on it is retried for `PATIENCE_S` seconds, and
+`shards.patience` says so.
 """
 
 import contextlib
@@ -12,19 +15,26 @@ import hashlib
 import json
 import math
 import os
-import random
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import fsspec
 
+from shards.patience import Patient, retrying
+
 BLOCK = 1 << 20
 """Bytes that are copied at a time."""
-T = TypeVar("T")
+_S3 = {
+    "config_kwargs": {
+        "connect_timeout": 10,  # seconds, as the next one
+        "read_timeout": 30,
+        "retries": {"mode": "standard", "total_max_attempts": 2},
+    }
+}
+"""Options of s3fs: short failures are retried silently; `shards.patience` does the long ones."""
 _SCHEMES = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf", "memory", "file")
 
 
@@ -59,49 +69,26 @@ def absolute(uri: str) -> str:
     return uri if "://" in uri else str(Path(uri).expanduser().resolve())
 
 
-def open_folder(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def open_folder(uri: str, patience_s: float | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
     """File system and path of a folder or URI; a local path becomes absolute.
 
     The file system keeps no listings (s3fs would otherwise answer from its memory and miss what
-    another process has written).
+    another process has written). Operations on a store that fails are retried.
+
+    Args:
+        uri: folder or URI.
+        patience_s: seconds for which an operation is retried; None: `patience.PATIENCE_S`.
 
     Raises:
         ValueError: no file system is installed for the URI's scheme.
     """
     place = uri if "://" in uri else str(Path(uri).expanduser())
+    options: dict[str, Any] = _S3 if place.startswith("s3://") else {}
     try:
-        return fsspec.core.url_to_fs(place, use_listings_cache=False)
+        fs, path = fsspec.core.url_to_fs(place, use_listings_cache=False, **options)
     except (ImportError, ValueError) as error:
         raise ValueError(f"cannot open {uri}: {error}") from error
-
-
-def retrying(what: str, action: Callable[[], T], attempts: int = 5, delay: float = 0.5) -> T:
-    """The result of an action on a store; retried with growing pauses when it fails.
-
-    A missing file or a missing permission is not retried.
-
-    Args:
-        what: the action in words, for the error message.
-        action: what to do.
-        attempts: tries in all.
-        delay: seconds before the second try; doubled for each later one.
-
-    Raises:
-        OSError: the last try failed.
-    """
-    for attempt in range(attempts):
-        try:
-            return action()
-        except (FileNotFoundError, PermissionError, ValueError):
-            raise
-        except Exception as error:  # each store's library has exceptions of its own
-            if attempt + 1 >= attempts:
-                raise OSError(
-                    f"{what} failed {attempts} times, the last time with {type(error).__name__}: "
-                    f"{error}; check that the store can be reached, then run the same command again"
-                ) from error
-            time.sleep(delay * 2**attempt * random.uniform(0.5, 1.5))
-    raise AssertionError(f"attempts is {attempts}")
+    return (Patient(fs, patience_s) if is_remote(uri) else fs), path
 
 
 def exists(uri: str) -> bool:
@@ -139,15 +126,14 @@ def read(uri: str) -> bytes:
     if not is_remote(uri):
         return Path(uri).read_bytes()
     fs, path = open_folder(uri)
-    data: bytes = retrying(f"reading {uri}", lambda: fs.cat_file(path))
-    return data
+    return bytes(fs.cat_file(path))
 
 
 def read_json(fs: fsspec.AbstractFileSystem, path: str) -> Any:
     """Reads one JSON file; FileNotFoundError where there is none."""
     if "file" in fs.protocol:
         return json.loads(Path(path).read_bytes())
-    return json.loads(retrying(f"reading {path}", lambda: fs.cat_file(path)))
+    return json.loads(fs.cat_file(path))
 
 
 def write(uri: str, data: bytes) -> None:
@@ -162,7 +148,7 @@ def write_whole(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
     object only when it is complete.
     """
     if "file" not in fs.protocol:
-        retrying(f"writing {path}", lambda: fs.pipe_file(path, data))
+        fs.pipe_file(path, data)
         return
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
@@ -223,7 +209,7 @@ def remove_unfinished(folder: str, pattern: str = "*") -> None:
 def upload(local: str, uri: str) -> None:
     """Copies a local file to a store."""
     fs, path = open_folder(uri)
-    retrying(f"writing {uri}", lambda: fs.put_file(local, path))
+    fs.put_file(local, path)
 
 
 @contextlib.contextmanager
@@ -234,7 +220,7 @@ def local_copy(uri: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / uri.rsplit("/", 1)[-1]
-        retrying(f"reading {uri}", lambda: download(uri, str(copy)))
+        retrying("reading", uri, lambda: download(uri, str(copy)))
         yield copy
 
 
@@ -250,7 +236,7 @@ def remove(uri: str) -> None:
 
 def size_and_sha256(uri: str) -> tuple[int, str]:
     """Of a file, read once; FileNotFoundError where there is none."""
-    return retrying(f"reading {uri}", lambda: _measure(uri, None))
+    return retrying("reading", uri, lambda: _measure(uri, None))
 
 
 def download(uri: str, local: str) -> tuple[int, str]:

@@ -25,6 +25,7 @@ from shards.config import DataConfig, parse_levels
 from shards.decode import NO_FLIP, Box, Flip, as_bytes, as_floats
 from shards.manifest import Shard
 from shards.order import Plan
+from shards.patience import StoreError
 from shards.reader import Damage, DamagedError, Location, Reader
 from shards.tasks import DEGRADATIONS, TASKS
 
@@ -261,9 +262,14 @@ class TrainStream:
         return degradations[within], samples[within], epochs[within]
 
     def _sample(self, position: int, degradation: int, number: int, epoch: int) -> _Sample:
-        """The sample at a position, or another one of its task where it is corrupt."""
+        """The sample at a position, or another one of its task where it is corrupt.
+
+        Not where the store of the shards fails: that must not change what is trained on.
+        """
         try:
             return self._read_sample(position, degradation, number, epoch)
+        except StoreError:
+            raise
         except (DamagedError, OSError) as error:
             if self.data.on_corrupt == "stop":
                 raise
@@ -276,6 +282,8 @@ class TrainStream:
             try:
                 sample = self._read_sample(position, degradation, other, epoch)
                 return sample._replace(damage=problem)
+            except StoreError:
+                raise
             except (DamagedError, OSError):
                 continue
         raise DamagedError(

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards import inspect, manifest, storage
+from shards import inspect, manifest, patience, storage
 from shards.cache import Cache
 from shards.config import DataConfig
 from shards.indexing import index
@@ -143,10 +143,10 @@ def test_a_server_with_transient_errors_is_asked_again(
 def test_a_shard_that_is_never_complete_stops_with_its_name(
     server: Server, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(patience, "PATIENCE_S", 2.0)
     shard = manifest.read(str(packed)).shards[0]
     server.broken[shard.name] = 10**6
-    with pytest.raises(ValueError, match=rf"fetching http.*{shard.name} failed 5 times"):
+    with pytest.raises(ValueError, match=rf"fetching http.*{shard.name} failed for \d s, the last"):
         contents(config(uri(server), tmp_path / "cache", prefetch=0))
     assert not list((tmp_path / "cache").glob(".*.part"))
 
@@ -293,7 +293,7 @@ def test_the_cache_makes_room_on_a_full_disk(tmp_path: Path) -> None:
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("cannot mount a small disk here")
     try:
-        cache = Cache(folder=str(disk / "cache"), limit=10**9, attempts=1)
+        cache = Cache(folder=str(disk / "cache"), limit=10**9)
         for number in range(6):
             file = blob(tmp_path, f"{number}", 300_000 + number)
             assert os.path.getsize(cache.fetch(*file)) == file[2]

@@ -54,7 +54,7 @@ def point(log: RunLog, samples: int, value: float) -> None:
 def test_a_later_attempt_replaces_what_it_makes_again(
     parts: list[tuple[int, int, bytes]], expected: bytes
 ) -> None:
-    named = [Part(attempt, start, f"{attempt}-{start}") for attempt, start, _ in parts]
+    named = [Part(n, start, start + len(content), "") for n, start, content in parts]
     assert assemble(named, [content for *_, content in parts]) == expected
 
 
