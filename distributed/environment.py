@@ -132,7 +132,9 @@ def code_version() -> dict[str, str]:
 
         if git("ls-files", "environment.py"):  # not if it is installed inside another repository
             tags["mlflow.source.git.commit"] = git("rev-parse", "HEAD")
-            changed = git("status", "--porcelain", "--untracked-files=no")
+            # results/ holds no code: a benchmark that writes there does not change the program.
+            whole = (":(top)", ":(top,exclude)results")
+            changed = git("status", "--porcelain", "--untracked-files=no", "--", *whole)
             tags["measnet.code_changed"] = str(bool(changed)).lower()
     return tags
 
