@@ -87,7 +87,7 @@ def main() -> int:
 def _one(given: Arguments, name: str, seed: int) -> int:
     run = Path("runs", "recipe", f"{name}-{seed}")
     recipe = OURS | RECIPES[name] | {"samples": str(given.samples)}
-    command = ["distributed.train", "small", "--name", f"recipe/{name}-{seed}"]
+    command = ["distributed.train", "small", "--name", run.name, "--storage", str(run.parent)]
     command += ["--seed", str(seed), "--data.train", given.train, "--data.validation", given.test]
     command += ["--data.crop", str(given.crop), "--scaling.workers", given.workers]
     command += [part for key, value in recipe.items() for part in (f"--recipe.{key}", value)]

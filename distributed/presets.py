@@ -26,7 +26,7 @@ def demo() -> TrainConfig:
 
     Command: `make demo`, or `python -m distributed.train demo` on shards that are already there.
     """
-    repeats = {"derain": 3, "dehaze": 4, "deblur": 4, "lowlight": 4}
+    repeats = {"derain": 3, "dehaze": 4, "deblur": 6, "lowlight": 4}
     return TrainConfig(
         name="demo",
         model=tiny(),
