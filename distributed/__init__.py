@@ -7,8 +7,8 @@ each worker     worker is the loop; session the state of the run; schedule, exch
 the engine      decisions, engine, optimizer, reduction, sharded_state, graphs, compilation
 what is kept    checkpoint, checkpoint_writer, run_log, environment
 what is shown   progress, hang, mlflow_tracker, mlflow_model, served
-evaluation      evaluate, scoring, scoring_workers, scores, sources, baselines, compare, iqa, routing,
-                tables, published, figures
+evaluation      evaluate, sources, scoring, scoring_workers, scores, iqa; compare, baselines,
+                routing; tables, published, figures
 pages           report, pages/
 other commands  demo, finetune, cost, serve, serve_app, doctor, node, access
 internals/      private parts of other libraries

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distributed.config import TrackingConfig
-from distributed.node import Node, Places, Probe, look
+from distributed.node import Node, Probe, Targets, inspect_node
 from shards import storage
 from shards.config import DataConfig
 
@@ -67,12 +67,12 @@ class Arguments:
     """MLflow server or database."""
 
 
-def judge(nodes: Sequence[Node], places: Places) -> list[Finding]:
+def judge(nodes: Sequence[Node], targets: Targets) -> list[Finding]:
     """All findings about some nodes; the first is the one that asks.
 
     Args:
         nodes: at least one.
-        places: what was checked.
+        targets: what was checked.
     """
     findings = []
     for node in nodes:
@@ -83,12 +83,12 @@ def judge(nodes: Sequence[Node], places: Places) -> list[Finding]:
         ]
         if node is not nodes[0]:
             findings += between(node, nodes[0])
-    if places.tracking.startswith("sqlite:") and len({node.host.split()[0] for node in nodes}) > 1:
+    if targets.tracking.startswith("sqlite:") and len({node.host.split()[0] for node in nodes}) > 1:
         findings.append(
             Finding(
                 nodes[0].host,
                 "MLflow",
-                f"{places.tracking} is a file of one machine, and there are others",
+                f"{targets.tracking} is a file of one machine, and there are others",
                 "wrong",
                 "start a server: docs/mlflow.md",
             )
@@ -261,7 +261,7 @@ def _pinned(package: str) -> str:
     return next((d.removeprefix(exact) for d in demands if d.startswith(exact)), "")
 
 
-def look_at_cluster(places: Places) -> list[Node]:
+def inspect_cluster(targets: Targets) -> list[Node]:
     """The facts about each node of the cluster of RAY_ADDRESS, the one of this process first.
 
     Raises:
@@ -287,7 +287,8 @@ def look_at_cluster(places: Places) -> list[Node]:
             .remote()
             for node in ids
         ]
-        nodes: list[Node] = ray.get([probe.look.remote(places) for probe in probes], timeout=120)
+        answers = [probe.inspect.remote(targets) for probe in probes]
+        nodes: list[Node] = ray.get(answers, timeout=120)
         block = probes[0].block.remote()
         for number, probe in enumerate(probes[1:], start=1):
             asked = time.time()
@@ -309,7 +310,7 @@ def look_at_cluster(places: Places) -> list[Node]:
 
 def examine(arguments: Arguments) -> list[Finding]:
     """All findings about this machine, or about the nodes of the cluster."""
-    places = Places(
+    targets = Targets(
         storage=storage.absolute(arguments.storage) if arguments.storage else "",
         train=storage.absolute(arguments.train) if arguments.train else "",
         validation=storage.absolute(arguments.validation) if arguments.validation else "",
@@ -317,30 +318,30 @@ def examine(arguments: Arguments) -> list[Finding]:
         cache=DataConfig().cache_dir,
     )
     if not os.environ.get("RAY_ADDRESS"):
-        return judge([look(places)], places)
+        return judge([inspect_node(targets)], targets)
     try:
-        return judge(_with_shared_object(places), places)
+        return judge(_with_shared_object(targets), targets)
     except OSError as error:
         unreachable = Finding(
             socket.gethostname(), "Ray", str(error), "wrong", "ray status; check RAY_ADDRESS"
         )
-        return [*judge([look(places)], places), unreachable]
+        return [*judge([inspect_node(targets)], targets), unreachable]
 
 
-def _with_shared_object(places: Places) -> list[Node]:
+def _with_shared_object(targets: Targets) -> list[Node]:
     """Look at the cluster; each node must see an object that this one has written."""
     name = f".shared-{secrets.token_hex(4)}"
-    where = storage.join(places.storage, name)
-    if places.storage:
+    where = storage.join(targets.storage, name)
+    if targets.storage:
         try:
             storage.write(where, b"seen by all nodes")
-            places = dataclasses.replace(places, shared=name)
+            targets = dataclasses.replace(targets, shared=name)
         except OSError:
             pass  # the nodes' own check of the storage says why
     try:
-        return look_at_cluster(places)
+        return inspect_cluster(targets)
     finally:
-        if places.shared:
+        if targets.shared:
             storage.remove(where)
 
 

@@ -25,7 +25,7 @@ BLOCK = 32 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
+class Targets:
     """What a run will use; an empty one is not checked."""
 
     storage: str = ""
@@ -71,7 +71,7 @@ class Node:
     """From the first node to this one, bytes a second."""
 
 
-def look(places: Places) -> Node:
+def inspect_node(targets: Targets) -> Node:
     """Find out about this node; takes a few seconds."""
     from measnet.hardware import DRIVER_VERSION
 
@@ -97,17 +97,17 @@ def look(places: Places) -> Node:
         triton=importlib.util.find_spec("triton") is not None,
         compiler=next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), ""),
         headers=Path(sysconfig.get_path("include"), "Python.h").exists(),
-        disks=_disks(places),
+        disks=_disks(targets),
         shared_memory=shutil.disk_usage(memory).free if memory.is_dir() else None,
-        problems=_problems(places),
+        problems=_problems(targets),
     )
 
 
-def _disks(places: Places) -> tuple[tuple[str, int, int], ...]:
+def _disks(targets: Targets) -> tuple[tuple[str, int, int], ...]:
     """The disks of the working folder, Ray's files, the cache and a local storage, each once."""
-    local = [places.storage] if places.storage and "://" not in places.storage else []
+    local = [targets.storage] if targets.storage and "://" not in targets.storage else []
     found: dict[int, tuple[str, int, int]] = {}
-    for wanted in (*local, os.path.expanduser(places.cache), tempfile.gettempdir(), os.getcwd()):
+    for wanted in (*local, os.path.expanduser(targets.cache), tempfile.gettempdir(), os.getcwd()):
         path = Path(wanted).absolute()
         path = next(p for p in (path, *path.parents) if p.exists())
         usage = shutil.disk_usage(path)
@@ -115,18 +115,18 @@ def _disks(places: Places) -> tuple[tuple[str, int, int], ...]:
     return tuple(found.values())
 
 
-def _problems(places: Places) -> tuple[tuple[str, str], ...]:
+def _problems(targets: Targets) -> tuple[tuple[str, str], ...]:
     checks: list[tuple[str, Callable[[], Any]]] = []
-    if places.storage:
-        checks.append(("storage", lambda: access.check_storage(places.storage, patience_s=0)))
-    if places.shared:
-        checks.append(("storage", lambda: access.check_shared(places.storage, places.shared)))
-    if places.train:
-        checks.append(("training data", lambda: access.check_data(places.train)))
-    if places.validation:
-        checks.append(("validation data", lambda: access.check_data(places.validation)))
-    if places.tracking:
-        checks.append(("MLflow", lambda: access.check_tracking(places.tracking)))
+    if targets.storage:
+        checks.append(("storage", lambda: access.check_storage(targets.storage, patience_s=0)))
+    if targets.shared:
+        checks.append(("storage", lambda: access.check_shared(targets.storage, targets.shared)))
+    if targets.train:
+        checks.append(("training data", lambda: access.check_data(targets.train)))
+    if targets.validation:
+        checks.append(("validation data", lambda: access.check_data(targets.validation)))
+    if targets.tracking:
+        checks.append(("MLflow", lambda: access.check_tracking(targets.tracking)))
     # All at once, because a server that does not answer makes each of them wait.
     return in_time([(name, check) for name, check in checks], CHECK_S)
 
@@ -159,9 +159,9 @@ def in_time(
 class Probe:
     """An actor on one node of a cluster."""
 
-    def look(self, places: Places) -> Node:
-        """See `look`."""
-        return look(places)
+    def inspect(self, targets: Targets) -> Node:
+        """See `inspect_node`."""
+        return inspect_node(targets)
 
     def now(self) -> float:
         """This node's clock, seconds since 1970."""

@@ -12,7 +12,7 @@ import pytest
 
 from distributed.access import check_data, check_storage, check_tracking
 from distributed.doctor import GIB, Finding, judge, main
-from distributed.node import Node, Places, in_time
+from distributed.node import Node, Targets, in_time
 from tests.chaos import Cluster
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +32,7 @@ WELL = Node(
 )
 
 
-NOTHING = Places()
+NOTHING = Targets()
 
 
 def other(**changes: Any) -> Node:
@@ -40,8 +40,8 @@ def other(**changes: Any) -> Node:
     return dataclasses.replace(WELL, host="second", bandwidth=1e9, **changes)
 
 
-def bad(nodes: list[Node], places: Places = NOTHING) -> list[Finding]:
-    return [one for one in judge(nodes, places) if one.state != "ok"]
+def bad(nodes: list[Node], targets: Targets = NOTHING) -> list[Finding]:
+    return [one for one in judge(nodes, targets) if one.state != "ok"]
 
 
 def test_nothing_is_wrong_on_good_nodes() -> None:
@@ -102,9 +102,9 @@ def test_what_is_wrong_is_named_with_the_way_out(
 def test_a_slow_network_and_a_database_of_one_machine() -> None:
     (slow,) = bad([WELL, dataclasses.replace(other(), bandwidth=20e6)])
     assert (slow.what, slow.state, slow.found) == ("network", "slow", "20 MB/s from first")
-    (one,) = bad([WELL, other()], Places(tracking="sqlite:////home/u/mlflow.db"))
+    (one,) = bad([WELL, other()], Targets(tracking="sqlite:////home/u/mlflow.db"))
     assert one.what == "MLflow" and "is a file of one machine" in one.found
-    assert bad([WELL], Places(tracking="sqlite:////home/u/mlflow.db")) == []
+    assert bad([WELL], Targets(tracking="sqlite:////home/u/mlflow.db")) == []
 
 
 def test_another_version_of_torch_than_this_project_is_tested_with() -> None:
