@@ -167,14 +167,17 @@ def _modulated(
     """Gradients of the product and of the convolved features."""
     channels, pixels = depth.shape[-1], depth.numel() // depth.shape[-1]
     of_product, of_depth = torch.empty_like(depth), torch.empty_like(depth)
-    sizes = _sizes(channels)
+    block = power_of_two(channels)
+    # A product of fp32 needs each number in three parts, so its tiles are smaller.
+    rows = 32 if depth.dtype == torch.float32 else min(128, 8192 // block)
     launch(
         _modulate_back,
-        (ceil_div(pixels, sizes["BM"]),),
+        (ceil_div(pixels, rows),),
         *(gradient, depth, matrix, of_mean, of_product, of_depth),
         *(pixels, pixels // len(of_mean)),
-        **{"C": channels, "BK": 32, **sizes},
+        **{"C": channels, "BM": rows, "BC": block, "BK": 32},
         PRECISION=products(depth.dtype),
+        num_warps=8,
         num_stages=2,
     )
     return of_product, of_depth
