@@ -71,26 +71,31 @@ def _step(engine: Any, step: int, accumulation: int = 2) -> list[Tensor]:
     """The gradients before the update."""
     for place in range(accumulation):
         seed = 100 * step + 10 * dist.get_rank() + place
-        x = torch.randn(2, 7, generator=torch.Generator().manual_seed(seed))
+        x = torch.randn(2, 7, generator=torch.Generator().manual_seed(seed)).to(engine.device)
         if (step, dist.get_rank(), place) == (1, 0, 0):
             x[0, 0] = float("nan")
         engine.backward((engine(x) - x[:, :3] ** 2).square().mean())
-        gradients = [p.grad.clone() for p in engine.module.parameters() if p.grad is not None]
+        gradients = [p.grad.cpu() for p in engine.module.parameters() if p.grad is not None]
         engine.step()
     return gradients
 
 
-def _compare() -> dict[str, Any]:
+def compare(device_type: str = "cpu") -> dict[str, Any]:
     """Four steps with and without overlap, of which the second is skipped; two more resumed."""
     reduction.LEAST = 64
+    device = torch.device(device_type, dist.get_rank() if device_type == "cuda" else None)
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
     config = _config(dist.get_world_size())
-    ours, theirs = (_engine(config, _Network(), overlap=overlap) for overlap in (True, False))
+    ours, theirs = (
+        _engine(config, _Network().to(device), overlap=overlap) for overlap in (True, False)
+    )
     gradients = [(_step(ours, step), _step(theirs, step)) for step in range(2)]
     state = [sharded_state.weights(ours), sharded_state.optimizer_state(ours)]
     updates = guarded_optimizer(ours).updates
     dist.broadcast_object_list(state, src=0)
     gradients += [(_step(ours, step), _step(theirs, step)) for step in range(2, 4)]
-    network = _Network()
+    network = _Network().to(device)
     network.load_state_dict(state[0])
     resumed = _engine(config, network)
     sharded_state.load_optimizer_state(resumed, state[1], updates)
@@ -109,8 +114,12 @@ def test_the_gradients_are_those_of_deepspeed(world: int) -> None:
 
     With accumulation, clipping, a skipped update, and weights that only some ranks use.
     """
-    ranks = run_ranks(world, _compare)
-    tolerance = {"rtol": 0, "atol": 0} if world == 2 else {"rtol": 1e-5, "atol": 1e-7}
+    assert_the_same(run_ranks(world, compare), exactly=world == 2)
+
+
+def assert_the_same(ranks: list[dict[str, Any]], *, exactly: bool) -> None:
+    """What `compare` gave on each rank."""
+    tolerance = {"rtol": 0, "atol": 0} if exactly else {"rtol": 1e-5, "atol": 1e-7}
     for rank in ranks:
         assert rank["updates"] == [3, 3]
         for ours, theirs in rank["gradients"]:
