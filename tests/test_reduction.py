@@ -75,7 +75,8 @@ def _step(engine: Any, step: int, accumulation: int = 2) -> list[Tensor]:
         if (step, dist.get_rank(), place) == (1, 0, 0):
             x[0, 0] = float("nan")
         engine.backward((engine(x) - x[:, :3] ** 2).square().mean())
-        gradients = [p.grad.cpu() for p in engine.module.parameters() if p.grad is not None]
+        held = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        gradients = [one.to("cpu", copy=True) for one in held]
         engine.step()
     return gradients
 
