@@ -15,6 +15,7 @@ import contextlib
 import gc
 import json
 import math
+import signal
 import statistics
 import sys
 import time
@@ -310,9 +311,10 @@ def main() -> int:
         return 1
     device = torch.device("cuda", 0) if has_gpu else torch.device("cpu")
     report = Report(device, beside_json=given.json)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as `timeout` sends it
     try:
         run(given, device, report)
-    finally:  # also what was found before an interrupt
+    finally:  # also if it is stopped
         report.found["seconds"] = time.perf_counter() - STARTED
         report.title(f"{report.found['seconds']:.0f} s in all")
         if given.json:
