@@ -64,7 +64,9 @@ def run_system(
                 loader_workers=0 if small else 8,
             ),
             recipe=Recipe(samples=steps * batch, global_batch=batch, micro_batch=micro),
-            every=IntervalConfig(checkpoint=steps * batch, validate=0, log=10 * batch),
+            every=IntervalConfig(
+                checkpoint=steps * batch, validate=0, validation_pictures=1, log=10 * batch
+            ),
             scaling=ScalingConfig(device="cpu" if device == "cpu" else "gpu"),
             tracking=TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db"),
         )
