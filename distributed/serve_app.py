@@ -28,15 +28,16 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from torch import Tensor
 
 from distributed.evaluate import load
+from distributed.figures import as_uint8
 from distributed.pages.charts import colour
 from distributed.pages.render import data_uri, render
-from distributed.pages.views import Window, expert_maps
+from distributed.pages.views import coloured
 from measnet.decoding import read
 from measnet.hardware import DeviceChoice, choose_device, this_machine
 from measnet.network import PIXEL_LIBRARIES, MEASNet
-from measnet.pictures import Picture, PictureError, write
-from measnet.routing import record
-from measnet.tiling import Tiling, choose_tiling, restore
+from measnet.pictures import WHITE, Picture, PictureError, write
+from measnet.routing import record_maps
+from measnet.tiling import Tiling, choose_tiling, is_exact, restore
 
 LOSSES = 5
 """Times that a request is sent again because its replica died; more is the request's own fault."""
@@ -126,7 +127,7 @@ class Restorer:
             started = time.perf_counter()
             batch = torch.stack([jobs[number].image for number in numbers])
             if jobs[numbers[0]].experts:
-                images, maps = [None] * len(batch), self._maps(batch)
+                images, maps = [None] * len(batch), [self._maps(image) for image in batch]
             else:
                 tile = self.tiling.side(*batch.shape[-2:])
                 images = list(restore(self.model, batch, tile=tile, overlap=self.tiling.overlap))
@@ -136,17 +137,15 @@ class Restorer:
                 found[number] = Done(image, own, seconds)
         return [found[number] for number in range(len(jobs))]
 
-    @torch.no_grad()
-    def _maps(self, batch: Tensor) -> list[dict[str, Image.Image]]:
-        """Of each picture; none if the pictures do not fit the memory whole."""
-        height, width = batch.shape[-2:]
-        if self.tiling.side(height, width) is not None:
-            return [{} for _ in batch]
-        device = next(self.model.parameters()).device
-        with record(self.model) as choices:
-            self.model(batch.to(device))
-        window = Window(0, 0, height, width)
-        return [expert_maps(choices, window, number) for number in range(len(batch))]
+    def _maps(self, image: Tensor) -> dict[str, Image.Image]:
+        """Of one picture; none if it is restored in blended tiles."""
+        height, width = image.shape[-2:]
+        tile = self.tiling.side(height, width)
+        if tile is not None and not is_exact(self.model):
+            return {}
+        with record_maps(self.model, height, width) as maps:
+            restore(self.model, image, tile=tile, overlap=self.tiling.overlap)
+        return coloured(maps, self.model.config.pixel_experts)
 
 
 # --- HTTP ---
@@ -226,11 +225,30 @@ def decoded(body: bytes, megapixels: int) -> Picture:
             raise HTTPException(415, f"the file {text}") from error
 
 
+def check_depth(picture: Picture) -> None:
+    """Refuse a picture whose restored one PNG could not hold.
+
+    Raises:
+        HTTPException: 415, its values are floats.
+    """
+    if picture.colour.dtype == np.float32:
+        raise HTTPException(415, "PNG does not hold floats; send 8 or 16 bits per channel")
+
+
+def preview_png(picture: Picture) -> bytes:
+    """A picture as PNG with 8 bits, which every browser can show."""
+    parts = [picture.colour]
+    if picture.alpha is not None:
+        parts.append(picture.alpha[..., None])
+    pixels = as_uint8(np.concatenate(parts, axis=2) / np.float32(WHITE[picture.colour.dtype]))
+    file = BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file, "PNG")
+    return file.getvalue()
+
+
 def _encoded(picture: Picture, image: Tensor) -> bytes:
     """The restored picture as PNG."""
     restored = picture.with_colour(image)
-    if restored.colour.dtype == np.float32:
-        raise HTTPException(415, "PNG does not hold floats; send 8 or 16 bits per channel")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "restored.png"
         write(restored, path)
@@ -262,10 +280,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         "headers": {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}},
     },
 }
+_PNG = {"image/png": {"schema": {"type": "string", "format": "binary"}}}
 PNG_ANSWER: dict[str, Any] = {
     "description": "The restored picture as PNG; depth, transparency and metadata are kept.",
-    "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}},
+    "content": _PNG,
 }
+PREVIEW_ANSWER: dict[str, Any] = {"description": "The picture as PNG, 8 bits.", "content": _PNG}
 
 
 @serve.deployment
@@ -305,6 +325,7 @@ class Ingress:
     async def restore(self, request: Request, credentials: Credentials) -> Response:
         """Restore a picture."""
         picture = await self._picture(request, credentials)
+        check_depth(picture)
         done = await self._send(Job(picture.tensor()))
         assert done.image is not None
         return Response(
@@ -315,11 +336,22 @@ class Ingress:
     async def experts(self, request: Request, credentials: Credentials) -> dict[str, str]:
         """The most probable expert of each pixel, as a PNG in a data address per library.
 
-        Empty for a picture that does not fit the memory whole.
+        Empty for variant official if the picture does not fit the memory whole.
         """
         picture = await self._picture(request, credentials)
         done = await self._send(Job(picture.tensor(), experts=True))
         return {name: data_uri(image) for name, image in done.maps.items()}
+
+    @api.post(
+        "/preview",
+        response_class=Response,
+        responses={200: PREVIEW_ANSWER, **ERRORS},
+        openapi_extra=BODY,
+    )
+    async def preview(self, request: Request, credentials: Credentials) -> Response:
+        """The picture itself as PNG with 8 bits, for a browser that cannot show its file (TIFF)."""
+        picture = await self._picture(request, credentials)
+        return Response(await asyncio.to_thread(preview_png, picture), 200, None, "image/png")
 
     async def _picture(
         self, request: Request, credentials: HTTPAuthorizationCredentials | None

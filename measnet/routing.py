@@ -157,6 +157,52 @@ def record(model: MEASNet) -> Iterator[dict[str, Choice]]:
         yield choices
 
 
+@contextmanager
+def record_maps(model: MEASNet, height: int, width: int) -> Iterator[dict[str, Tensor]]:
+    """Records the most probable expert of each pixel, also of a picture in exact tiles.
+
+    Within it, one picture of this size is restored, whole or in tiles. After it, the dictionary
+    holds per-pixel library -> (H/s, W/s) uint8 on the CPU, where s is 1, 2 and 4 by level, rounded
+    up.
+    """
+    parts: dict[str, list[Tensor]] = {name: [] for name in PIXEL_LIBRARIES if name in hooks(model)}
+    maps: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Intercept:
+        def intercept(choice: Choice) -> Choice:
+            parts[name].append(choice.chosen[0, ..., 0].to(torch.uint8).cpu())
+            return choice
+
+        return intercept
+
+    with intercepting(model, {name: keep(name) for name in parts}):
+        yield maps
+    padded = model.pad(torch.empty(1, 3, height, width, device="meta")).shape[-2:]
+    for level, name in enumerate(PIXEL_LIBRARIES):
+        if name in parts:
+            joined = join_tiles(parts[name], *(side // 2**level for side in padded))
+            maps[name] = joined[: -(-height // 2**level), : -(-width // 2**level)]
+
+
+def join_tiles(parts: Sequence[Tensor], height: int, width: int) -> Tensor:
+    """Tiles (h, w), row by row, as one map (height, width).
+
+    If a try ran out of memory, its tiles come first; they are dropped.
+    """
+    start, area = len(parts), 0
+    while area < height * width:
+        start -= 1
+        area += parts[start].numel()
+    rows: list[Tensor] = []
+    row: list[Tensor] = []
+    for part in parts[start:]:
+        row.append(part)
+        if sum(one.shape[1] for one in row) == width:
+            rows.append(torch.cat(row, dim=1))
+            row = []
+    return torch.cat(rows)
+
+
 def margin(choice: Choice) -> Tensor:
     """How clear a choice is, (...): the K-th less the (K+1)-th largest probability; 1 if K = N."""
     top_k = choice.chosen.shape[-1]

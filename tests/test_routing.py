@@ -13,6 +13,7 @@ from measnet.losses import restoration_loss
 from measnet.network import MEASNet
 from measnet.selection import Selector, fade_noise, squared_variation
 from measnet.step_statistics import commit_statistics
+from measnet.tiling import restore
 
 LIBRARIES = ["encoder1", "encoder2", "encoder3"]
 BANDS = [f"decoder{level}.{band}" for level in (3, 2, 1) for band in ("high", "low")]
@@ -334,3 +335,29 @@ def test_drift_is_the_distance_of_the_shares_of_each_task() -> None:
     half = {"derain": {"encoder1": [1.0, 1.0]}}
     expected = routing.jensen_shannon(np.array([1.0, 0.0]), np.array([0.5, 0.5]))
     assert routing.drift(before, half) == pytest.approx({"encoder1": expected})
+
+
+@pytest.mark.parametrize("tile", [None, 64])
+def test_maps_of_a_picture_in_exact_tiles_are_those_of_the_whole(tile: int | None) -> None:
+    model = MEASNet(tiny()).eval()
+    image = torch.rand(3, 131, 150)
+    with torch.no_grad(), routing.record(model) as choices:
+        model(image[None])
+    with routing.record_maps(model, 131, 150) as maps:
+        restore(model, image, tile=tile)
+    assert list(maps) == ["encoder1", "encoder2", "encoder3"]
+    for level, (name, map_hw) in enumerate(maps.items()):
+        height, width = -(-131 // 2**level), -(-150 // 2**level)
+        expected = choices[name].chosen[0, :height, :width, 0]
+        assert map_hw.dtype == torch.uint8 and map_hw.shape == (height, width)
+        assert (map_hw == expected).float().mean() > 0.999  # equal gates are decided by rounding
+
+
+def test_tiles_are_joined_row_by_row_without_those_of_a_failed_try() -> None:
+    whole = torch.arange(7 * 9).view(7, 9)
+    tiles = [
+        whole[top : top + 4, left : left + 4] for top in range(0, 7, 4) for left in range(0, 9, 4)
+    ]
+    failed = [torch.full((6, 6), -1), torch.full((6, 3), -1)]
+    assert torch.equal(routing.join_tiles([*failed, *tiles], 7, 9), whole)
+    assert torch.equal(routing.join_tiles([whole], 7, 9), whole)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import psutil
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from skimage import data
@@ -35,8 +36,10 @@ from distributed.serve_app import (
     Job,
     again_if_lost,
     api,
+    check_depth,
     decoded,
     groups,
+    preview_png,
     received,
     retry_after,
 )
@@ -223,9 +226,38 @@ def test_sixteen_bits_are_kept() -> None:
     assert np.array_equal(decoded(png16.encode(values), 1).colour, values)
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_preview_has_eight_bits_and_the_same_values(
+    kind: type, channels: int, tmp_path: Path
+) -> None:
+    unit = np.linspace(0, 1, 24 * 30 * channels).reshape(24, 30, channels)
+    white = 1 if kind is np.float32 else np.iinfo(kind).max
+    pixels = (unit * white).astype(kind)
+    photometric = "minisblack" if channels == 1 else "rgb"
+    tifffile.imwrite(tmp_path / "a.tif", pixels.squeeze(), photometric=photometric)
+    picture = decoded((tmp_path / "a.tif").read_bytes(), 1)
+    with Image.open(io.BytesIO(preview_png(picture))) as shown:
+        assert shown.format == "PNG" and shown.mode == ("L" if channels == 1 else "RGB")
+        found = np.asarray(shown).reshape(24, 30, channels) / 255
+    assert np.abs(found - unit).max() <= 1 / 255
+    if kind is np.float32:
+        with pytest.raises(HTTPException, match="PNG does not hold floats"):
+            check_depth(picture)
+
+
+def test_transparency_is_in_the_preview() -> None:
+    pixels = np.zeros((8, 9, 4), np.uint8)
+    pixels[..., 3] = np.arange(9)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    with Image.open(io.BytesIO(preview_png(decoded(file.getvalue(), 1)))) as shown:
+        assert np.array_equal(np.asarray(shown), pixels)
+
+
 def test_the_interface_is_described() -> None:
     paths = api.openapi()["paths"]
-    assert set(paths) == {"/health", "/restore", "/experts"}
+    assert set(paths) == {"/health", "/restore", "/experts", "/preview"}
     restore_ = paths["/restore"]["post"]
     assert set(restore_["responses"]) >= {"200", "401", "413", "415", "503"}
     assert "image/png" in restore_["responses"]["200"]["content"]
@@ -363,9 +395,10 @@ def test_a_replica_killed_under_load_loses_no_accepted_request(server: Server) -
 
 @pytest.mark.slow
 @needs_chromium
-def test_the_page_restores_a_picture(server: Server, tmp_path: Path) -> None:
-    path = tmp_path / "photo.png"
-    path.write_bytes(photograph())
+@pytest.mark.parametrize("suffix", ["png", "tif"])  # a browser cannot show TIFF
+def test_the_page_restores_a_picture(server: Server, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"photo.{suffix}"
+    Image.open(io.BytesIO(photograph())).save(path)
 
     async def visit(page: Page) -> None:
         await page.open(f"{server.url}/", 390)

@@ -101,6 +101,11 @@ def expert_maps(
     return maps
 
 
+def coloured(maps: Mapping[str, Tensor], experts: int) -> dict[str, Image.Image]:
+    """The same maps, from `measnet.routing.record_maps`, as colours."""
+    return {name: _palette(numbers_hw, experts) for name, numbers_hw in maps.items()}
+
+
 def _palette(numbers_hw: Tensor, experts: int) -> Image.Image:
     image = Image.fromarray(numbers_hw.to(torch.uint8).numpy())
     image.putpalette([v for n in range(experts) for v in ImageColor.getrgb(colour(n))])
