@@ -458,6 +458,7 @@ def test_a_worker_that_dies_is_replaced_and_no_score_is_lost(
     ray_local: None, model: MEASNet, shards: str, report: EvaluationReport
 ) -> None:
     with ray_workers(2, "cpu") as workers:
+        workers.tiling(model, overlap=32)  # now they run
 
         def source() -> Iterator[list[Picture]]:
             for picture in pictures(shards):
