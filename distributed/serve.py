@@ -19,6 +19,7 @@ from typing import Any
 import tyro
 
 from measnet.hardware import DeviceChoice, choose_device, this_machine
+from measnet.hub import SMALL
 
 TOKEN = "MEASNET_SERVE_TOKEN"
 """Environment variable with the token that requests need."""
@@ -32,8 +33,8 @@ class Arguments:
     """Serve a network over HTTP. The token is in the environment variable MEASNET_SERVE_TOKEN."""
 
     checkpoint: tyro.conf.Positional[str]
-    """A run folder (its newest complete checkpoint, averaged weights), a .safetensors file, or a
-    checkpoint of the authors' program (.ckpt, .pth)."""
+    """A run folder (its newest complete checkpoint, averaged weights), a .safetensors file, a
+    checkpoint of the authors' program (.ckpt, .pth), or `small`, which comes with the program."""
     host: str = "127.0.0.1"
     """Address to listen on. Any other than this machine's own needs a token."""
     port: int = 8000
@@ -150,7 +151,7 @@ def start(given: Arguments, token: str) -> Any:
     )
     serve.start(http_options={"host": given.host, "port": given.port})
     app = application(
-        os.path.abspath(given.checkpoint) if "://" not in given.checkpoint else given.checkpoint,
+        path_for_replicas(given.checkpoint),
         limits=limits,
         token=token,
         replicas=replicas,
@@ -158,6 +159,12 @@ def start(given: Arguments, token: str) -> Any:
         gpus=1.0 if device != "cpu" else 0.0,
     )
     return serve.run(app, name=NAME, route_prefix="/")
+
+
+def path_for_replicas(checkpoint: str) -> str:
+    """The checkpoint as replicas find it, which run in other folders."""
+    shipped = checkpoint == SMALL and not os.path.exists(SMALL)
+    return checkpoint if shipped or "://" in checkpoint else os.path.abspath(checkpoint)
 
 
 def stop() -> None:

@@ -31,7 +31,7 @@ from fastapi import HTTPException
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
-from distributed.serve import TOKEN, Arguments, is_loopback, main
+from distributed.serve import TOKEN, Arguments, is_loopback, main, path_for_replicas
 from distributed.serve_app import (
     Job,
     again_if_lost,
@@ -219,6 +219,15 @@ def test_files_that_are_refused(body: bytes, status: int, words: str) -> None:
         decoded(body, 1)
     assert error.value.status_code == status
     assert words in error.value.detail and "/tmp" not in error.value.detail
+
+
+def test_replicas_find_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert path_for_replicas("runs/demo") == str(tmp_path / "runs" / "demo")
+    assert path_for_replicas("s3://bucket/run") == "s3://bucket/run"
+    assert path_for_replicas("small") == "small"
+    (tmp_path / "small").mkdir()
+    assert path_for_replicas("small") == str(tmp_path / "small")
 
 
 def test_sixteen_bits_are_kept() -> None:
