@@ -124,6 +124,7 @@ def start(given: Arguments, token: str) -> Any:
     try:
         import ray
         from ray import serve
+        from ray.exceptions import GetTimeoutError, RayActorError
     except ImportError as error:
         raise ValueError(
             f"Ray Serve is not complete ({error.name} is missing); "
@@ -149,7 +150,6 @@ def start(given: Arguments, token: str) -> Any:
         wait_s=given.batch_wait,
         queue=given.queue,
     )
-    serve.start(http_options={"host": given.host, "port": given.port})
     app = application(
         path_for_replicas(given.checkpoint),
         limits=limits,
@@ -158,7 +158,14 @@ def start(given: Arguments, token: str) -> Any:
         device=given.device,
         gpus=1.0 if device != "cpu" else 0.0,
     )
-    return serve.run(app, name=NAME, route_prefix="/")
+    try:
+        serve.start(http_options={"host": given.host, "port": given.port})
+        return serve.run(app, name=NAME, route_prefix="/")
+    except (RayActorError, GetTimeoutError) as error:
+        raise OSError(
+            f"Ray Serve did not start ({type(error).__name__}); if the machine is very busy, try "
+            "again, else see the logs in /tmp/ray/session_latest/logs/serve"
+        ) from error
 
 
 def path_for_replicas(checkpoint: str) -> str:
