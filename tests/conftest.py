@@ -1,7 +1,6 @@
 """Fixtures of several tests: real pictures, reference outputs, devices, a small Ray."""
 
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests import faults, s3
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU_TESTS = pytest.StashKey[set[str]]()
@@ -133,31 +134,41 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bucket() -> Iterator[str]:
-    """An S3-compatible server on loopback; nothing of the machine's own credentials is used."""
-    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    pytest.importorskip("s3fs")
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line per request
-    server.start()
-    host, port = server.get_host_and_port()
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
-    import fsspec
+def moto_server() -> Iterator[str]:
+    """The address of an S3-compatible server on loopback."""
+    with s3.moto() as address:
+        yield address
 
-    fsspec.filesystem("s3").mkdir("shelf")
-    yield "s3://shelf"
-    for name, value in before.items():
-        os.environ.pop(name)
-        if value is not None:
-            os.environ[name] = value
-    server.stop()
+
+@pytest.fixture(scope="session")
+def bucket(moto_server: str) -> Iterator[str]:
+    """A bucket in an S3-compatible server on loopback."""
+    with s3.used(moto_server) as place:
+        yield place
+
+
+@pytest.fixture(scope="session")
+def rclone_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a second, independent S3-compatible server."""
+    with s3.rclone(tmp_path_factory.mktemp("rclone")) as address:
+        yield address
+
+
+@pytest.fixture(params=["folder", "moto", "rclone"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A local folder, and a place in each of two independent S3-compatible servers."""
+    if request.param == "folder":
+        yield str(tmp_path / "place")
+        return
+    with s3.used(request.getfixturevalue(f"{request.param}_server")) as bucket:
+        yield f"{bucket}/{tmp_path.name}"
+
+
+@pytest.fixture
+def faulty(moto_server: str, tmp_path: Path) -> Iterator[tuple[str, faults.Proxy]]:
+    """A place in a bucket, and the proxy before its server, which fails as it is told."""
+    with faults.proxy(moto_server) as proxy, s3.used(proxy.url) as place:
+        yield f"{place}/{tmp_path.name}", proxy
 
 
 @pytest.fixture(scope="session")

@@ -6,10 +6,9 @@ import http.server
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
-from urllib.parse import parse_qs, urlsplit
 
 ERROR = b'<?xml version="1.0"?><Error><Code>%s</Code><Message>%s</Message></Error>'
 ANSWERS = {
@@ -63,6 +62,7 @@ class Proxy(http.server.ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.requests: list[tuple[str, str]] = []
         self.listings: dict[str, list[tuple[float, bytes]]] = {}
+        """Request -> when it was answered, and what."""
 
     @property
     def url(self) -> str:
@@ -121,7 +121,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if kind == "lost answer":
             return self._cut()
         if "list-type" in self.path and status == 200:
-            kept = self.server.listings.setdefault(_listed(self.path), [])
+            kept = self.server.listings.setdefault(self.path, [])
             kept.append((time.monotonic(), answer))
             if kind == "stale listing":
                 assert fault is not None
@@ -167,14 +167,3 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         pass
-
-
-def _listed(path: str) -> str:
-    """What a listing is of."""
-    asked = parse_qs(urlsplit(path).query)
-    return "&".join(f"{k}={asked[k]}" for k in sorted(asked) if k in ("prefix", "delimiter")) + (
-        urlsplit(path).path
-    )
-
-
-Say = Callable[[str], object]

@@ -223,7 +223,7 @@ def test_tars_of_another_program_are_indexed_and_streamed_on_s3(
     good = storage.read(f"{tars}/{name}")
     storage.write(f"{tars}/{name}", good.replace(b'"height":48', b'"height":49'))
     changed = dataclasses.replace(data, cache_dir=str(tmp_path / "fresh"), prefetch=0)
-    with pytest.raises(ValueError, match=rf"{name} failed .*`python -m shards.index '?{tars}/"):
+    with pytest.raises(ValueError, match=rf"{name} failed: .*`python -m shards.index '?{tars}/"):
         contents(changed)
     again = index(tars, **options)
     assert again.fingerprint != made.fingerprint

@@ -13,18 +13,12 @@ from distributed.run_log import (
     Part,
     RunLog,
     assemble,
+    is_complete,
     join_parts,
     read,
     records,
 )
 from shards.storage import list_names
-
-
-@pytest.fixture(params=["local", "store"])
-def run(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "local":
-        return str(tmp_path / "run")
-    return f"{request.getfixturevalue('bucket')}/logs/{tmp_path.name}"
 
 
 def step(samples: int, attempt: str = "") -> bytes:
@@ -47,6 +41,8 @@ def point(log: RunLog, samples: int, value: float) -> None:
         ([(1, 0, b"a\nb\n"), (1, 4, b"c\n"), (2, 2, b"B\nC\n")], b"a\nB\nC\n"),
         # A process of the first attempt that is still alive writes late.
         ([(1, 0, b"a\n"), (2, 2, b"B\n"), (1, 2, b"b\nc\nd\n")], b"a\nB\n"),
+        # It was written twice, because the answer to the first write was lost.
+        ([(1, 0, b"a\n"), (1, 2, b"b\n"), (1, 2, b"b\nc\n"), (1, 6, b"d\n")], b"a\nb\nc\nd\n"),
         # The third goes back behind all that the second one wrote.
         ([(1, 0, b"a\n"), (2, 2, b"B\n"), (3, 0, b"1\n"), (3, 2, b"2\n")], b"1\n2\n"),
     ],
@@ -58,7 +54,8 @@ def test_a_later_attempt_replaces_what_it_makes_again(
     assert assemble(named, [content for *_, content in parts]) == expected
 
 
-def test_lines_survive_the_node_and_none_is_doubled(run: str) -> None:
+def test_lines_survive_the_node_and_none_is_doubled(place: str) -> None:
+    run = place
     first = RunLog(run, 0)
     first.resume(0)
     for samples in (8, 16):
@@ -106,17 +103,38 @@ def test_a_folder_has_plain_files_with_all_lines_of_all_attempts(tmp_path: Path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [CONSUMED, EVENTS]
 
 
-def test_events_of_all_ranks_are_kept_at_once(run: str) -> None:
-    logs = [RunLog(run, rank) for rank in (0, 1)]
+def test_events_of_all_ranks_are_kept_at_once(place: str) -> None:
+    logs = [RunLog(place, rank) for rank in (0, 1)]
     for number in range(3):
         for rank, log in enumerate(logs):
             log.event(f"rank {rank}: event {number}")
     for log in logs:
         log.close()
-    told = [line.split(" ", 2)[2] for line in read(run, EVENTS).decode().splitlines()]
+    told = [line.split(" ", 2)[2] for line in read(place, EVENTS).decode().splitlines()]
     assert sorted(told) == sorted(f"rank {r}: event {n}" for r in (0, 1) for n in range(3))
     own = [line for line in told if line.startswith("rank 0")]
     assert own == sorted(own)
+
+
+@pytest.mark.parametrize(
+    ("names", "last", "expected"),
+    [
+        ([], "", True),
+        ([], "1-0-4", False),
+        ([(1, 0, 4)], "1-0-4", True),
+        ([(1, 0, 4)], "1-4-8", False),  # the newest is not listed yet
+        ([(1, 0, 4), (1, 8, 9)], "1-8-9", False),  # one between them is not
+        ([(1, 0, 4), (1, 4, 8)], "", True),
+        ([(1, 0, 4), (1, 0, 8), (1, 8, 9)], "1-8-9", True),  # written twice, the answer was lost
+        ([(1, 0, 8), (2, 4, 6), (2, 6, 7)], "2-6-7", True),
+        ([(1, 0, 8), (2, 4, 6), (2, 7, 9)], "2-7-9", False),
+    ],
+)
+def test_a_part_that_is_not_listed_is_noticed(
+    names: list[tuple[int, int, int]], last: str, expected: bool
+) -> None:
+    parts = [Part(*numbers, "-".join(map(str, numbers))) for numbers in names]
+    assert is_complete(parts, last) == expected
 
 
 def test_half_a_line_is_kept_when_it_is_whole(bucket: str) -> None:
