@@ -20,13 +20,11 @@ ANSWER_S = 10.0
 HELP = "see 'Access to the storage' in docs/cluster.md"
 
 
-def check_storage(uri: str, *, patience_s: float | None = None) -> None:
+def check_storage(uri: str) -> None:
     """Write, read and remove one small object; each node does so before it trains.
 
     Args:
         uri: folder or URI of the runs; a local folder is made where it is missing.
-        patience_s: seconds for which a store that fails is asked again; None: as
-            `shards.patience` says. A missing permission is not tried again.
 
     Raises:
         OSError: this node cannot use it.
@@ -34,7 +32,7 @@ def check_storage(uri: str, *, patience_s: float | None = None) -> None:
     told = secrets.token_bytes(16)
 
     def use() -> None:
-        fs, root = open_folder(uri, patience_s)
+        fs, root = open_folder(uri)
         path = f"{root}/.access-{socket.gethostname()}-{os.getpid()}-{told[:4].hex()}"
         if "file" in fs.protocol:
             fs.makedirs(root, exist_ok=True)

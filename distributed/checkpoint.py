@@ -35,6 +35,7 @@ import fsspec
 import tyro
 
 from distributed.lease import exclusive
+from shards.patience import retrying
 from shards.storage import open_folder, read_json, write_whole
 
 if TYPE_CHECKING:
@@ -292,6 +293,12 @@ def _flaw(marker: Any) -> str | None:
 
 
 def _sha256(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    if "file" in fs.protocol:
+        return _digest(fs, path)
+    return retrying("reading", fs.unstrip_protocol(path), lambda: _digest(fs, path))
+
+
+def _digest(fs: fsspec.AbstractFileSystem, path: str) -> str:
     digest = hashlib.sha256()
     with fs.open(path, "rb") as file:
         while chunk := file.read(1 << 22):

@@ -160,6 +160,11 @@ def launch(
             `distributed.lease.InUseError` if another command trains this run.
     """
     console = console or Console(soft_wrap=True)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False)
+
+    patience.listen(say)
     config = resolve(config)
     manifest, plan = check(config)
     machine = this_machine() if starts_its_own_ray() else None
@@ -169,10 +174,6 @@ def launch(
         if machine.problem and config.scaling.device != "cpu":
             console.print(f"using no GPU: {machine.problem}", highlight=False, markup=False)
 
-    def say(line: str) -> None:
-        console.print(line, highlight=False, markup=False)
-
-    patience.listen(say)
     with exclusive(config.folder, wait_s=wait_s, say=say) as lease:
         started = time.monotonic()
         newest = check_resume(config, plan)

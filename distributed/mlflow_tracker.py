@@ -2,9 +2,9 @@
 
 Metrics go to a JSON-lines file first (`distributed.run_log`); a background thread sends the file to
 MLflow in batches. If MLflow does not answer, training continues, and the rest is sent later: by the
-thread, by a resumed run, or by `finish` in the driver. Sending a point twice is harmless, because
-it has the same name, step, time and value. A point is sent only when the run's storage has it, so
-a run that resumes on another node knows all points that were sent.
+thread, by a resumed run, or by `finish` in the driver. A tag of the MLflow run says how much of the
+file it has, so each point is sent once. A point is sent only when the run's storage has it, so a
+run that resumes on another node knows all points that were sent.
 
 A training run has a key in its folder, and its MLflow run has this key as a tag. So a run that is
 resumed, retried or moved continues the same MLflow run.
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 
 KEY_TAG = "measnet.key"
 KEY_FILE = "tracking.key"
+SENT_TAG = "measnet.sent"
+"""Tag of a run: so many bytes of `metrics.jsonl` were sent."""
 KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
 """Tag of an experiment whose runs train models; others are shown as traces of agents."""
-UI = "http://127.0.0.1:5000"
-"""Default address of `mlflow ui`."""
+UI = "http://127.0.0.1:5000"  # of `mlflow ui`
 EVERY_S, STORE_EVERY_S = 2.0, 30.0
 """Seconds between two batches of metrics, for runs in a folder and in an object store."""
-SYSTEM_EVERY_S = 10.0
-"""Seconds between two points of the system's metrics."""
+SYSTEM_EVERY_S = 10.0  # between two points of the system's metrics
 _BATCH, _PARAMS = 1000, 100
 """MLflow's limits for metrics and parameters in one request."""
 
@@ -193,7 +193,9 @@ def finish(run: Run, status: Status, folder: str | Path | None = None) -> Run:
     def send(client: "MlflowClient", run: Run) -> None:
         state["run"] = run
         if folder is not None:
-            _send_metrics(client, run.id, read_metrics(folder))
+            lines = read(str(folder), METRICS)
+            points = records(lines[_sent(client, run.id) :])
+            _send_metrics(client, run.id, points, lines.rfind(b"\n") + 1)
             if events := read(str(folder), EVENTS):
                 client.log_text(run.id, events.decode(errors="replace"), EVENTS)
         client.set_terminated(run.id, status)
@@ -237,8 +239,6 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 RESUMED_S = 60.0
 """Seconds until a resumed run sends to MLflow. Importing MLflow takes seconds of the worker's time;
 after a lost worker the run trains first."""
-
-
 _Artifact = tuple[Path, str, int | None]
 """A path, its folder, None; or of a picture its path, key and step."""
 
@@ -280,7 +280,7 @@ class Tracker:
         self._system_step = self._last.get("system/cpu_utilization_percentage", -1)
         self._file = self._path.open("ab", buffering=0)
         self._file.truncate(end)  # removes half a line of a killed writer
-        self._run, self._sent = run, 0
+        self._run, self._sent = run, -1
         default_s = STORE_EVERY_S if run_log.in_store else EVERY_S
         self._every_s, self._retry_s = every_s or default_s, retry_s
         self._first_s = self._every_s if first_s is None else first_s
@@ -338,9 +338,11 @@ class Tracker:
             if self._run is None:
                 return True
             self._run = open_run(self._run)
-            data, end = complete_lines(self._path, self._sent, kept)
             client = client_of(self._run)
-            _send_metrics(client, self._run.id, records(data))
+            if self._sent < 0:  # an earlier attempt may have sent a part
+                self._sent = _sent(client, self._run.id)
+            data, end = complete_lines(self._path, self._sent, kept)
+            _send_metrics(client, self._run.id, records(data), end)
             self._sent = end
             self._send_artifacts(client, self._run.id)
         except Exception as error:  # no error of MLflow may stop training
@@ -437,9 +439,16 @@ def attempt(run: Run, what: str, send: Any) -> bool:
     return True
 
 
-def _send_metrics(client: "MlflowClient", run_id: str, points: Sequence[Mapping[str, Any]]) -> None:
+def _sent(client: "MlflowClient", run_id: str) -> int:
+    return int(client.get_run(run_id).data.tags.get(SENT_TAG, 0))
+
+
+def _send_metrics(
+    client: "MlflowClient", run_id: str, points: Sequence[Mapping[str, Any]], end: int | None = None
+) -> None:
+    """Send points; the last batch notes that they end at byte `end` of the file."""
     _configure()
-    from mlflow.entities import Metric
+    from mlflow.entities import Metric, RunTag
 
     metrics: list[Metric] = [
         Metric(name, value, point["time"], point["step"])
@@ -447,7 +456,9 @@ def _send_metrics(client: "MlflowClient", run_id: str, points: Sequence[Mapping[
         for name, value in point["metrics"].items()
     ]
     for at in range(0, len(metrics), _BATCH):
-        client.log_batch(run_id, metrics=metrics[at : at + _BATCH])
+        last = end is not None and at + _BATCH >= len(metrics)
+        tags = [RunTag(SENT_TAG, str(end))] if last else []
+        client.log_batch(run_id, metrics=metrics[at : at + _BATCH], tags=tags)
 
 
 def _send_params(client: "MlflowClient", run_id: str, params: Mapping[str, str]) -> None:

@@ -17,9 +17,12 @@ from typing import Any
 
 from distributed import access
 from distributed.environment import COMPILED, importable, installed_version
+from shards import patience
 
 CHECK_S = 20.0
 """Seconds that a check of a store or a server may take."""
+RETRY_S = 3.0
+"""Seconds for which a store that fails is asked again."""
 BLOCK = 32 * 2**20
 """Bytes that are sent to measure the bandwidth between two nodes."""
 
@@ -118,7 +121,7 @@ def _disks(targets: Targets) -> tuple[tuple[str, int, int], ...]:
 def _problems(targets: Targets) -> tuple[tuple[str, str], ...]:
     checks: list[tuple[str, Callable[[], Any]]] = []
     if targets.storage:
-        checks.append(("storage", lambda: access.check_storage(targets.storage, patience_s=0)))
+        checks.append(("storage", lambda: access.check_storage(targets.storage)))
     if targets.shared:
         checks.append(("storage", lambda: access.check_shared(targets.storage, targets.shared)))
     if targets.train:
@@ -128,7 +131,8 @@ def _problems(targets: Targets) -> tuple[tuple[str, str], ...]:
     if targets.tracking:
         checks.append(("MLflow", lambda: access.check_tracking(targets.tracking)))
     # All at once, because a server that does not answer makes each of them wait.
-    return in_time([(name, check) for name, check in checks], CHECK_S)
+    with patience.limited_to(RETRY_S):
+        return in_time([(name, check) for name, check in checks], CHECK_S)
 
 
 def in_time(

@@ -131,6 +131,17 @@ def retrying(
     return result
 
 
+@contextmanager
+def limited_to(seconds: float) -> Iterator[None]:
+    """Inside the block, for a command that somebody waits for, retry for so many seconds."""
+    global PATIENCE_S
+    before, PATIENCE_S = PATIENCE_S, seconds
+    try:
+        yield
+    finally:
+        PATIENCE_S = before
+
+
 def is_final(error: BaseException) -> bool:
     """Whether a retry cannot change this: no such file, no permission, a wrong request, a full
     disk, a bug."""

@@ -6,6 +6,7 @@ The store is a real S3-compatible server on loopback, started by the test.
 import shutil
 import signal
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,8 @@ from distributed.mlflow_tracker import read_metrics
 from distributed.run_log import CONSUMED, EVENTS, METRICS, read, records
 from shards.storage import list_names, open_folder, read_json
 from shards.storage import read as read_file
-from tests import chaos
+from tests import chaos, faults
+from tests.faults import Fault
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +31,14 @@ STEPS = 200
 class StoreRun(chaos.Run):
     """A training command whose run lies in an object store."""
 
-    def __init__(self, folder: Path, data: str, environment: dict[str, str], storage: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        data: str,
+        environment: dict[str, str],
+        storage: str,
+        steps: int = STEPS,
+    ) -> None:
         folder.mkdir(exist_ok=True)
         self.uri = f"{storage}/demo"
         super().__init__(
@@ -38,7 +47,7 @@ class StoreRun(chaos.Run):
             environment,
             *("--storage", storage, "--data.cache-dir", str(folder / "cache")),
             *("--data.train", f"{data}/train", "--data.validation", f"{data}/test"),
-            *("--recipe.samples", str(STEPS * chaos.BATCH), "--every.validate", "400"),
+            *("--recipe.samples", str(steps * chaos.BATCH), "--every.validate", "400"),
         )
 
     def consumed(self) -> list[dict[str, Any]]:
@@ -64,6 +73,23 @@ def lose_nodes(cluster: chaos.Cluster, count: int, disks: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     for _ in range(count):
         cluster.add_node()
+
+
+def same_steps(run: StoreRun, calm: StoreRun, count: int) -> list[int]:
+    """Check that each step and each point is there once; the samples after each step."""
+    steps = [line["samples"] for line in records(read_file(f"{run.uri}/{CONSUMED}"))]
+    assert steps == [chaos.BATCH * n for n in range(1, count + 1)]
+    assert [line["consumed"] for line in run.consumed()] == [
+        line["consumed"] for line in calm.consumed()
+    ]
+    points = Counter(
+        (name, point["step"])
+        for point in read_metrics(run.uri)
+        for name in point["metrics"]
+        if name.startswith("train/")
+    )
+    assert set(points.values()) == {1}
+    return steps
 
 
 def test_nodes_are_lost_with_their_disks(
@@ -105,19 +131,7 @@ def test_nodes_are_lost_with_their_disks(
     exported = load(read_file(f"{run.uri}/model.safetensors"))
     assert chaos.difference({"ema": found["ema"]}, {"ema": exported}) == ""
 
-    # Every step and every point once, though some steps were made twice.
-    steps = [line["samples"] for line in records(read_file(f"{run.uri}/{CONSUMED}"))]
-    assert steps == [chaos.BATCH * n for n in range(1, STEPS + 1)]
-    assert [line["consumed"] for line in run.consumed()] == [
-        line["consumed"] for line in calm.consumed()
-    ]
-    points = Counter(
-        (name, point["step"])
-        for point in read_metrics(run.uri)
-        for name in point["metrics"]
-        if name.startswith("train/")
-    )
-    assert set(points.values()) == {1}
+    steps = same_steps(run, calm, STEPS)
     client = MlflowClient(f"sqlite:///{tmp_path}/stormy/mlflow.db")
     (kept,) = client.search_runs([client.get_experiment_by_name("measnet").experiment_id])
     history = client.get_metric_history(kept.info.run_id, "train/loss")
@@ -136,3 +150,43 @@ def test_nodes_are_lost_with_their_disks(
     assert goodput["restarts"] >= 3 and 0 < goodput["share"] < 1
     assert kept.data.metrics["goodput/samples_kept"] == goodput["samples_kept"]
     assert "samples kept" in run.said()
+
+
+def test_training_outlives_a_store_that_fails(
+    bucket: str, moto_server: str, packed: Path, tmp_path: Path
+) -> None:
+    """Errors for 30 s, cut uploads, lost answers, slow answers, and listings that come late."""
+    data, steps = f"{bucket}/faults/data", 30
+    fs, root = open_folder(data)
+    fs.put(f"{packed}/", f"{root}/", recursive=True)
+    calm = StoreRun(tmp_path / "calm", data, {}, f"{bucket}/faults/calm", steps)
+    assert calm.end() == 0, calm.said()
+    with faults.proxy(moto_server) as proxy:
+        proxy.faults.append(Fault("stale listing", seconds=5))
+        environment = {"AWS_ENDPOINT_URL": proxy.url}
+        storage = f"{bucket}/faults/stormy"
+        run = StoreRun(tmp_path / "stormy", data, environment, storage, steps)
+        assert run.wait_for_step(5), run.said()
+        for status in (500, 503):
+            with proxy.failing(Fault("status", status)):
+                time.sleep(15)
+        puts = ("PUT", "POST", "DELETE")
+        for fault in (
+            Fault("cut upload", methods=puts, count=6),
+            Fault("lost answer", methods=puts, count=6),
+            Fault("slow", seconds=12, count=4),
+        ):
+            proxy.faults.insert(0, fault)
+            assert run.wait_for(lambda fault=fault: fault.hits == fault.count), run.said()
+        assert run.end() == 0, run.said()
+
+    expected, found = chaos.state_of(calm.uri), chaos.state_of(run.uri)
+    assert chaos.difference(expected, found) == ""
+    exported = load(read_file(f"{run.uri}/model.safetensors"))
+    assert chaos.difference({"ema": found["ema"]}, {"ema": exported}) == ""
+    same_steps(run, calm, steps)
+    outcome = read_json(fs, f"{open_folder(run.uri)[1]}/outcome.json")
+    assert outcome["goodput"]["restarts"] == 0  # it waited, and lost no worker
+    said, events = run.said(), read(run.uri, EVENTS).decode()
+    assert "HTTP 500" in said and "retrying for up to" in said and "no answer for 10 s" in said
+    assert "works again after" in said and "works again after" in events

@@ -185,6 +185,8 @@ def test_checkpoints_are_neither_lost_nor_doubled(faulty: Faulty, fault: Fault) 
     with proxy.failing(dataclasses.replace(fault)):
         newest = newest_complete(run)
     assert newest is not None and newest.tensors("ema")["a"].tolist() == [24, 24]
+    with proxy.failing(dataclasses.replace(fault, methods=("GET",), name="safetensors")):
+        assert newest.problem() is None
     assert len(storage.list_names(f"{run}/checkpoints")) == 2  # it, and the file that names it
 
 
@@ -365,8 +367,8 @@ def test_packing_training_and_evaluation_read_and_write_the_same(
     assert found == batches(str(tmp_path / "set"), tmp_path / "none")
     data = dataclasses.replace(DATA, cache_dir=str(tmp_path / "other"))
     with proxy.failing(dataclasses.replace(fault)):
-        shown = [picture.source for picture in pictures(place, limit=2, data=data)]
-    assert shown == [p.source for p in pictures(str(tmp_path / "set"), limit=2)]
+        shown = [picture.name for picture in pictures(place, limit=2, data=data)]
+    assert shown == [p.name for p in pictures(str(tmp_path / "set"), limit=2)]
 
 
 def test_no_sample_is_replaced_because_its_store_fails(

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -80,6 +81,30 @@ def test_replays_add_nothing(tmp_path: Path, run: Run) -> None:
     finish(run, "FINISHED", tmp_path)
     finish(run, "FINISHED", tmp_path)
     assert history(run, "train/loss") == [(8, 0.5)]
+
+
+def test_each_point_is_sent_once(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    sent: list[int] = []
+    log_batch = MlflowClient.log_batch
+
+    def counting(client: MlflowClient, run_id: str, metrics: Any = (), **more: Any) -> None:
+        sent.extend(m.step for m in metrics if m.key == "train/loss")
+        log_batch(client, run_id, metrics=metrics, **more)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", counting)
+    for step in (8, 16):  # the second attempt knows what the first one has sent
+        tracker = Tracker(RunLog(str(tmp_path), 0), run)
+        tracker.metrics({"train/loss": 0.5}, step)
+        assert tracker.close()
+    unsent = {"time": 1, "step": 24, "metrics": {"train/loss": 0.5}}
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # the worker was lost before it sent this
+        file.write(json.dumps(unsent) + '\n{"time": 2, "st')
+    for _ in range(2):
+        finish(run, "FINISHED", tmp_path)
+    assert sent == [8, 16, 24]
+    assert [step for step, _ in history(run, "train/loss")] == sent
 
 
 def test_a_resumed_run_continues_the_same_mlflow_run(tmp_path: Path, run: Run) -> None:
