@@ -239,8 +239,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 RESUMED_S = 60.0
 """Seconds until a resumed run sends to MLflow. Importing MLflow takes seconds of the worker's time;
 after a lost worker the run trains first."""
-_Artifact = tuple[Path, str, int | None]
-"""A path, its folder, None; or of a picture its path, key and step."""
+_Artifact = tuple[Path, str, int | None]  # path, folder, None; or of a picture path, key, step
 
 
 class Tracker:
