@@ -36,15 +36,15 @@ bench: $(STAMP)
 	$(BIN)/python bench/stream.py
 	$(BIN)/python bench/overhead.py
 
-# The project as one file with its compiled parts, for the nodes of a cluster and for its jobs
-# (`ray job submit --runtime-env dist/job.yaml`). Build it on Linux with the nodes' processor.
+# The project as one file with its compiled parts, for the nodes of a cluster, and unpacked for its
+# jobs (`ray job submit --working-dir dist/job`). Build it on Linux with the nodes' processor.
 wheel: $(STAMP)
 	rm -rf dist build deploy/node/*.whl
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 	@for part in _kernels16 _kernels8 _pixels _jpeg; do \
 	  $(BIN)/python -m zipfile -l dist/*.whl | grep -q "$$part.*so" || echo "warning: the wheel \
 	lacks $$part: see pip's output with a C compiler and libjpeg's headers (libjpeg-dev)"; done
-	printf 'py_modules: [%s]\n' dist/*.whl > dist/job.yaml
+	$(BIN)/python -m zipfile -e dist/*.whl dist/job
 	cp dist/*.whl constraints.txt deploy/node/
 
 # The token without which nobody talks to the cluster.

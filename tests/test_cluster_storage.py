@@ -37,6 +37,7 @@ class StoreRun(chaos.Run):
         data: str,
         environment: dict[str, str],
         storage: str,
+        *more: str,
         steps: int = STEPS,
     ) -> None:
         folder.mkdir(exist_ok=True)
@@ -48,6 +49,7 @@ class StoreRun(chaos.Run):
             *("--storage", storage, "--data.cache-dir", str(folder / "cache")),
             *("--data.train", f"{data}/train", "--data.validation", f"{data}/test"),
             *("--recipe.samples", str(steps * chaos.BATCH), "--every.validate", "400"),
+            *more,
         )
 
     def consumed(self) -> list[dict[str, Any]]:
@@ -153,19 +155,24 @@ def test_nodes_are_lost_with_their_disks(
 
 
 def test_training_outlives_a_store_that_fails(
-    bucket: str, moto_server: str, packed: Path, tmp_path: Path
+    bucket: str,
+    moto_server: str,
+    packed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Errors for 30 s, cut uploads, lost answers, slow answers, and listings that come late."""
-    data, steps = f"{bucket}/faults/data", 30
+    monkeypatch.setattr(chaos, "LIMIT_S", 900.0)
+    data, steps, one = f"{bucket}/faults/data", 30, ("--scaling.workers", "1")
     fs, root = open_folder(data)
     fs.put(f"{packed}/", f"{root}/", recursive=True)
-    calm = StoreRun(tmp_path / "calm", data, {}, f"{bucket}/faults/calm", steps)
+    calm = StoreRun(tmp_path / "calm", data, {}, f"{bucket}/faults/calm", *one, steps=steps)
     assert calm.end() == 0, calm.said()
     with faults.proxy(moto_server) as proxy:
         proxy.faults.append(Fault("stale listing", seconds=5))
         environment = {"AWS_ENDPOINT_URL": proxy.url}
         storage = f"{bucket}/faults/stormy"
-        run = StoreRun(tmp_path / "stormy", data, environment, storage, steps)
+        run = StoreRun(tmp_path / "stormy", data, environment, storage, *one, steps=steps)
         assert run.wait_for_step(5), run.said()
         for status in (500, 503):
             with proxy.failing(Fault("status", status)):
