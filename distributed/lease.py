@@ -30,7 +30,7 @@ import fsspec
 import psutil
 from filelock import FileLock, Timeout
 
-from shards.patience import http_status
+from shards.patience import http_status, reason
 from shards.storage import open_folder, read_json
 
 OWNER = "owner.json"
@@ -279,8 +279,9 @@ def _beat(
             there = None if mine else claim.read()
         except OSError as error:  # the store fails; the next beat tries again
             say(
-                f"the ownership of {lease.folder} could not be renewed ({error}); retrying. After "
-                f"{DEAD_S:.0f} s another command may take the run"
+                f"the ownership of {lease.folder} could not be renewed "
+                f"({reason(error.__cause__ or error)}); retrying. After {DEAD_S:.0f} s without a "
+                "renewal another command may take the run"
             )
             continue
         if mine:

@@ -1,8 +1,8 @@
 """Train: `python -m distributed.train [PRESET | --config FILE.yaml] [--section.field value ...]`.
 
 `--dry-run` prints the configuration and the decisions, and starts nothing. The same command
-resumes a run that was stopped or lost. On a cluster:
-`ray job submit --working-dir . -- python -m distributed.train ...`.
+resumes a run that was stopped or lost. On a cluster: `make wheel`, then
+`ray job submit --working-dir dist/job -- python -m distributed.train ...`.
 """
 
 import sys

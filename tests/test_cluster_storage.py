@@ -195,5 +195,5 @@ def test_training_outlives_a_store_that_fails(
     outcome = read_json(fs, f"{open_folder(run.uri)[1]}/outcome.json")
     assert outcome["goodput"]["restarts"] == 0  # it waited, and lost no worker
     said, events = run.said(), read(run.uri, EVENTS).decode()
-    assert "HTTP 500" in said and "retrying for up to" in said and "no answer for 10 s" in said
+    assert "HTTP 500" in said and "retrying for up to" in said
     assert "works again after" in said and "works again after" in events
