@@ -44,18 +44,20 @@ def test_workers_on_one_machine_share_its_cores(capsys: pytest.CaptureFixture[st
 
 def test_a_short_run_costs_minutes_and_cents() -> None:
     rate = Rate(10.0, 10.0, "as given", cpu=True)
-    minutes = "16.0 min"  # 9,600 samples
-    assert rows(PRESETS["demo"](), rate, 1.2) == [
+    config = replace_dotted(PRESETS["demo"](), {"recipe.samples": 9600})
+    minutes = "16.0 min"
+    assert rows(config, rate, 1.2) == [
         ("1", "10.0", minutes, minutes, "0.32"),
         ("2", "10.0", minutes, minutes, "0.32"),
     ]
 
 
 def test_larger_crops_cost_more() -> None:
-    config = replace_dotted(PRESETS["demo"](), {"data.later_crops": "4800:96"})
+    alone = replace_dotted(PRESETS["demo"](), {"recipe.samples": 9600})
+    config = replace_dotted(alone, {"data.later_crops": "4800:96"})
     assert work(config) == 4800 + 4 * 4800
-    alone = rows(PRESETS["demo"](), rate := Rate(10, 10, "measured", cpu=True), 0)
-    assert [rows(config, rate, 0)[0][2], alone[0][2]] == ["40.0 min", "16.0 min"]
+    rate = Rate(10.0, 10.0, "measured", cpu=True)
+    assert [rows(one, rate, 0)[0][2] for one in (config, alone)] == ["40.0 min", "16.0 min"]
 
 
 def test_without_a_gpu_a_run_for_one_is_taken_from_a_measurement(
