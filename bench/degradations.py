@@ -20,7 +20,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from distributed.figures import as_uint8
 from distributed.sources import packed, parse_all
+from measnet.metrics import psnr
 from shards import degrade
 from shards.stream import pictures
 
@@ -103,16 +105,14 @@ def _compare(name: str, folder: str) -> list[list[np.ndarray]]:
 
 def _pixels(picture: Tensor) -> np.ndarray:
     """(3, H, W) in [0, 1] -> (H, W, 3) uint8."""
-    pixels: np.ndarray = picture.mul(255).round().byte().permute(1, 2, 0).numpy()
-    return pixels
+    return as_uint8(picture.permute(1, 2, 0).numpy())
 
 
 def _error(degraded: np.ndarray, clean: np.ndarray) -> tuple[float, float, float]:
     """PSNR in dB, mean change in grey levels, share of pixels changed by more than 10 levels."""
     change = degraded.astype(np.float32) - clean
-    psnr = 20 * np.log10(255) - 10 * np.log10(max(float(np.square(change).mean()), 1e-6))
     changed = (np.abs(change.mean(2)) > 10).mean()
-    return float(psnr), float(change.mean()), float(100 * changed)
+    return psnr(degraded / 255, clean / 255), float(change.mean()), float(100 * changed)
 
 
 def _cell(picture: np.ndarray, title: str) -> np.ndarray:

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.results import RESULTS, ROOT, origin
 
 RECIPES: dict[str, dict[str, str]] = {
-    # Adam 2e-4 without warm-up, clipping or average, as MEASNet, PromptIR and AdaIR train. Their
-    # cosine ends above zero, this one at zero, which is no disadvantage.
+    # Adam 2e-4 without warm-up, clipping or average. The field's cosine ends above zero, this one
+    # at zero.
     "field": {
         "optimizer": "adam",
         "lr": "2e-4",
@@ -86,6 +86,7 @@ def main() -> int:
 
 def _one(given: Arguments, name: str, seed: int) -> int:
     run = Path("runs", "recipe", f"{name}-{seed}")
+    start = origin()
     recipe = OURS | RECIPES[name] | {"samples": str(given.samples)}
     command = ["distributed.train", "small", "--name", run.name, "--storage", str(run.parent)]
     command += ["--seed", str(seed), "--data.train", given.train, "--data.validation", given.test]
@@ -107,7 +108,7 @@ def _one(given: Arguments, name: str, seed: int) -> int:
     rows = json.loads((out / "summary.json").read_text())["degradations"]
     gains = {key: row["restored_psnr"] - row["input_psnr"] for key, row in rows.items()}
     record = {
-        **origin(),
+        **start,
         "recipe": name,
         "seed": seed,
         "options": recipe,

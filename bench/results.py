@@ -62,6 +62,7 @@ def evaluate(weights: str, one: str) -> int:
     name = Path(weights).stem
     target = RESULTS / name / f"{parse(one).name}.json"
     with tempfile.TemporaryDirectory() as folder:
+        start = origin()
         command = ["-m", "distributed.evaluate", weights, one, "--out", folder]
         began = time.monotonic()
         code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
@@ -69,7 +70,7 @@ def evaluate(weights: str, one: str) -> int:
             return code
         report = json.loads(Path(folder, "summary.json").read_text())
     record = {
-        **origin(),
+        **start,
         "command": f"python bench/results.py {weights} {shlex.quote(_without_folder(one))}",
         "seconds": round(time.monotonic() - began),
         **{key: report[key] for key in KEPT},

@@ -3,6 +3,7 @@
 Imports neither torch nor numpy, so that a wrong command line is refused at once.
 """
 
+import functools
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -42,7 +43,7 @@ class DataConfig:
     """Side of the square training crops, in pixels."""
     later_crops: str = ""
     """Other sides later on, as `12000:96,15000:128`: from 12,000 samples of the run on crops of 96
-    pixels, from 15,000 on crops of 128. Steps must not be divided by a change."""
+    pixels, from 15,000 on crops of 128. SAMPLES are a multiple of `recipe.global_batch`."""
     augment: Literal["flips", "dihedral", "none"] = "flips"
     """`flips`: horizontal and vertical, as in the paper; `dihedral`: all eight combinations of
     flips and quarter turns."""
@@ -96,7 +97,7 @@ class DataConfig:
             parse_levels(name, levels)
         if self.crop < 16:
             raise ValueError(f"data.crop is {self.crop}, but must be at least 16 pixels")
-        self.crop_changes  # noqa: B018  # ValueError where it cannot be read
+        _ = self.crop_changes  # ValueError where it cannot be read
         if self.loader_workers < 0:
             raise ValueError(f"data.loader_workers is {self.loader_workers}, but must be 0 or more")
         if self.prefetch < 0:
@@ -106,7 +107,7 @@ class DataConfig:
         if self.corrupt_budget < 0:
             raise ValueError(f"data.corrupt_budget is {self.corrupt_budget}, but must be 0 or more")
 
-    @property
+    @functools.cached_property
     def crop_changes(self) -> tuple[tuple[int, int], ...]:
         """`later_crops` as (samples, side), in order.
 
@@ -138,7 +139,7 @@ class DataConfig:
     @property
     def largest_crop(self) -> int:
         """Side of the largest crops of the run, in pixels."""
-        return max(self.crop, *(side for _, side in self.crop_changes), 0)
+        return max([self.crop, *(side for _, side in self.crop_changes)])
 
 
 def parse_levels(name: str, text: str) -> tuple[bool, tuple[float, ...]]:

@@ -3,10 +3,9 @@ packing.
 
 Every function takes a picture (H, W, 3) uint8 and a generator, and gives a picture of the same
 form; the ones for packing give the parameters that were drawn as well. `severity` in (0, 1] scales
-the strength that is drawn; it is below 1 in chains. Generators are NumPy's
-SFC64, which gives the same numbers on any machine. Sources stand at each function; all models are
-the usual ones of the field, so a network trained on them learns the real thing only as far as the
-models hold.
+the strength that is drawn; in chains it is usually below 1. Generators are NumPy's SFC64, which
+gives the same numbers on any machine. Sources stand at each function; all models are the usual ones
+of the field, so a network trained on them learns the real thing only as far as the models hold.
 """
 
 import zlib
