@@ -34,9 +34,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import fsspec
 import tyro
 
+from distributed.config import TrainConfig
 from distributed.lease import exclusive
+from measnet.config import from_dict
 from shards.patience import retrying
 from shards.storage import open_folder, read_json, write_whole
+from shards.wording import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -311,7 +314,7 @@ def _digest(fs: fsspec.AbstractFileSystem, path: str) -> str:
 
 @dataclass(frozen=True)
 class _Command:
-    run: tyro.conf.Positional[str]
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
     """Folder or URI of the run, such as runs/demo."""
 
 
@@ -322,7 +325,10 @@ class List(_Command):
 
 @dataclass(frozen=True)
 class Show(_Command):
-    """State and configuration of the newest complete checkpoint."""
+    """What the newest complete checkpoint holds."""
+
+    json: bool = False
+    """Print its whole state as JSON, with the configuration."""
 
 
 @dataclass(frozen=True)
@@ -335,7 +341,7 @@ class Verify(_Command):
 class Export(_Command):
     """Write the averaged weights, with the configuration inside, to one .safetensors file."""
 
-    out: tyro.conf.Positional[str]
+    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
     """The file to write."""
     which: Annotated[str, tyro.conf.arg(metavar="newest|best|NAME")] = "newest"
     """Which checkpoint."""
@@ -373,11 +379,8 @@ def _run(command: List | Show | Verify | Export | Prune) -> int:
         case List() | Verify():
             return _print_table(checkpoints, hashes=isinstance(command, Verify))
         case Show():
-            state = dataclasses.asdict(_choose(checkpoints, "newest").state())
-            state["validation"].pop(
-                "report", None
-            )  # long; the folder `validation` of the run has it
-            print(json.dumps(state, indent=2))
+            chosen = _choose(checkpoints, "newest")
+            _print_state(chosen, whole=command.json)
         case Export():
             chosen = _choose(checkpoints, command.which)
             chosen.export(*open_folder(command.out))
@@ -386,9 +389,41 @@ def _run(command: List | Show | Verify | Export | Prune) -> int:
             with exclusive(command.run, say=print):
                 removed = prune(command.run, command.keep)
             print(
-                f"removed {len(removed)} checkpoints" + "".join(f"\n  {name}" for name in removed)
+                f"removed {counted(len(removed), 'checkpoint')}"
+                + "".join(f"\n  {name}" for name in removed)
             )
     return 0
+
+
+def _print_state(chosen: Checkpoint, *, whole: bool) -> None:
+    state = chosen.state()
+    state.validation.pop("report", None)  # long; the folder `validation` of the run has it
+    if whole:
+        print(json.dumps(dataclasses.asdict(state), indent=2))
+        return
+    config = from_dict(TrainConfig, state.config)
+    recipe, model = config.recipe, config.model
+    ended = "the run is finished" if state.finished else "the run can resume from it"
+    degradations = state.plan.get("degradations", {})
+    lines = {
+        "checkpoint": chosen.path,
+        "samples": f"{state.samples:,} of {recipe.samples:,}; {ended}",
+        "updates": f"{state.updates:,}, each of {recipe.global_batch} samples",
+        "validation": ", ".join(f"{psnr:.2f} dB at {at:,}" for at, psnr in state.validations[-5:])
+        or "none so far",
+        "network": f"{model.variant}, dim {model.dim}, {model.pixel_experts} pixel and "
+        f"{model.image_experts} picture experts",
+        "optimizer": f"{recipe.optimizer}, lr {recipe.lr:g}, seed {config.seed}",
+        "data": f"{config.data.train}: {', '.join(degradations) or 'not recorded'}",
+        "MLflow run": state.mlflow_run_id or "none",
+        "files": ", ".join(
+            f"{name} {entry['bytes'] / 2**20:.1f} MiB"
+            for name, entry in chosen.marker["files"].items()
+        ),
+    }
+    for name, value in lines.items():
+        print(f"{name:<11} {value}")
+    print("the configuration is in config.yaml of the run; --json prints the whole state")
 
 
 def _choose(checkpoints: Sequence[Checkpoint], which: str) -> Checkpoint:

@@ -40,6 +40,7 @@ from shards.manifest import Manifest
 from shards.manifest import read as read_manifest
 from shards.order import Plan
 from shards.storage import absolute, local_copy, open_folder, write_json, write_whole
+from shards.wording import counted
 
 MODEL = "model.safetensors"
 """File of a finished run: the averaged weights, with the configuration inside."""
@@ -391,7 +392,9 @@ class _Fit:
                 logging_config=LoggingConfig(log_level="ERROR"),
             ),
         )
-        return trainer, f"{scaling.workers} workers of {cpus} CPUs" + " and 1 GPU" * use_gpu
+        each = counted(cpus, "CPU") + " and 1 GPU" * use_gpu
+        workers = "1 worker" if scaling.workers == "1" else f"{scaling.workers} workers"
+        return trainer, f"{workers} of {each}"
 
 
 def _outcome(config: TrainConfig, ended: dict[str, Any], signals: list[str]) -> Outcome:

@@ -10,13 +10,17 @@ to 248, because its frequency blocks compute larger ones in another way). docs/e
 the caller must do before and after.
 """
 
+import contextlib
 import json
+import logging
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
@@ -70,24 +74,56 @@ def export_program(model: MEASNet, *, half: bool = False) -> ExportedProgram:
 
 
 def export_onnx(model: MEASNet, path: str | PathLike[str], *, half: bool = False) -> None:
-    """Write the network as ONNX, weights included.
+    """Write the network as ONNX, weights included; the file appears when it is complete.
 
     Raises:
         ImportError: the packages onnx and onnxscript are not installed.
     """
     _need("onnx", "onnxscript")
-    program = torch.onnx.export(
-        export_program(model, half=half),
-        (),
-        input_names=["image"],
-        output_names=["restored"],
-        dynamo=True,
-    )
+    with _without_notes():
+        program = torch.onnx.export(
+            export_program(model, half=half),
+            (),
+            input_names=["image"],
+            output_names=["restored"],
+            dynamo=True,
+            verbose=False,
+        )
     assert program is not None
     graph = program.model.graph
     for part in (graph, *graph):  # torch's notes name files of this machine, and are large
         part.metadata_props.clear()
-    program.save(path)
+    with _complete(Path(path)) as unfinished:
+        program.save(unfinished)
+
+
+@contextlib.contextmanager
+def _without_notes() -> Iterator[None]:
+    """Hides torch's and onnxscript's notes: a missing torchvision, operations left as they are, a
+    deprecated class that torch itself uses. Errors are still shown."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _complete(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write; it gets the name of `path` at the end, if nothing failed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def check_onnx(model: MEASNet, path: str | PathLike[str]) -> float:
@@ -145,10 +181,10 @@ class Arguments:
     the layout of the Hugging Face hub.
     """
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Weights: a .safetensors file, a checkpoint of the authors' program, a run folder, or the name
     of a model on the Hugging Face hub."""
-    out: tyro.conf.Positional[Path]
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder, or file with the suffix .onnx or .pt2."""
     half: bool = False
     """Graphs compute in fp16; their input and output stay fp32."""
@@ -185,7 +221,9 @@ def _export(given: Arguments) -> str:
         export_folder(model, given.out, run=run, evaluation=given.evaluation)
         return f"{given.out}: {CONFIG}, {WEIGHTS}, {CARD}; upload it as it is"
     if kind == ".pt2":
-        torch.export.save(export_program(model, half=given.half), given.out)
+        program = export_program(model, half=given.half)
+        with _complete(given.out) as unfinished:
+            torch.export.save(program, unfinished)
         return f"{given.out}: takes (1, 3, H, W) in [0, 1], multiples of 8"
     export_onnx(model, given.out, half=given.half)
     checked = "onnxruntime is not installed, so the file was not run"

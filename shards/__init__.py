@@ -4,5 +4,5 @@ packing         pack, packing, execution, writer; layouts, benchmarks, tasks, de
 others' tars    index, indexing, tars
 what is there   manifest, inspect
 training reads  stream, order, reader, decode, cache, config
-for all         storage: folders and object stores; patience: their retries; interrupt: Ctrl-C
+for all         storage: folders and object stores; patience: their retries; interrupt; wording
 """

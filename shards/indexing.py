@@ -23,6 +23,7 @@ from shards.patience import retrying
 from shards.reader import split_member_name
 from shards.tars import Member
 from shards.tasks import TASKS
+from shards.wording import counted
 from shards.writer import signature
 
 _SHOWN = 5
@@ -346,8 +347,7 @@ def _check_keys(indexed: list[_Indexed]) -> None:
 def _refusal(corrupt: list[str], folder: str) -> ValueError:
     listed = "; ".join(corrupt[:_SHOWN])
     more = f"; and {len(corrupt) - _SHOWN} more" if len(corrupt) > _SHOWN else ""
-    samples = "1 sample" if len(corrupt) == 1 else f"{len(corrupt)} samples"
     return ValueError(
-        f"{samples} of {folder} cannot be used: {listed}{more}; write the tars again without them, "
-        "or leave them out by --skip-corrupt"
+        f"{counted(len(corrupt), 'sample')} of {folder} cannot be used: {listed}{more}; write "
+        "the tars again without them, or leave them out by --skip-corrupt"
     )

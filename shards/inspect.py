@@ -27,6 +27,7 @@ from shards.execution import map_in_processes
 from shards.manifest import Manifest, Shard
 from shards.reader import Damage, DamagedError, Reader
 from shards.tasks import TASKS
+from shards.wording import counted
 
 _IN_PROCESS = 64 * 2**20
 """Fewer bytes than these are hashed in this process: starting others would take longer."""
@@ -305,7 +306,7 @@ def contact_sheet(reader: Reader, path: str) -> bool:
     draw = ImageDraw.Draw(sheet)
     for line, (task, count, cells) in enumerate(rows):
         top = 10 + line * (2 * _CELL + 16)
-        draw.text((10, top), f"{task}\n{count} samples", fill="black")
+        draw.text((10, top), f"{task}\n{counted(count, 'sample')}", fill="black")
         for column, (degraded, clean) in enumerate(cells):
             left = 110 + column * (_CELL + 6)
             sheet.paste(degraded, (left, top))

@@ -16,6 +16,7 @@ import tyro
 from shards import interrupt
 from shards.layouts import LAYOUTS
 from shards.tasks import TASKS
+from shards.wording import counted
 
 if TYPE_CHECKING:
     from shards.manifest import Manifest
@@ -89,8 +90,9 @@ def _description() -> str:
 def _print_result(result: "Manifest") -> None:
     size = sum(shard.bytes for shard in result.shards)
     counts = ", ".join(f"{task} {result.counts[task]:,}" for task in TASKS if task in result.counts)
-    shards = f"{len(result.shards):,} {'shard' if len(result.shards) == 1 else 'shards'}"
-    print(f"{result.uri}: {counts} samples in {shards}, {_bytes(size)}")
+    print(
+        f"{result.uri}: {counts} samples in {counted(len(result.shards), 'shard')}, {_bytes(size)}"
+    )
     for task, entry in result.tasks.items():
         if entry.leaks:
             total = len(entry.leaks)

@@ -115,6 +115,9 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", run]) == 1
     assert "weights.safetensors" in capsys.readouterr().out
     assert main(["show", run]) == 0
+    shown = capsys.readouterr().out
+    assert "8 of " in shown and "resume" in shown and len(shown.splitlines()) < 15
+    assert main(["show", run, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["samples"] == 8
     out = tmp_path / "model.safetensors"
     assert main(["export", run, str(out), "--which", "best"]) == 0

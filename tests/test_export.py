@@ -34,12 +34,15 @@ def trained(config: ModelConfig) -> MEASNet:
     return model.eval()
 
 
-def test_onnx_agrees_at_any_size(tmp_path: Path) -> None:
+def test_onnx_agrees_at_any_size(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model, path = trained(SMALL), tmp_path / "model.onnx"
+    model, path = trained(SMALL), tmp_path / "new" / "model.onnx"
     model.save_pretrained(tmp_path / "model.safetensors")
     assert export.main([str(tmp_path / "model.safetensors"), str(path)]) == 0
+    assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
+    printed = capfd.readouterr()  # what torch writes past sys.stderr too
+    assert len(printed.out.splitlines()) == 2 and not printed.err
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for size in ((24, 24), (40, 72)):
         image = np.random.default_rng(0).random((1, 3, *size), dtype=np.float32)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from distributed.cluster import cpus_per_worker
+from shards.wording import counted
 from tune.config import SearchConfig
 
 
@@ -25,8 +26,9 @@ class Capacity:
 
     def describe(self) -> str:
         """One line for the user."""
-        each = f"{self.cpus} CPU{'s' if self.cpus > 1 else ''}" + (" and 1 GPU" if self.gpu else "")
-        return f"{self.parallel} trials at a time, each of {self.workers} workers with {each}"
+        each = counted(self.cpus, "CPU") + (" and 1 GPU" if self.gpu else "")
+        trials, workers = counted(self.parallel, "trial"), counted(self.workers, "worker")
+        return f"{trials} at a time, each of {workers} with {each}"
 
 
 def needed(config: SearchConfig) -> tuple[list[dict[str, float]], str]:
@@ -40,7 +42,7 @@ def needed(config: SearchConfig) -> tuple[list[dict[str, float]], str]:
     cpus = cpus_per_worker(config.train, local=False, use_gpu=gpu)
     worker: dict[str, float] = {"CPU": cpus, "GPU": 1} if gpu else {"CPU": cpus}
     count = trials * scaling.bounds[1]
-    each = f"{cpus} CPU{'s' * (cpus > 1)}" + (" and 1 GPU" if gpu else "")
+    each = counted(cpus, "CPU") + (" and 1 GPU" if gpu else "")
     words = f"{count} worker{'s' * (count > 1)} of {each} ({trials} trial{'s' * (trials > 1)})"
     return [worker] * count, words
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distributed.pages import charts
 from distributed.pages.charts import MIDDLE, PALE, figure, svg
+from shards.wording import counted
 from tune.record import SearchRecord, TrialRecord, front, is_number
 from tune.space import symbol
 
@@ -60,7 +61,7 @@ def cost_plot(record: SearchRecord, cost: str) -> str | None:
     axis.set_ylabel(VALIDATION_PSNR)
     axis.margins(0.1)
     charts.name_points(made, axis, named)
-    return svg(made, f"Validation PSNR against {label} of {len(done)} trials")
+    return svg(made, f"Validation PSNR against {label} of {counted(len(done), 'trial')}")
 
 
 def curves(record: SearchRecord) -> str | None:
@@ -93,7 +94,7 @@ def curves(record: SearchRecord) -> str | None:
     axis.set_ylabel(VALIDATION_PSNR)
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.set_xlim(0, record.budget * 1.02)
-    return svg(made, f"Validation PSNR over training samples of {len(trials)} trials")
+    return svg(made, f"Validation PSNR over training samples of {counted(len(trials), 'trial')}")
 
 
 def parallel(study: "Study") -> str:

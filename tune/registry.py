@@ -5,6 +5,7 @@ from pathlib import Path
 
 from distributed import mlflow_model, mlflow_tracker
 from measnet.hardware import Decision
+from shards.wording import counted
 from tune.config import Register, SearchConfig
 from tune.record import SearchRecord, TrialRecord
 
@@ -51,7 +52,7 @@ def protocol(config: SearchConfig) -> str:
     from measnet.metrics import FIELD
 
     limit = config.train.every.validation_pictures
-    pictures = f"{limit} pictures per degradation" if limit else "all pictures"
+    pictures = f"{counted(limit, 'picture')} per degradation" if limit else "all pictures"
     return f"{FIELD.describe()}; {pictures}; averaged weights"
 
 

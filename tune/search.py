@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from distributed.config import changed_fields
 from distributed.lease import exclusive
+from shards.wording import counted
 from tune.config import SearchConfig, parse
 from tune.record import SearchRecord, load
 from tune.space import Space, build, symbol
@@ -72,7 +73,7 @@ def search(config: SearchConfig, command: str = "", *, console: "Console") -> Se
                 record.state = "running"
                 _run_trials(config, space, record, total, console)
         else:
-            console.print(f"{record.folder} is finished: {len(record.trials)} trials")
+            console.print(f"{record.folder} is finished: {counted(len(record.trials), 'trial')}")
         ended = sum(trial.ended for trial in record.trials)
         record.state = "finished" if ended >= total else "stopped"
         record.seconds += time.monotonic() - started

@@ -30,6 +30,7 @@ from measnet.routing import Measures, has_collapsed, measures
 from measnet.tiling import Tiling, choose_tiling
 from shards.storage import open_folder
 from shards.stream import Picture, pictures
+from shards.wording import counted
 
 WIDEST, HIGHEST = 400, 304
 """Size of the shown part of a picture, in pixels."""
@@ -118,7 +119,7 @@ class RunPage:
         """What the figures were measured on."""
         if "report" in self.state.validation:
             return f"validation after {self.state.validation['at']:,} samples"
-        return f"{len(self.restored.scores)} pictures, restored for this page"
+        return f"{counted(len(self.restored.scores), 'picture')}, restored for this page"
 
     @property
     def tasks(self) -> list[str]:
