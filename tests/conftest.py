@@ -17,7 +17,8 @@ FIGURES = pytest.StashKey[dict[str, float]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(2)
+    shared = "PYTEST_XDIST_WORKER" in os.environ  # two processes that test, on two cores
+    torch.set_num_threads(1 if shared else 2)
     # The first multi-threaded exp or log of a process can be inexact in one thread (torch 2.13,
     # CPU); once on a tiny tensor avoids it.
     for function in (torch.exp, torch.log, torch.erf, torch.tanh, torch.sigmoid):
