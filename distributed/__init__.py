@@ -1,7 +1,8 @@
 """Training on Ray; imports measnet and shards.
 
 the command     train, presets, config, options, dry_run
-its process     launch, cluster, lease, initial, restarts, stopping, goodput
+its process     launch, cluster, lease, initial, restarts, stopping, goodput,
+                preemption
 each worker     worker is the loop; session the state of the run; schedule, exchange, meter,
                 guard, validation, speed, profiling
 the engine      decisions, engine, optimizer, reduction, sharded_state, graphs, compilation

@@ -139,6 +139,9 @@ class ScalingConfig:
     """Seconds that the platform gives after a request to stop, such as Kubernetes'
     terminationGracePeriodSeconds; the last checkpoint is written within it. 0: within
     RAY_JOB_STOP_WAIT_TIME_S in a Ray job, else as long as checkpoints take."""
+    preemption_notice: Literal["auto", "aws", "gcp", "off"] = "auto"
+    """Cloud whose metadata server is asked whether it takes the node away; then a checkpoint is
+    saved at once. `auto`: the one that the machine names, if any."""
     start_timeout_s: float = 60.0
     """Seconds to wait for the workers' resources; then a message says what is missing, and the wait
     starts again."""

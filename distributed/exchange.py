@@ -26,6 +26,8 @@ class StepSums(NamedTuple):
     """Seconds that the ranks waited for data since then."""
     stops: bool
     """Whether a rank was asked to stop."""
+    noticed: bool
+    """Whether a rank got notice that its node is taken away."""
     damaged: int
     """Corrupt samples of the step that were replaced."""
     updated: bool
@@ -71,11 +73,18 @@ class Exchange:
         *,
         wait_s: float,
         stops: bool,
+        noticed: bool,
         damaged: int,
         digests: Sequence[int],
     ) -> None:
         """Start to add up; see `StepSums`. `losses` (4,) and `updated` () are on the device."""
-        own = [wait_s, stops, damaged, *digests]  # float64 holds the 32 bits of a digest exactly
+        own = [
+            wait_s,
+            stops,
+            noticed,
+            damaged,
+            *digests,
+        ]  # float64 holds the 32 bits of a digest exactly
         on_host = torch.tensor(own, dtype=torch.float64)
         sums = torch.cat([losses, updated.double().view(1), to_device(on_host, self._device)])
         dist.all_reduce(sums)
@@ -96,11 +105,11 @@ class Exchange:
                 event.synchronize()
             values = sums.tolist()
             losses, rest = values[: self.LOSSES], values[self.LOSSES :]
-            updated, wait_s, stops, damaged, *digests = rest
+            updated, wait_s, stops, noticed, damaged, *digests = rest
             yield (
                 step,
                 StepSums(
-                    *(losses, wait_s, bool(stops), int(damaged), updated > 0),
+                    *(losses, wait_s, bool(stops), bool(noticed), int(damaged), updated > 0),
                     digests=[int(crc) for crc in digests],
                 ),
             )

@@ -36,6 +36,7 @@ from distributed.internals.deepspeed import version_warning
 from distributed.meter import Meter
 from distributed.mlflow_tracker import RESUMED_S, Tracker
 from distributed.optimizer import guarded_optimizer
+from distributed.preemption import NoticeWatcher, which_cloud
 from distributed.progress import Reporter
 from distributed.run_log import RunLog
 from distributed.scores import write
@@ -141,6 +142,10 @@ class Session:
         self._exchange = Exchange(self.device, late=self._late)
         self._damaged = 0
         self.stop_reason = ""
+        self._noticed = False
+        first_on_node = context.get_local_rank() == 0
+        cloud = which_cloud(self.config.scaling.preemption_notice) if first_on_node else "off"
+        self._notice = NoticeWatcher(cloud, lambda line: self.note(line, from_any_rank=True))
         self._tiling: Tiling | None = None
         self._tracker: Tracker | None = None
         self._writer: CheckpointWriter | None = None
@@ -247,7 +252,7 @@ class Session:
         )
         for step, sums in self._exchange.finished(everything=needed):
             self._account(step, sums)
-        if self.stop_reason:
+        if self.stop_reason or self._noticed:  # a checkpoint follows
             for step, sums in self._exchange.finished(everything=True):
                 self._account(step, sums)
 
@@ -257,6 +262,7 @@ class Session:
         self._count_damage(sums.damaged)
         if sums.stops:
             self.stop_reason = self._reporter.stop_reason or "asked to stop"
+        self._noticed |= sums.noticed
         self._log_consumed(step, sums.digests)
         self._guard.after_step(step, sums)
         skipped = step.samples // self.config.recipe.global_batch - self.updates
@@ -280,13 +286,15 @@ class Session:
     def checkpoint_is_due(self) -> bool:
         """Whether to save after this step: at the end always, but not between skipped updates.
 
+        Also as soon as the cloud takes a node away.
+
         While updates are skipped the weights themselves may be wrong, so the run must not resume
         from them.
         """
         if self.over:
             return True
         validated = self._validation.get("at") == self.samples
-        due = validated or self._crossed(self.config.every.checkpoint)
+        due = self._noticed or validated or self._crossed(self.config.every.checkpoint)
         return due and not self._guard.skips.in_a_row
 
     def skip_left_out_samples(self) -> None:
@@ -300,6 +308,7 @@ class Session:
             self._writer.wait()
         if self._tracker:
             self._tracker.close()
+        self._notice.close()
         self._log.close()
         self._reporter.close()
         return {
@@ -331,6 +340,8 @@ class Session:
         digests = [0] * recipe.micro_batches
         digests[self._first_micro_batch : self._first_micro_batch + len(own)] = own
         ends_point = self.samples >= self._end or self._crossed(self.config.every.log)
+        if notice := self._notice.take():
+            self.note(f"rank {self.rank}: {notice}; saving a checkpoint", from_any_rank=True)
         # Rank 0 is never idle, and only what rank 0 counts is shown.
         seen = meter.micro_batches * self._sharing * recipe.micro_batch
         seconds = time.perf_counter() - meter.started
@@ -340,6 +351,7 @@ class Session:
             guarded_optimizer(self.engine).applied,
             wait_s=meter.wait_s,
             stops=bool(self._reporter.stop_reason),
+            noticed=bool(notice),
             damaged=damaged,
             digests=digests,
         )
@@ -429,6 +441,7 @@ class Session:
     def save(self) -> None:
         """Take a snapshot, which is written while training continues; a collective call."""
         self._reporter.enter("checkpoint")
+        self._noticed = False
         score = self._validation["psnr"] if self._validation.get("at") == self.samples else None
         state = RunState(
             samples=self.samples,

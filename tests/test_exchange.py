@@ -22,6 +22,7 @@ def three_steps(late: bool) -> list[list[tuple[int, list[float], bool, list[int]
             torch.tensor(float(number != 2)),
             wait_s=0.25,
             stops=number == 3 and rank == 1,
+            noticed=number == 2 and rank == 0,
             damaged=rank,
             digests=[2**32 - number, 0] if rank == 0 else [0, number],
         )
@@ -36,7 +37,7 @@ def _row(step: Step, sums: object) -> tuple:
 
 def test_sums_are_those_of_all_ranks_in_the_order_of_steps() -> None:
     rows = [
-        (8 * n, [2.0 * n, 2.0, 1.0, 2.0], 0.5, n == 3, 1, n != 2, [2**32 - n, n])
+        (8 * n, [2.0 * n, 2.0, 1.0, 2.0], 0.5, n == 3, n == 2, 1, n != 2, [2**32 - n, n])
         for n in range(1, 4)
     ]
     for ranks in run_ranks(2, three_steps, False), run_ranks(2, three_steps, True):
@@ -50,7 +51,9 @@ def test_sums_are_those_of_all_ranks_in_the_order_of_steps() -> None:
 def test_a_point_where_all_updates_were_skipped_has_no_loss() -> None:
     step = Step(16, 1e-3, [], True, 16, 4.0)
 
-    point = curve_point(step, StepSums([0.0] * 4, 1.0, False, 0, False, []), world=2, skipped=2)
+    point = curve_point(
+        step, StepSums([0.0] * 4, 1.0, False, False, 0, False, []), world=2, skipped=2
+    )
     assert point["train/loss"] != point["train/loss"]
     assert point["speed/samples_per_s"] == 4.0
     assert point["speed/data_wait"] == 0.125

@@ -77,7 +77,7 @@ def test_a_run_goes_back_after_skips_in_a_row_and_names_their_samples(tmp_path: 
 
 def one_step(samples: int, updated: bool) -> tuple[Step, StepSums]:
     step = Step(samples, 1e-3, [f"key{samples}"], True, 8, 1.0)
-    return step, StepSums([0.1, 0.1, 0.0, 1.0], 0.0, False, 0, updated, [])
+    return step, StepSums([0.1, 0.1, 0.0, 1.0], 0.0, False, False, 0, updated, [])
 
 
 def test_parameters_without_gradient_are_named() -> None:
