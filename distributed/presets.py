@@ -33,12 +33,12 @@ def demo() -> TrainConfig:
         data=DataConfig(
             train="data/demo/shards/train",
             validation="data/demo/shards/validation",
-            crop=48,
+            crop=64,  # in smaller crops blur, haze and low light look alike
             repeats={"denoise_15": 2, "denoise_25": 2, "denoise_50": 2, **repeats},
             loader_workers=0,
         ),
         recipe=Recipe(
-            samples=11_200,
+            samples=6_400,
             global_batch=8,
             micro_batch=4,
             optimizer="muon",  # 1.2 dB better than Adam with the same seed and data
@@ -47,11 +47,12 @@ def demo() -> TrainConfig:
             warmup_samples=160,
             ema_decay=0.98,
             balance_weight=0.1,  # with the paper's 1e-4 the pixel experts collapse
+            frequency_weight=0.1,  # 0.9 dB better with the same seed and data
         ),
         # Two workers of one thread each: small pictures do not fill two threads. On the CPU, so
         # that the preset runs on every machine; `make demo` takes the GPUs that it finds.
         scaling=ScalingConfig(workers="2", device="cpu", cpus_per_worker=1),
-        every=IntervalConfig(checkpoint=2_800, validate=5_600, validation_pictures=1, log=80),
+        every=IntervalConfig(checkpoint=1_600, validate=3_200, validation_pictures=1, log=80),
     )
 
 

@@ -256,7 +256,7 @@ def test_a_trial_has_one_worker_by_default(tmp_path: Path) -> None:
         ({"every.validation_pictures": 9}, []),
         ({"recipe.lr": 0.5}, ["recipe.lr 0.003 (now 0.5)"]),
         ({"model.dim": 8, "seed": 1}, ["seed 0 (now 1)", "model.dim 16 (now 8)"]),
-        ({"data.crop": 32}, ["data.crop 48 (now 32)"]),
+        ({"data.crop": 32}, ["data.crop 64 (now 32)"]),
         ({"data.repeats": {"derain": 1}}, ["data.repeats"]),
     ],
 )
