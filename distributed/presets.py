@@ -47,7 +47,7 @@ def demo() -> TrainConfig:
             warmup_samples=160,
             ema_decay=0.98,
             balance_weight=0.1,  # with the paper's 1e-4 the pixel experts collapse
-            frequency_weight=0.1,  # 0.9 dB better with the same seed and data
+            frequency_weight=0.1,  # about 0.9 dB better
         ),
         # Two workers of one thread each: small pictures do not fill two threads. On the CPU, so
         # that the preset runs on every machine; `make demo` takes the GPUs that it finds.
