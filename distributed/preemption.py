@@ -1,4 +1,4 @@
-"""Notice of pre-emption: the cloud says that it takes this node away, one or two minutes before.
+"""Notice of pre-emption: the cloud says that it takes this node away, shortly before.
 
 EC2 says it two minutes before it ends a spot instance, Google Compute Engine 30 seconds before. One
 worker per node asks the cloud's metadata server every few seconds. After a notice all workers save
@@ -9,6 +9,7 @@ Sources: "Spot Instance interruption notices" and "Use IMDSv2" in the EC2 user g
 preemption occurred" in Compute Engine's documentation.
 """
 
+import http.client
 import json
 import os
 import threading
@@ -53,7 +54,8 @@ def notice_of(cloud: Cloud, environment: Mapping[str, str] = os.environ) -> str:
         environment: of this process.
 
     Raises:
-        OSError: the metadata server cannot be reached, or refuses.
+        OSError, http.client.HTTPException: the metadata server cannot be reached, refuses, or breaks
+            off its answer.
     """
     if cloud == "gcp":
         host = environment.get(GCP, "metadata.google.internal")
@@ -96,7 +98,8 @@ class NoticeWatcher:
 
     def take(self) -> str:
         """The notice, the first time it is asked for after it came; else empty."""
-        notice, self._notice = self._notice, ""
+        if notice := self._notice:  # else the thread may write it just now
+            self._notice = ""
         return notice
 
     def close(self) -> None:
@@ -110,7 +113,7 @@ class NoticeWatcher:
                 if notice := notice_of(self._cloud):
                     self._notice = notice
                     return
-            except OSError as error:
+            except (OSError, http.client.HTTPException) as error:
                 if not said:
                     self._say(
                         f"warning: the metadata server of {self._cloud} cannot be asked ({error}), "
