@@ -54,8 +54,8 @@ def notice_of(cloud: Cloud, environment: Mapping[str, str] = os.environ) -> str:
         environment: of this process.
 
     Raises:
-        OSError, http.client.HTTPException: the metadata server cannot be reached, refuses, or breaks
-            off its answer.
+        OSError, http.client.HTTPException: the metadata server cannot be reached, refuses, or
+            breaks off its answer.
     """
     if cloud == "gcp":
         host = environment.get(GCP, "metadata.google.internal")
