@@ -41,8 +41,13 @@ def run_command(main: Callable[[], int]) -> int:
 def _raise_once(_number: int, _frame: FrameType | None) -> None:
     global _arrived
     _arrived = True
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, _ignore)
     raise Interrupted
+
+
+def _ignore(_number: int, _frame: FrameType | None) -> None:
+    """Instead of SIG_IGN, which makes Python print a traceback about a "race condition" if the
+    second signal arrives just before it is set."""
 
 
 def check() -> None:
@@ -60,7 +65,7 @@ def ignored() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.signal(signal.SIGINT, _ignore)
     try:
         yield
     finally:

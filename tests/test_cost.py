@@ -53,7 +53,7 @@ def test_a_short_run_costs_minutes_and_cents() -> None:
 
 
 def test_larger_crops_cost_more() -> None:
-    alone = replace_dotted(PRESETS["demo"](), {"recipe.samples": 9600})
+    alone = replace_dotted(PRESETS["demo"](), {"recipe.samples": 9600, "data.crop": 48})
     config = replace_dotted(alone, {"data.later_crops": "4800:96"})
     assert work(config) == 4800 + 4 * 4800
     rate = Rate(10.0, 10.0, "measured", cpu=True)
