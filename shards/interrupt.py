@@ -36,6 +36,9 @@ def run_command(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return EXIT_CODE
+    finally:
+        if _arrived:  # Python puts the default back in place of its own handlers when it ends
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _raise_once(_number: int, _frame: FrameType | None) -> None:
