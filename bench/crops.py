@@ -24,7 +24,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distributed.evaluate import load
-from measnet.metrics import psnr
+from measnet.metrics import quality
 from shards.stream import pictures
 
 
@@ -39,7 +39,7 @@ class Arguments:
     degradations: tuple[str, ...] = ()
     """Which of them; empty: all."""
     sides: tuple[int, ...] = (48, 64, 96, 160, 400)
-    """In pixels; larger than a picture: the whole of it."""
+    """Of the crops, in pixels; larger than a picture: the whole of it."""
     every: int = 1
     """Take one picture of so many."""
 
@@ -57,10 +57,6 @@ def crops(picture: Tensor, side: int) -> Iterator[Tensor]:
             yield crop[:, : crop.shape[1] // 8 * 8, : crop.shape[2] // 8 * 8]
 
 
-def _psnr(image: Tensor, clean: Tensor) -> float:
-    return psnr(image.permute(1, 2, 0).numpy(), clean.permute(1, 2, 0).numpy())
-
-
 def main() -> None:
     """Print the table."""
     given = tyro.cli(Arguments, prog="python bench/crops.py")
@@ -73,11 +69,12 @@ def main() -> None:
             continue
         for side in given.sides:
             pairs = zip(crops(sample.degraded, side), crops(sample.clean, side), strict=True)
-            for degraded, clean in pairs:
+            for pair in pairs:
+                degraded, clean = (crop[None] for crop in pair)
                 with torch.inference_mode():
-                    restored = model(degraded[None]).image[0].clamp(0, 1)
-                gain = _psnr(restored, clean) - _psnr(degraded, clean)
-                gains[sample.degradation][side].append(gain)
+                    restored = model(degraded).image
+                gain = quality(restored, clean).psnr - quality(degraded, clean).psnr
+                gains[sample.degradation][side].append(gain.item())
     view = Table("degradation", *(str(side) for side in given.sides), title="mean gain in dB")
     for name, by_side in gains.items():
         view.add_row(name, *(f"{fmean(by_side[side]):+.2f}" for side in given.sides))

@@ -1,10 +1,9 @@
 """Training on Ray; imports measnet and shards.
 
 the command     train, presets, config, options, dry_run
-its process     launch, cluster, lease, initial, restarts, stopping, goodput,
-                preemption
+its process     launch, cluster, lease, initial, restarts, stopping, goodput
 each worker     worker is the loop; session the state of the run; schedule, exchange, meter,
-                guard, validation, speed, profiling
+                guard, validation, preemption, speed, profiling
 the engine      decisions, engine, optimizer, reduction, sharded_state, graphs, compilation
 what is kept    checkpoint, checkpoint_writer, run_log, environment
 what is shown   progress, hang, mlflow_tracker, mlflow_model, served

@@ -78,13 +78,8 @@ class Exchange:
         digests: Sequence[int],
     ) -> None:
         """Start to add up; see `StepSums`. `losses` (4,) and `updated` () are on the device."""
-        own = [
-            wait_s,
-            stops,
-            noticed,
-            damaged,
-            *digests,
-        ]  # float64 holds the 32 bits of a digest exactly
+        own = [wait_s, stops, noticed, damaged, *digests]
+        # float64 holds the 32 bits of a digest exactly.
         on_host = torch.tensor(own, dtype=torch.float64)
         sums = torch.cat([losses, updated.double().view(1), to_device(on_host, self._device)])
         dist.all_reduce(sums)

@@ -33,7 +33,7 @@ def demo() -> TrainConfig:
         data=DataConfig(
             train="data/demo/shards/train",
             validation="data/demo/shards/validation",
-            crop=64,  # in smaller crops blur, haze and low light look alike
+            crop=64,  # a smaller blurred crop looks like haze or low light
             repeats={"denoise_15": 2, "denoise_25": 2, "denoise_50": 2, **repeats},
             loader_workers=0,
         ),

@@ -6,5 +6,5 @@ operations      ops/: each in torch, in C for CPUs, in Triton for GPUs; autocast
 the authors'    official/: what only their program computes, and its checkpoints
 restoring       restore; decoding, pictures, png16; tiling, windows, features, ensemble
 measuring       metrics, complexity, memory, routing
-weights         weights, hub, export, spandrel, card
+weights         weights, hub, export, spandrel, card; files
 """

@@ -30,6 +30,7 @@ from torch.export import Dim, ExportedProgram
 from measnet import config as configs
 from measnet.card import facts_of_run, model_card
 from measnet.config import replace_dotted
+from measnet.files import complete_file
 from measnet.hub import CARD, CONFIG, WEIGHTS
 from measnet.network import MEASNet
 from measnet.weights import load_weights
@@ -93,7 +94,9 @@ def export_onnx(model: MEASNet, path: str | PathLike[str], *, half: bool = False
     graph = program.model.graph
     for part in (graph, *graph):  # torch's notes name files of this machine, and are large
         part.metadata_props.clear()
-    with _complete(Path(path)) as unfinished:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with complete_file(path) as unfinished:
         program.save(unfinished)
 
 
@@ -112,18 +115,6 @@ def _without_notes() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _complete(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write; it gets the name of `path` at the end, if nothing failed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def check_onnx(model: MEASNet, path: str | PathLike[str]) -> float:
@@ -222,7 +213,8 @@ def _export(given: Arguments) -> str:
         return f"{given.out}: {CONFIG}, {WEIGHTS}, {CARD}; upload it as it is"
     if kind == ".pt2":
         program = export_program(model, half=given.half)
-        with _complete(given.out) as unfinished:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        with complete_file(given.out) as unfinished:
             torch.export.save(program, unfinished)
         return f"{given.out}: takes (1, 3, H, W) in [0, 1], multiples of 8"
     export_onnx(model, given.out, half=given.half)

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from measnet import config as configs
 from measnet.config import ModelConfig
 from measnet.experts import PixelExperts, Use
+from measnet.files import complete_file
 from measnet.frequency import FrequencyExperts
 from measnet.hub import weights_file
 from measnet.official import network as official
@@ -159,9 +160,8 @@ class MEASNet(nn.Module):
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
         state[CONFIG_ENTRY] = torch.frombuffer(bytearray(config.encode()), dtype=torch.uint8)
         metadata = {"format": FORMAT, "config": config}
-        aside = Path(f"{path}.part")
-        save_file(state, aside, metadata)
-        aside.replace(path)
+        with complete_file(Path(path)) as unfinished:
+            save_file(state, unfinished, metadata)
 
     @classmethod
     def from_pretrained(

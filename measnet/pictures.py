@@ -6,7 +6,6 @@ lists what is kept, converted and refused.
 """
 
 import dataclasses
-import secrets
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 from torch import Tensor
 
 from measnet import png16
+from measnet.files import complete_file
 
 WHITE: dict[np.dtype[Any], int] = {
     np.dtype(np.uint8): 255,
@@ -186,13 +186,8 @@ def write(picture: Picture, path: Path) -> None:
     """
     picture = fit(picture, path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with aside.open("wb") as file:
-            _encode(picture, FORMATS[path.suffix.lower()], file)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with complete_file(path) as unfinished, unfinished.open("wb") as file:
+        _encode(picture, FORMATS[path.suffix.lower()], file)
 
 
 def _encode(picture: Picture, format: Format, file: IO[bytes]) -> None:

@@ -37,7 +37,9 @@ def run_command(main: Callable[[], int]) -> int:
         print("stopped", file=sys.stderr)
         return EXIT_CODE
     finally:
-        if _arrived:  # Python puts the default back in place of its own handlers when it ends
+        # At its end Python replaces a handler that is a function by the default one, and a further
+        # signal would kill the process. It leaves SIG_IGN.
+        if _arrived:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -49,8 +51,8 @@ def _raise_once(_number: int, _frame: FrameType | None) -> None:
 
 
 def _ignore(_number: int, _frame: FrameType | None) -> None:
-    """Instead of SIG_IGN, which makes Python print a traceback about a "race condition" if the
-    second signal arrives just before it is set."""
+    """Used instead of SIG_IGN. If a signal arrives just before SIG_IGN is set, Python prints a
+    traceback about a race condition."""
 
 
 def check() -> None:

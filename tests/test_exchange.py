@@ -51,9 +51,8 @@ def test_sums_are_those_of_all_ranks_in_the_order_of_steps() -> None:
 def test_a_point_where_all_updates_were_skipped_has_no_loss() -> None:
     step = Step(16, 1e-3, [], True, 16, 4.0)
 
-    point = curve_point(
-        step, StepSums([0.0] * 4, 1.0, False, False, 0, False, []), world=2, skipped=2
-    )
+    sums = StepSums([0.0] * 4, 1.0, False, False, 0, False, [])
+    point = curve_point(step, sums, world=2, skipped=2)
     assert point["train/loss"] != point["train/loss"]
     assert point["speed/samples_per_s"] == 4.0
     assert point["speed/data_wait"] == 0.125

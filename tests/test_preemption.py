@@ -62,6 +62,7 @@ def metadata() -> Iterator[Metadata]:
         yield known
     finally:
         server.shutdown()
+        server.server_close()
 
 
 @pytest.mark.parametrize("proxy", ["", "http://127.0.0.1:9"])
