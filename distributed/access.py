@@ -70,7 +70,7 @@ def check_data(uri: str) -> int:
         source = manifest.read(uri)
         with open_binary(join(uri, source.shards[0].name)) as shard:
             shard.read(1)
-        return sum(one.samples for one in source.shards)
+        return sum(source.counts.values())
 
     return _explained(f"read the data {uri}", use, HELP)
 

@@ -104,7 +104,7 @@ def check(config: TrainConfig) -> tuple[Manifest, Plan]:
             another architecture.
         OSError: there are no weights at `init`.
     """
-    manifest = read_manifest(config.data.train)
+    manifest = read_manifest(config.data.train, config.data.cache_dir)
     plan = Plan.from_manifest(manifest, config.data.repeats, config.seed, config.data.order)
     read_manifest(config.data.validation)
     if config.init and checkpoints.newest_complete(config.folder) is None:

@@ -18,7 +18,7 @@ from rich.progress import (
 )
 
 from shards import interrupt
-from shards.manifest import Shard
+from shards.table import Shard
 from shards.writer import Job, finished, write_shard
 
 T = TypeVar("T")

@@ -17,10 +17,11 @@ import numpy as np
 
 from shards import execution, manifest, storage, tars
 from shards.decode import DecodeError, decode
-from shards.manifest import WEBDATASET, Index, Manifest, Shard, TaskEntry
+from shards.manifest import WEBDATASET, Index, Manifest, TaskEntry
 from shards.packing import locked
 from shards.patience import retrying
 from shards.reader import split_member_name
+from shards.table import Shard, ShardTable
 from shards.tars import Member
 from shards.tasks import TASKS
 from shards.wording import counted
@@ -177,7 +178,7 @@ def _manifest_before(out: str, task: str, work: list[_Tar]) -> Manifest:
     """The manifest in OUT, or an empty one; ValueError where its task has tars that still exist,
     but are not in this work."""
     if not storage.exists(storage.join(out, manifest.NAME)):
-        return Manifest(tasks={}, shards=(), uri=out)
+        return Manifest(tasks={}, shards=ShardTable.of([]), uri=out)
     before = manifest.read(out)
     if task not in before.tasks:
         return before

@@ -24,8 +24,9 @@ from shards import degrade, interrupt, manifest, storage
 from shards.cache import Cache
 from shards.config import DataConfig
 from shards.execution import map_in_processes
-from shards.manifest import Manifest, Shard
+from shards.manifest import Manifest
 from shards.reader import Damage, DamagedError, Reader
+from shards.table import Shard, ShardTable
 from shards.tasks import TASKS
 from shards.wording import counted
 
@@ -242,7 +243,7 @@ def _check_shard(work: tuple[Manifest, bool, Cache]) -> _Check:
 def _only(source: Manifest, shard: Shard) -> Manifest:
     """A manifest of one shard, so that its samples count from 0."""
     entry = dataclasses.replace(source.tasks[shard.task], samples=shard.samples)
-    return Manifest(tasks={shard.task: entry}, shards=(shard,), uri=source.uri)
+    return Manifest(tasks={shard.task: entry}, shards=ShardTable.of([shard]), uri=source.uri)
 
 
 def _check_file(location: str, shard: Shard) -> list[Problem]:

@@ -13,18 +13,25 @@ samples are numbered.
 the tiles or 0, 0), then `MEMBER` rows, then `SAMPLE` rows.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
+import os
 import re
 import shlex
 import struct
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from filelock import FileLock
 
 from shards import storage
+from shards.table import Shard, ShardTable, TableBuilder
 from shards.tasks import TASKS
 
 SCHEMA = 1
@@ -68,29 +75,11 @@ dataset.
 _HEADER = struct.Struct("<4s5I")
 SHARD_NAME = re.compile(r"(?:[\w+=,@-][\w.+=,@ -]*/)*[\w+=,@-][\w.+=,@ -]*\.tar")
 """Names that a manifest may hold, relative to the folder of the tars: none leads out of it."""
+SHARED_BYTES = 1 << 20
+"""Size of `manifest.json` from which the processes of a node share its shards (5,000 of them)."""
+_BLOCK = 4096
+"""Shards that are hashed at a time."""
 _ANEW = "copy it again, or remove it and pack or index again"
-
-
-class Shard(NamedTuple):
-    """One tar and its index: a row of the manifest."""
-
-    name: str
-    task: str
-    samples: int
-    bytes: int
-    sha256: str
-    index_sha256: str
-
-    @property
-    def index_name(self) -> str:
-        """`denoise-000000.idx` for `denoise-000000.tar`, `0.denoise.idx` for `0.tar`.
-
-        So a tar that another program wrote can serve several tasks, and two folders of such tars
-        can have the same names.
-        """
-        stem = self.name.removesuffix(".tar")
-        packed = stem.startswith(f"{self.task}-")
-        return f"{stem}.idx" if packed else f"{stem}.{self.task}.idx"
 
 
 class Index(NamedTuple):
@@ -152,25 +141,31 @@ class Manifest:
     """Version of the file format."""
     tasks: dict[str, TaskEntry]
     """Task -> how it was packed, in the order of `TASKS`."""
-    shards: tuple[Shard, ...]
+    shards: ShardTable
     """The shards, tasks in the order of `TASKS`, each task's in the order of its samples."""
     uri: str = ""
     """Where it was read from; not written to the file."""
+    fingerprint: str = ""
+    """sha256 over names, counts and hashes of all shards: the same for the same pictures, wherever
+    they are stored; computed where it is not given."""
 
-    @property
-    def fingerprint(self) -> str:
-        """sha256 over names, counts and hashes of all shards: the same for the same pictures,
-        wherever they are stored."""
-        return hashlib.sha256(_canonical([list(shard) for shard in self.shards])).hexdigest()
+    def __post_init__(self) -> None:
+        """Compute the fingerprint."""
+        if not self.fingerprint:
+            object.__setattr__(self, "fingerprint", _fingerprint(self.shards))
 
     @property
     def counts(self) -> dict[str, int]:
         """Task -> samples."""
         return {task: entry.samples for task, entry in self.tasks.items()}
 
+    def folder(self, task: str) -> str:
+        """Folder or URI of the tars of a task."""
+        return self.tasks[task].source or self.uri
+
     def location(self, shard: Shard) -> str:
         """Path or URI of a tar."""
-        return storage.join(self.tasks[shard.task].source or self.uri, shard.name)
+        return storage.join(self.folder(shard.task), shard.name)
 
     def remedy(self, task: str) -> str:
         """What to do about a damaged shard of a task, as the end of a sentence."""
@@ -187,7 +182,7 @@ class Manifest:
         """The command that indexed the tars of a task."""
         entry, most = self.tasks[task], 3
         patterns, fields = entry.options["tars"], ("clean", "degraded")
-        words = [storage.join(entry.source or self.uri, one) for one in patterns[:most]]
+        words = [storage.join(self.folder(task), one) for one in patterns[:most]]
         more = [f"… ({len(patterns)} in all)"] if len(patterns) > most else []
         options = ["--task", task]
         named = [(f"--{field}", entry.options[field]) for field in fields if entry.options[field]]
@@ -196,28 +191,30 @@ class Manifest:
         options += ["--skip-corrupt"] if entry.options["skip_corrupt"] else []
         return " ".join(["python -m shards.index", shlex.join(words), *more, shlex.join(options)])
 
-    def shards_of(self, task: str) -> list[Shard]:
+    def shards_of(self, task: str) -> ShardTable:
         """The shards of one task."""
-        return [shard for shard in self.shards if shard.task == task]
+        return self.shards.of_task(task)
 
     def to_bytes(self) -> bytes:
         """`manifest.json`, with one line per shard."""
-        head = {
-            "schema": self.schema,
-            "fingerprint": self.fingerprint,
-            "tasks": {task: dataclasses.asdict(entry) for task, entry in self.tasks.items()},
-        }
+        head = self.head()
         rows = ",\n".join("  " + json.dumps(shard._asdict()) for shard in self.shards)
         text = json.dumps(head, indent=1, ensure_ascii=False)
         return (text[:-2] + ',\n "shards": [\n' + rows + "\n ]\n}\n").encode()
 
-    def with_task(self, task: str, entry: TaskEntry, shards: list[Shard]) -> "Manifest":
+    def head(self) -> dict[str, Any]:
+        """All but the shards, as plain data."""
+        tasks = {task: dataclasses.asdict(entry) for task, entry in self.tasks.items()}
+        return {"schema": self.schema, "fingerprint": self.fingerprint, "tasks": tasks}
+
+    def with_task(self, task: str, entry: TaskEntry, shards: Iterable[Shard]) -> "Manifest":
         """The manifest with a task added, or with its shards replaced."""
         tasks = {**self.tasks, task: entry}
-        all_shards = [shard for shard in self.shards if shard.task != task] + shards
+        all_shards = [*(shard for shard in self.shards if shard.task != task), *shards]
+        all_shards.sort(key=lambda row: (TASKS.index(row.task), row.name))
         return Manifest(
             tasks={name: tasks[name] for name in TASKS if name in tasks},
-            shards=tuple(sorted(all_shards, key=lambda row: (TASKS.index(row.task), row.name))),
+            shards=ShardTable.of(all_shards),
             uri=self.uri,
         )
 
@@ -231,8 +228,23 @@ def digest(value: Any) -> str:
     return hashlib.sha256(_canonical(value)).hexdigest()
 
 
-def read(uri: str) -> Manifest:
+def _fingerprint(shards: ShardTable) -> str:
+    """sha256 of the list of rows as JSON, a block at a time."""
+    whole, left, comma = hashlib.sha256(b"["), iter(shards), b""
+    while block := list(itertools.islice(left, _BLOCK)):
+        whole.update(comma + _canonical([list(shard) for shard in block])[1:-1])
+        comma = b","
+    whole.update(b"]")
+    return whole.hexdigest()
+
+
+def read(uri: str, cache: str = "") -> Manifest:
     """Reads `manifest.json` of a folder or store of shards.
+
+    Args:
+        uri: the folder or store.
+        cache: a local folder, through which the processes of this node share the shards of a large
+            manifest as a mapped file; empty: each has its own.
 
     Raises:
         ValueError: there is none, it is damaged or of another version, or it names a file outside
@@ -241,15 +253,32 @@ def read(uri: str) -> Manifest:
     uri = storage.checked(uri)
     where = storage.join(uri, NAME)
     try:
-        data = storage.read(where)
+        if cache:
+            size, sha256 = storage.size_and_sha256(where)
+            if size >= SHARED_BYTES:
+                return _read_shared(uri, os.path.expanduser(cache), sha256)
+        return _parse(storage.read(where), uri)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(_not_packed(uri)) from error
-    try:
-        return _parse(json.loads(data), uri)
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{where} is damaged ({type(error).__name__}: {error}); {_ANEW}"
-        ) from error
+
+
+def _read_shared(uri: str, cache: str, sha256: str) -> Manifest:
+    """The manifest with this content; its shards are mapped from a file of the cache, which is made
+    where it is missing."""
+    table, head = (os.path.join(cache, f"{sha256}.{kind}") for kind in ("npy", "json"))
+    os.makedirs(os.path.join(cache, "locks"), exist_ok=True)
+    with FileLock(os.path.join(cache, "locks", f"{sha256}.npy")):
+        if not (os.path.exists(table) and os.path.exists(head)):
+            data = storage.read(storage.join(uri, NAME))
+            made = _parse(data, uri)
+            if hashlib.sha256(data).hexdigest() != sha256:
+                return made  # it was written anew just now
+            with storage.atomic_path(table) as temporary:
+                made.shards.save(temporary)
+            storage.write(head, json.dumps(made.head()).encode())
+        for path in (table, head):
+            os.utime(path)  # the cache removes what was not used for long
+        return _from_head(json.loads(Path(head).read_bytes()), ShardTable.mapped(table), uri)
 
 
 def _not_packed(uri: str) -> str:
@@ -266,18 +295,28 @@ def _not_packed(uri: str) -> str:
     )
 
 
-def _parse(raw: dict[str, Any], uri: str) -> Manifest:
-    where = storage.join(uri, NAME)
-    if raw["schema"] != SCHEMA:
+def _parse(data: bytes, uri: str) -> Manifest:
+    where, rows = storage.join(uri, NAME), TableBuilder()
+
+    def take(value: dict[str, Any]) -> dict[str, Any] | None:
+        """Moves a shard into the table, so that a million of them are never plain objects."""
+        if value.keys() != set(Shard._fields):
+            return value
+        rows.add(Shard(**value))
+        return None
+
+    with _damage_named(where):
+        raw = json.loads(data, object_hook=take)
+        version = raw["schema"]
+    if version != SCHEMA:
         raise ValueError(
-            f"{where} has version {raw['schema']}, but this program reads version {SCHEMA}; "
+            f"{where} has version {version}, but this program reads version {SCHEMA}; "
             "pack or index again"
         )
-    manifest = Manifest(
-        tasks={task: TaskEntry(**entry) for task, entry in raw["tasks"].items()},
-        shards=tuple(Shard(**row) for row in raw["shards"]),
-        uri=uri,
-    )
+    with _damage_named(where):
+        if others := [row for row in raw["shards"] if row is not None]:
+            raise TypeError(f"{others[0]} is not a shard")
+        manifest = _from_head(raw | {"fingerprint": ""}, rows.table(), uri)
     for shard in manifest.shards:
         if not SHARD_NAME.fullmatch(shard.name):
             raise ValueError(f"{where} names {shard.name!r}, which is not a shard in its folder")
@@ -285,7 +324,7 @@ def _parse(raw: dict[str, Any], uri: str) -> Manifest:
             raise ValueError(f"{where}: {shard.name} has the unknown task {shard.task!r}")
     for task, entry in manifest.tasks.items():
         storage.checked(entry.source)
-        if sum(shard.samples for shard in manifest.shards_of(task)) != entry.samples:
+        if manifest.shards_of(task).column("samples").sum() != entry.samples:
             raise ValueError(
                 f"{where} is damaged: the samples of {task}'s shards do not add up to "
                 f"{entry.samples}; {_ANEW}"
@@ -293,6 +332,22 @@ def _parse(raw: dict[str, Any], uri: str) -> Manifest:
     if raw["fingerprint"] != manifest.fingerprint:
         raise ValueError(f"{where} is damaged: its fingerprint does not match its shards; {_ANEW}")
     return manifest
+
+
+@contextlib.contextmanager
+def _damage_named(where: str) -> Iterator[None]:
+    """An error in the block means that the file is damaged."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
+        raise ValueError(
+            f"{where} is damaged ({type(error).__name__}: {error}); {_ANEW}"
+        ) from error
+
+
+def _from_head(head: dict[str, Any], shards: ShardTable, uri: str) -> Manifest:
+    tasks = {task: TaskEntry(**entry) for task, entry in head["tasks"].items()}
+    return Manifest(tasks=tasks, shards=shards, uri=uri, fingerprint=head["fingerprint"])
 
 
 def write(manifest: Manifest, uri: str) -> None:

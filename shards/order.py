@@ -164,7 +164,7 @@ class Plan:
                     "or `python -m shards.index`"
                 )
         sizes = {
-            task: np.array([shard.samples for shard in manifest.shards_of(task)], np.int64)
+            task: manifest.shards_of(task).column("samples").astype(np.int64)
             for task in {DEGRADATIONS[name].task for name in used}
         }
         return cls(

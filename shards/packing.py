@@ -22,7 +22,8 @@ from filelock import FileLock, Timeout
 from shards import degrade, layouts, manifest, storage
 from shards.execution import run_jobs
 from shards.layouts import LAYOUTS, Group, Listing
-from shards.manifest import Manifest, Shard, TaskEntry
+from shards.manifest import Manifest, TaskEntry
+from shards.table import Shard, ShardTable
 from shards.tasks import TASKS
 from shards.writer import WORK, Job
 
@@ -312,7 +313,7 @@ def _manifest_before(out: str, tasks: list[str], was_killed: bool) -> Manifest:
                 f"{out} is not empty and has no {manifest.NAME} (but {(foreign or names)[0]}); "
                 "give another folder, or empty it"
             )
-        return Manifest(tasks={}, shards=(), uri=out)
+        return Manifest(tasks={}, shards=ShardTable.of([]), uri=out)
     before = manifest.read(out)
     again = [name for name in tasks if name in before.tasks]
     if again:

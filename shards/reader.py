@@ -17,10 +17,13 @@ from isal import isal_zlib
 from shards import manifest, storage
 from shards.cache import Cache, ContentError
 from shards.decode import Box, DecodeError, decode
-from shards.manifest import Index, Manifest, Shard
+from shards.manifest import Index, Manifest
+from shards.table import Shard
 
 OPEN_FILES = 64
 """Shards that a process keeps open at a time."""
+SIZES = 10_000
+"""Shards of a task whose sizes are compared before training."""
 
 
 class Damage(enum.Enum):
@@ -87,7 +90,7 @@ class Reader:
         self.cache = cache
         self.shards = {task: source.shards_of(task) for task in source.tasks}
         self._ends = {
-            task: np.cumsum([shard.samples for shard in shards])
+            task: np.cumsum(shards.column("samples"), dtype=np.int64)
             for task, shards in self.shards.items()
         }
         self._open: OrderedDict[Shard, _OpenShard] = OrderedDict()
@@ -97,16 +100,25 @@ class Reader:
         return {**self.__dict__, "_open": OrderedDict()}
 
     def check_present(self) -> None:
-        """`DamagedError` where a local shard is missing or has another size than in the
-        manifest."""
-        for shard in self.manifest.shards:
-            path = self.manifest.location(shard)
-            if storage.is_remote(path):
+        """`DamagedError` where a local shard is missing or has another size than in the manifest.
+
+        Each folder is listed once. Of many shards, the sizes of `SIZES` are looked up here; every
+        shard's size is compared again when it is opened.
+        """
+        for task, shards in self.shards.items():
+            if storage.is_remote(self.manifest.folder(task)):
                 continue
-            if not os.path.exists(path):
-                raise self._missing(shard)
-            if os.path.getsize(path) != shard.bytes:
-                raise self._wrong_size(shard, os.path.getsize(path))
+            listed: dict[str, set[str]] = {}
+            every = -(-len(shards) // SIZES)
+            for number, shard in enumerate(shards):
+                path = self.manifest.location(shard)
+                folder, name = os.path.split(path)
+                if folder not in listed:
+                    listed[folder] = set(storage.list_names(folder))
+                if name not in listed[folder]:
+                    raise self._missing(shard)
+                if number % every == 0 and os.path.getsize(path) != shard.bytes:
+                    raise self._wrong_size(shard, os.path.getsize(path))
 
     def locate(self, task: str, number: int) -> Location:
         """Where sample `number` of a task is; opens its shard."""

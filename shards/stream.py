@@ -23,10 +23,10 @@ from shards import order as ordering
 from shards.cache import Cache
 from shards.config import DataConfig, parse_levels
 from shards.decode import NO_FLIP, Box, Flip, as_bytes, as_floats
-from shards.manifest import Shard
 from shards.order import Plan
 from shards.patience import StoreError
 from shards.reader import Damage, DamagedError, Location, Reader
+from shards.table import Shard
 from shards.tasks import DEGRADATIONS, TASKS
 
 _NAMES = tuple(DEGRADATIONS)
@@ -90,7 +90,7 @@ class Picture(NamedTuple):
 def open_reader(uri: str, data: DataConfig) -> Reader:
     """The samples of a folder or store, with the node's cache for remote ones."""
     cache = Cache(folder=data.cache_dir, limit=int(data.cache_gib * 2**30))
-    return Reader(manifest.read(uri), cache)
+    return Reader(manifest.read(uri, cache.folder), cache)
 
 
 class TrainStream:
@@ -203,7 +203,7 @@ class TrainStream:
         Yields a function to call after each batch.
         """
         source = self.reader.manifest
-        remote = any(storage.is_remote(source.location(shard)) for shard in source.shards)
+        remote = any(storage.is_remote(source.folder(task)) for task in source.tasks)
         if not self.data.prefetch or not remote:
             yield lambda: None
             return

@@ -16,7 +16,8 @@ from PIL import Image
 from shards import degrade, manifest, storage
 from shards.decode import DecodeError, decode, encode_tile
 from shards.layouts import Group
-from shards.manifest import Index, Shard
+from shards.manifest import Index
+from shards.table import Shard
 
 WORK = ".packing"
 """Folder inside OUT that records finished shards while packing is not finished."""

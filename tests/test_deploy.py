@@ -267,8 +267,51 @@ def closed(schema: Any) -> Any:
     return {"additionalProperties": False, **parts} if is_object and not open_ended else parts
 
 
+def check_job(job: dict[str, Any]) -> None:
+    """The job against KubeRay's fields, and its pods against Kubernetes' own schema."""
+    import jsonschema
+    import kubernetes_validate
+
+    schema = yaml.safe_load((ROOT / "tests" / "data" / "kuberay_rayjob.yaml").read_text())
+    jsonschema.validate(job, schema)
+    cluster = job["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"}, **group["template"]}
+        kubernetes_validate.validate(pod, "1.34", strict=True)
+
+
+def test_the_kubernetes_job_has_the_fields_of_kuberay_and_kubernetes() -> None:
+    check_job(load("deploy/rayjob.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("backofLimit", 3),
+        ("backoffLimit", "3"),
+        ("rayClusterSpec.authOptions.mode", "tokens"),
+        ("rayClusterSpec.headGroupSpec.rayStartParams.num-cpus", 0),
+        ("rayClusterSpec.headGroupSpec.template.spec.serviceAcountName", "measnet"),
+        ("rayClusterSpec.headGroupSpec.template.spec.terminationGracePeriodSeconds", "long"),
+        ("rayClusterSpec.headGroupSpec.template.spec.containers", [{"image": "IMAGE"}]),
+    ],
+)
+def test_a_slip_in_the_kubernetes_job_is_found(place: str, value: object) -> None:
+    import jsonschema
+    import kubernetes_validate
+
+    job = load("deploy/rayjob.yaml")
+    *path, last = place.split(".")
+    part = job["spec"]
+    for name in path:
+        part = part[name]
+    part[last] = value
+    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+        check_job(job)
+
+
 @pytest.mark.skipif("KUBERAY_CRD" not in os.environ, reason="KUBERAY_CRD names no rayjobs.yaml")
-def test_the_kubernetes_job_fits_kuberays_definition() -> None:
+def test_the_kubernetes_job_fits_the_definition_of_an_operator() -> None:
     import jsonschema
 
     definition = yaml.safe_load(Path(os.environ["KUBERAY_CRD"]).read_text())
