@@ -142,17 +142,24 @@ def moto_server() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def bucket(moto_server: str) -> Iterator[str]:
-    """A bucket in an S3-compatible server on loopback."""
-    with s3.used(moto_server) as place:
-        yield place
-
-
-@pytest.fixture(scope="session")
 def rclone_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a second, independent S3-compatible server."""
     with s3.rclone(tmp_path_factory.mktemp("rclone")) as address:
         yield address
+
+
+@pytest.fixture(scope="session")
+def s3_server(request: pytest.FixtureRequest) -> str:
+    """The address of moto's server, or of rclone's with `MEASNET_S3=rclone`."""
+    address: str = request.getfixturevalue(f"{os.environ.get('MEASNET_S3', 'moto')}_server")
+    return address
+
+
+@pytest.fixture(scope="session")
+def bucket(s3_server: str) -> Iterator[str]:
+    """A bucket in an S3-compatible server on loopback."""
+    with s3.used(s3_server) as place:
+        yield place
 
 
 @pytest.fixture(params=["folder", "moto", "rclone"])
@@ -166,9 +173,9 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.fixture
-def faulty(moto_server: str, tmp_path: Path) -> Iterator[tuple[str, faults.Proxy]]:
+def faulty(s3_server: str, tmp_path: Path) -> Iterator[tuple[str, faults.Proxy]]:
     """A place in a bucket, and the proxy before its server, which fails as it is told."""
-    with faults.proxy(moto_server) as proxy, s3.used(proxy.url) as place:
+    with faults.proxy(s3_server) as proxy, s3.used(proxy.url) as place:
         yield f"{place}/{tmp_path.name}", proxy
 
 

@@ -156,7 +156,7 @@ def test_nodes_are_lost_with_their_disks(
 
 def test_training_outlives_a_store_that_fails(
     bucket: str,
-    moto_server: str,
+    s3_server: str,
     packed: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -168,7 +168,7 @@ def test_training_outlives_a_store_that_fails(
     fs.put(f"{packed}/", f"{root}/", recursive=True)
     calm = StoreRun(tmp_path / "calm", data, {}, f"{bucket}/faults/calm", *one, steps=steps)
     assert calm.end() == 0, calm.said()
-    with faults.proxy(moto_server) as proxy:
+    with faults.proxy(s3_server) as proxy:
         proxy.faults.append(Fault("stale listing", seconds=5))
         environment = {"AWS_ENDPOINT_URL": proxy.url}
         storage = f"{bucket}/faults/stormy"
