@@ -113,8 +113,8 @@ def page() -> Iterator[str]:
     yield from (
         "# Results",
         "",
-        "Written by `python bench/results.py` from the records beside it; no figure is typed. PSNR "
-        "is in dB. *Pictures* says how many of the set there were.",
+        "Written by `python bench/results.py` from the records beside it; no figure in a table is "
+        "typed. PSNR is in dB. *Pictures* says how many of the set there were.",
     )
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         records = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
@@ -233,8 +233,13 @@ def _recipes(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             )
         yield ""
     first = next(iter(records.values()))
+    names = " ".join(dict.fromkeys(one["recipe"] for one in records.values()))
+    seeds = " ".join(map(str, sorted({one["seed"] for one in records.values()})))
     command = "python bench/recipe.py --train SHARDS --test SHARDS"
-    yield f"`{command}`, {first['date']}, {first['machine']}, commit {first['commit']}"
+    yield (
+        f"`{command} --recipes {names} --seeds {seeds}`, {first['date']}, {first['machine']}, "
+        f"commit {first['commit']}"
+    )
 
 
 def _row(*cells: object) -> str:
