@@ -18,6 +18,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import os
 import re
 import shlex
@@ -77,8 +78,12 @@ SHARD_NAME = re.compile(r"(?:[\w+=,@-][\w.+=,@ -]*/)*[\w+=,@-][\w.+=,@ -]*\.tar"
 """Names that a manifest may hold, relative to the folder of the tars: none leads out of it."""
 SHARED_BYTES = 1 << 20
 """Size of `manifest.json` from which the processes of a node share its shards (5,000 of them)."""
+TABLE_FORMAT = 1
+"""Version of the shared files: the fields of `Shard` and `TaskEntry`."""
 _BLOCK = 4096
 """Shards that are hashed at a time."""
+
+log = logging.getLogger(__name__)
 _ANEW = "copy it again, or remove it and pack or index again"
 
 
@@ -251,34 +256,50 @@ def read(uri: str, cache: str = "") -> Manifest:
             its folder. The message names the command that helps.
     """
     uri = storage.checked(uri)
-    where = storage.join(uri, NAME)
     try:
-        if cache:
-            size, sha256 = storage.size_and_sha256(where)
-            if size >= SHARED_BYTES:
-                return _read_shared(uri, os.path.expanduser(cache), sha256)
-        return _parse(storage.read(where), uri)
+        data = storage.read(storage.join(uri, NAME))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(_not_packed(uri)) from error
+    if cache and len(data) >= SHARED_BYTES:
+        return _read_shared(data, uri, os.path.expanduser(cache))
+    return _parse(data, uri)
 
 
-def _read_shared(uri: str, cache: str, sha256: str) -> Manifest:
-    """The manifest with this content; its shards are mapped from a file of the cache, which is made
-    where it is missing."""
-    table, head = (os.path.join(cache, f"{sha256}.{kind}") for kind in ("npy", "json"))
-    os.makedirs(os.path.join(cache, "locks"), exist_ok=True)
-    with FileLock(os.path.join(cache, "locks", f"{sha256}.npy")):
-        if not (os.path.exists(table) and os.path.exists(head)):
-            data = storage.read(storage.join(uri, NAME))
-            made = _parse(data, uri)
-            if hashlib.sha256(data).hexdigest() != sha256:
-                return made  # it was written anew just now
-            with storage.atomic_path(table) as temporary:
-                made.shards.save(temporary)
-            storage.write(head, json.dumps(made.head()).encode())
+def _read_shared(data: bytes, uri: str, cache: str) -> Manifest:
+    """The manifest with its shards mapped from a file of the cache, which is made where it is
+    missing or damaged. Where the cache cannot be used, this process keeps them itself."""
+    name = f"{hashlib.sha256(data).hexdigest()}.{TABLE_FORMAT}"
+    table, head = (os.path.join(cache, f"{name}.{kind}") for kind in ("npy", "json"))
+    try:
+        os.makedirs(os.path.join(cache, "locks"), exist_ok=True)
+        with FileLock(os.path.join(cache, "locks", name)):
+            found = _mapped(table, head, uri)
+            if found is None:
+                made = _parse(data, uri)
+                with storage.atomic_path(table) as temporary:
+                    made.shards.save(temporary)
+                size, sha256 = storage.size_and_sha256(table)
+                about = made.head() | {"table_bytes": size, "table_sha256": sha256}
+                storage.write(head, json.dumps(about).encode())
+                found = _mapped(table, head, uri) or made
+            return found
+    except OSError as error:
+        log.warning("cannot use the shard cache %s: %s; each process reads %s", cache, error, NAME)
+        return _parse(data, uri)
+
+
+def _mapped(table: str, head: str, uri: str) -> Manifest | None:
+    """The manifest of these two files; None where one is missing, evicted or damaged."""
+    try:
+        about = json.loads(Path(head).read_bytes())
+        if storage.size_and_sha256(table) != (about["table_bytes"], about["table_sha256"]):
+            return None
+        shards = ShardTable.mapped(table)
         for path in (table, head):
             os.utime(path)  # the cache removes what was not used for long
-        return _from_head(json.loads(Path(head).read_bytes()), ShardTable.mapped(table), uri)
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return _from_head(about, shards, uri)
 
 
 def _not_packed(uri: str) -> str:

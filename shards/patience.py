@@ -112,6 +112,10 @@ def retrying(
             break
         except Exception as error:  # each store's library has exceptions of its own
             if is_final(error):
+                if http_status(error) in (401, 403) and not isinstance(error, OSError):
+                    raise PermissionError(
+                        f"{doing} {place} is not allowed ({reason(error)}); check its credentials"
+                    ) from error
                 raise
             passed = time.monotonic() - started
             left, why = patience_s - passed, reason(error)

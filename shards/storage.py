@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 import fsspec
 
-from shards.patience import Patient, retrying
+from shards.patience import Patient, http_status, retrying
 
 BLOCK = 1 << 20
 """Bytes that are copied at a time."""
@@ -265,5 +265,12 @@ def open_binary(uri: str) -> AbstractContextManager[BinaryIO]:
     if not is_remote(uri):
         return open(uri, "rb")
     fs, path = open_folder(uri)
-    opened: AbstractContextManager[BinaryIO] = fs.open(path, "rb", cache_type="readahead")
+    try:
+        opened: AbstractContextManager[BinaryIO] = fs.open(path, "rb", cache_type="readahead")
+    except FileNotFoundError as error:
+        # fsspec raises it for every answer of an HTTP server but success, and for no answer.
+        if error.__cause__ is None or http_status(error) in (404, 410):
+            raise
+        why = getattr(error.__cause__, "message", "") or error.__cause__
+        raise OSError(f"cannot open {uri}: {why}") from error.__cause__
     return opened

@@ -4,6 +4,7 @@ As Python objects a million shards take 850 MB in every process. As an array the
 the processes of a node share it as a memory-mapped file (`python bench/manifest.py`).
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, overload
@@ -69,6 +70,8 @@ class ShardTable(Sequence[Shard]):
         """Write a file for `mapped`."""
         with open(file, "wb") as opened:
             np.save(opened, self._rows)
+            opened.flush()
+            os.fsync(opened.fileno())
 
     def column(self, name: str) -> np.ndarray:
         """(n,): one field of all rows; text as UTF-8 bytes."""

@@ -378,7 +378,7 @@ def test_no_sample_is_replaced_because_its_store_fails(
     pack("clean", str(photos), place, workers=1, shard_mib=0.02)
     stream = TrainStream(
         dataclasses.replace(
-            DATA, train=place, cache_dir=str(tmp_path / "cache"), on_corrupt="replace"
+            DATA, train=place, cache_dir=str(tmp_path / "cache"), on_corrupt="substitute"
         ),
         5,
     )

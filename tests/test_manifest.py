@@ -85,6 +85,29 @@ def test_a_table_that_was_evicted_is_made_again(tmp_path: Path, kind: str) -> No
     assert manifest.read(str(tmp_path), str(tmp_path / "cache")) == first
 
 
+@pytest.mark.parametrize("kind", ["npy", "json"])
+@pytest.mark.parametrize("kept", [0, 40, 0.5, -1])
+def test_a_damaged_table_is_made_again(tmp_path: Path, kind: str, kept: float) -> None:
+    """As a crash may leave it: empty, the header alone, half of it, or zeros at the end."""
+    made = written(tmp_path)
+    manifest.read(str(tmp_path), str(tmp_path / "cache"))
+    (file,) = (tmp_path / "cache").glob(f"*.{kind}")
+    data = file.read_bytes()
+    left = int(kept if kept != 0.5 else len(data) / 2)
+    file.write_bytes(data[:left] if kept >= 0 else data[:-500] + bytes(500))
+    assert manifest.read(str(tmp_path), str(tmp_path / "cache")).shards == made.shards
+    assert file.read_bytes() == data
+
+
+def test_a_cache_that_cannot_be_used_is_not_needed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = written(tmp_path)
+    (tmp_path / "cache").write_text("not a folder")
+    assert manifest.read(str(tmp_path), str(tmp_path / "cache")).shards == made.shards
+    assert "cannot use the shard cache" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

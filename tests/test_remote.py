@@ -49,6 +49,7 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
     daemon_threads = True
     broken: dict[str, int]  # name -> how many answers to spoil
+    refused: dict[str, int]  # name -> status of every answer
     asked: list[str]
 
 
@@ -57,6 +58,9 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         assert isinstance(self.server, Server)
         name = self.path.rsplit("/", 1)[-1]
         self.server.asked.append(name)
+        if name in self.server.refused:
+            self.send_error(self.server.refused[name])
+            return
         if self.server.broken.get(name, 0) > 0:
             self.server.broken[name] -= 1
             if self.server.broken[name] % 2:
@@ -71,6 +75,14 @@ class Handler(http.server.SimpleHTTPRequestHandler):
             return
         super().do_GET()
 
+    def do_HEAD(self) -> None:
+        assert isinstance(self.server, Server)
+        name = self.path.rsplit("/", 1)[-1]
+        if name in self.server.refused:
+            self.send_error(self.server.refused[name])
+        else:
+            super().do_HEAD()
+
     def log_message(self, format: str, *args: object) -> None:
         pass
 
@@ -79,7 +91,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 def server(packed: Path) -> Iterator[Server]:
     handler = functools.partial(Handler, directory=str(packed))
     with Server(("127.0.0.1", 0), handler) as running:
-        running.broken, running.asked = {}, []
+        running.broken, running.refused, running.asked = {}, {}, []
         thread = threading.Thread(target=running.serve_forever, daemon=True)
         thread.start()
         yield running
@@ -105,6 +117,43 @@ def contents(data: DataConfig) -> list[tuple[list[str], bytes]]:
     stream = TrainStream(data, 5)
     sizes = {"global_batch": 6, "micro_batch": 3, "world": 1, "rank": 0}
     return [(b.keys, b.degraded.numpy().tobytes()) for b in stream.batches(0, 30, **sizes)]
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(503, r"fetching .*tar failed for \d s.*503"), (403, r"cannot open .*tar: Forbidden")],
+)
+def test_no_sample_is_replaced_because_an_http_server_fails(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, message: str
+) -> None:
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.3)
+    for shard in manifest.read(uri(server)).shards:
+        server.refused[shard.name] = status
+    stream = TrainStream(config(uri(server), tmp_path, on_corrupt="substitute", prefetch=0), 5)
+    with pytest.raises((OSError, ValueError), match=message):
+        next(stream.batches(0, 30, global_batch=6, micro_batch=3, world=1, rank=0))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (503, r"reading .*manifest.json failed for \d s"),
+        (403, r"reading .*manifest.json is not allowed .HTTP 403"),
+    ],
+)
+def test_a_failing_server_is_not_a_missing_manifest(
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    message: str,
+    cached: bool,
+) -> None:
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.3)
+    server.refused[manifest.NAME] = status
+    with pytest.raises(OSError, match=message):
+        manifest.read(uri(server), str(tmp_path) if cached else "")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
