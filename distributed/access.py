@@ -68,7 +68,7 @@ def check_data(uri: str) -> int:
 
     def use() -> int:
         source = manifest.read(uri)
-        with open_binary(join(uri, source.shards[0].name)) as shard:
+        with open_binary(source.location(source.shards[0])) as shard:
             shard.read(1)
         return sum(source.counts.values())
 

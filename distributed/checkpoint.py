@@ -228,16 +228,23 @@ def best(checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
     return max(scored, key=lambda c: (c.score, c.samples), default=None)
 
 
-def prune(run: str, keep: int) -> list[str]:
+def prune(run: str, keep: int, written: "Checkpoint | None" = None) -> list[str]:
     """Keep the newest `keep` complete checkpoints and the best one; returns the names of those
     removed.
+
+    `written`, if given, was written just now. It is kept also where others have more samples: after
+    a damaged checkpoint a run resumes from an older one.
 
     Also removes checkpoints that are damaged or have no marker, so only the owner of the run may
     call it (`distributed.lease`): another process may be writing one.
     """
     fs, root = open_folder(run)
     complete = [c for c in listed(run) if c.problem(hashes=False) is None]
+    if keep < 1:
+        raise ValueError(f"--keep is {keep}, but must be at least 1")
     kept = {c.path for c in complete[-keep:]}
+    if written is not None:
+        kept.add(written.path)
     top = best(complete)
     if top is not None:
         kept.add(top.path)

@@ -57,9 +57,9 @@ class CheckpointWriter:
         try:
             started = time.monotonic()
             self._log.keep()
-            snapshot.write(self._folder)
+            written = snapshot.write(self._folder)
             self.seconds = time.monotonic() - started
             if owns(self._folder, self._owner):
-                prune(self._folder, self._keep)
+                prune(self._folder, self._keep, written)
         except BaseException as error:  # raised again where training waits for the writer
             self._error = error

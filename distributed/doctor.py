@@ -265,7 +265,7 @@ def inspect_cluster(targets: Targets) -> list[Node]:
     """The facts about each node of the cluster of RAY_ADDRESS, the one of this process first.
 
     Raises:
-        OSError: its head does not answer.
+        OSError: its head does not answer, or this process cannot join it.
     """
     address = os.environ["RAY_ADDRESS"]
     host, _, port = address.rpartition(":")
@@ -275,9 +275,13 @@ def inspect_cluster(targets: Targets) -> list[Node]:
         except OSError as error:
             raise OSError(f"no Ray cluster answers at {address} ({error})") from error
     import ray
+    from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    ray.init(logging_level="ERROR", log_to_driver=False)
+    try:
+        ray.init(logging_level="ERROR", log_to_driver=False)
+    except RuntimeError as error:  # another version of Ray or Python
+        raise OSError(f"this process cannot join the cluster: {_first_line(error)}") from error
     try:
         own = ray.get_runtime_context().get_node_id()
         ids = sorted((n["NodeID"] for n in ray.nodes() if n["Alive"]), key=lambda i: i != own)
@@ -304,8 +308,15 @@ def inspect_cluster(targets: Targets) -> list[Node]:
                 host=f"{nodes[number].host} {number}",
             )
         return nodes
+    except RayError as error:  # a node without this program, for example
+        raise OSError(f"a node could not be checked: {_first_line(error)}") from error
     finally:
         ray.shutdown()
+
+
+def _first_line(error: Exception) -> str:
+    """What it says, in one line."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def examine(arguments: Arguments) -> list[Finding]:

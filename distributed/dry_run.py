@@ -1,5 +1,7 @@
 """What a training command would run: its configuration and decisions. Nothing is started."""
 
+from importlib.util import find_spec
+
 from distributed.config import TrainConfig, to_yaml
 from distributed.decisions import decide, training_device
 from measnet.hardware import Decision, Machine
@@ -43,11 +45,14 @@ def _known(config: TrainConfig, machine: Machine | None) -> dict[str, Decision]:
         hidden = set() if machine is not None else {"kernels"}
     else:
         from distributed.engine import predict_fit
+        from measnet.ops.gpu_library import LEAST_CAPABILITY
 
         assert machine is not None
         card = machine.cards[0]
         automatic = config.engine.activation_checkpointing == "auto"
-        predicted = predict_fit(config, world, card) if automatic else None
+        # As far as is known without starting Triton: it needs a card that is new enough.
+        fused = card.capability >= LEAST_CAPABILITY and find_spec("triton") is not None
+        predicted = predict_fit(config, world, card, kernels=fused) if automatic else None
         decisions, hidden = decide(config, world, card, predicted), ON_A_WORKER
     known |= {k: v for k, v in decisions._asdict().items() if k not in hidden}
     if hidden:

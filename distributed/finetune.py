@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from measnet.hardware import choose_device, this_machine
 from measnet.hub import SMALL
 from shards import layouts
 from shards.config import DataConfig
+from shards.storage import exists, write
 
 SYNTHESISED = ("derain", "dehaze", "deblur", "lowlight", "lowlight+denoise")
 """Degradations that are made from the photographs; noise is added while loading."""
@@ -159,31 +161,34 @@ def pack_photos(given: Arguments, names: Split, console: Console) -> Path:
     Raises:
         ValueError, OSError: pictures that cannot be read, or other photographs were packed before.
     """
+    from shards import manifest
     from shards.packing import pack
 
     shards = shards_of(given)
     note = shards / "photos.json"
     listed = {part: _digests(given.photos, own) for part, own in names._asdict().items()}
-    if note.exists():
+    # Written first: if packing is interrupted, the parts must still be the same the next time, else
+    # a photograph to test on could be trained on.
+    if exists(str(note)):
         if json.loads(note.read_text()) != listed:
             raise ValueError(
                 f"{shards} was packed from other photographs; use another --name, or remove that "
                 "folder"
             )
-        return shards
+    else:
+        write(str(note), (json.dumps(listed, indent=2) + "\n").encode())
     for number, (part, own) in enumerate(names._asdict().items()):
+        if exists(str(shards / part / manifest.NAME)):
+            continue
         folder = shards / "photos" / part
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
         for name in own:
-            target = folder / name.replace("/", "_")
-            if not target.exists():
-                target.symlink_to((given.photos / name).resolve())
-        manifest = pack(
-            "clean", str(folder), str(shards / part), synthesise=SYNTHESISED, seed=number
-        )
-        counts = ", ".join(f"{task} {count}" for task, count in manifest.counts.items())
+            link = folder / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to((given.photos / name).resolve())
+        made = pack("clean", str(folder), str(shards / part), synthesise=SYNTHESISED, seed=number)
+        counts = ", ".join(f"{task} {count}" for task, count in made.counts.items())
         console.print(f"packed {part}: {counts}", highlight=False)
-    note.write_text(json.dumps(listed, indent=2) + "\n")
     return shards
 
 

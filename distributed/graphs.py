@@ -105,12 +105,21 @@ class MicroBatchGraph:
         self.unused = [name for i, (name, _) in enumerate(self._named) if i not in used]
         """Parameters that get no gradient."""
 
+    def prepare(self, shape: torch.Size) -> None:
+        """Capture anew if the graph is for pictures of another shape; only between two steps.
+
+        Raises:
+            GraphError: the graph for that shape cannot be captured.
+        """
+        if shape != self._degraded.shape:
+            self._capture(shape, self._degraded.device)
+
     def __call__(
         self, degraded: Tensor, clean: Tensor, noise_seed: int = 0
     ) -> tuple[Losses, Restoration]:
         """Add the gradients of a micro-batch; the results hold until the next call.
 
-        Crops of another side than before are captured anew, which must be between two steps.
+        Pictures of another shape than before are captured first, see `prepare`.
 
         Args:
             degraded: (m, 3, c, c) on the device.
@@ -120,8 +129,7 @@ class MicroBatchGraph:
         Raises:
             GraphError: the graph for another side cannot be captured.
         """
-        if degraded.shape != self._degraded.shape:
-            self._capture(degraded.shape, degraded.device)
+        self.prepare(degraded.shape)
         if self._parameters[0].grad is None:  # on a single rank DeepSpeed drops the gradients
             self._start_at_zero()
         self._degraded.copy_(degraded)

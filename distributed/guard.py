@@ -102,10 +102,9 @@ class SkipCounter:
         self._since: int | None = None
         self.in_a_row = 0
         """Updates skipped in a row, up to now."""
-        self.spans: list[list[int]] = (
-            read_json(self._fs, self._path) if self._fs.exists(self._path) else []
-        )
-        """Spans [first, end) of samples that are left out; `end` is not part of the span."""
+        self.spans = joined(read_json(self._fs, self._path) if self._fs.exists(self._path) else [])
+        """Spans [first, end) of samples that are left out, in order and apart; `end` is not part of
+        the span."""
 
     def behind(self, samples: int) -> int:
         """The position after `samples` samples, or the end of the span left out that it is in."""
@@ -128,6 +127,17 @@ class SkipCounter:
         span = [self._since if self._since is not None else last, last]
         write_json(self._fs, self._path, [*self.spans, span])
         return span
+
+
+def joined(spans: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Spans [first, end) in order, those that touch as one."""
+    apart: list[list[int]] = []
+    for first, end in sorted(map(list, spans)):
+        if apart and first <= apart[-1][1]:
+            apart[-1][1] = max(apart[-1][1], end)
+        else:
+            apart.append([first, end])
+    return apart
 
 
 def watch_unused(model: nn.Module) -> Callable[[], list[str]]:

@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from measnet.tiling import full_precision
+
 Name = Literal["lpips", "dists", "niqe", "musiq"]
 NAMES: tuple[Name, ...] = get_args(Name)
 
@@ -119,5 +121,6 @@ class Perceptual:
             given = (pictures, clean) if METRICS[name].reference else (pictures,)
             # One by one: NIQE has no batches, and values must not depend on the others.
             rows = zip(*given, strict=True)
-            found[str(name)] = [float(metric(*(one[None] for one in row))) for row in rows]
+            with full_precision():
+                found[str(name)] = [float(metric(*(one[None] for one in row))) for row in rows]
         return found

@@ -39,7 +39,7 @@ from shards import patience
 from shards.manifest import Manifest
 from shards.manifest import read as read_manifest
 from shards.order import Plan
-from shards.storage import absolute, local_copy, open_folder, write_json, write_whole
+from shards.storage import absolute, is_remote, local_copy, open_folder, write_json, write_whole
 from shards.wording import counted
 
 MODEL = "model.safetensors"
@@ -226,9 +226,10 @@ def _already_finished(
         _export(config, run)
         mlflow_tracker.finish(run, "FINISHED", config.folder)
         join_parts(config.folder)
+    out = f" --out {config.name}" if is_remote(config.folder) else ""
     console.print(
         f"{config.folder} is finished: {newest.samples:,} samples. "
-        f"Next: python -m distributed.evaluate {config.folder} {config.data.validation}"
+        f"Next: python -m distributed.evaluate {config.folder} {config.data.validation}{out}"
     )
     return Outcome("already finished", config.folder, samples=newest.samples)
 

@@ -6,7 +6,6 @@ Imports neither torch nor Ray; see `distributed.config`.
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from distributed.config import (
     IntervalConfig,
@@ -18,6 +17,7 @@ from distributed.config import (
 from distributed.options import exit_on_error, read_options
 from measnet.config import tiny
 from shards.config import PAPER_REPEATS, DataConfig
+from shards.storage import checked, read
 from shards.tasks import DEGRADATIONS, PAPER_TASKS
 
 
@@ -218,14 +218,16 @@ def starting_point(arguments: list[str]) -> TrainConfig:
         at = arguments.index("--config")
         if at + 1 == len(arguments):
             raise ValueError("--config needs the name of a YAML file")
-        path = Path(arguments[at + 1])
+        uri = arguments[at + 1]
         del arguments[at : at + 2]
         try:
-            return from_yaml(path.read_text())
+            text = read(checked(uri)).decode()
         except OSError as error:
-            raise ValueError(f"cannot read --config {path}: {error.strerror}") from error
+            raise ValueError(f"cannot read --config {uri}: {error.strerror or error}") from error
+        try:
+            return from_yaml(text)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{uri}: {error}") from error
     return TrainConfig()
 
 

@@ -94,7 +94,8 @@ class _Worker:
             )
             self._key = key
         return [
-            (one.score, one.image.cpu() if keep else None)
+            # A copy, else it would carry the memory of the whole batch.
+            (one.score, one.image.cpu().clone() if keep else None)
             for one, keep in zip(self._scorer(chunk), wanted, strict=True)
         ]
 

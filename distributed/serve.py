@@ -134,14 +134,21 @@ def start(given: Arguments, token: str) -> Any:
     from distributed.cluster import is_local, start_local_ray
     from distributed.serve_app import Limits, application
 
-    machine = this_machine()
-    device = choose_device(given.device, machine).choice
-    replicas = given.replicas or max(1, len(machine.cards) if device != "cpu" else 1)
-    if not ray.is_initialized():
-        if is_local():
+    device: DeviceChoice
+    if is_local():
+        machine = this_machine()
+        cards = len(machine.cards)
+        device = "cpu" if choose_device(given.device, machine).choice == "cpu" else "cuda"
+        replicas = replicas_on(device, given.replicas, cards)
+        if not ray.is_initialized():
             start_local_ray(num_cpus=max(os.cpu_count() or 1, replicas + 1))
-        else:
+    else:
+        if not ray.is_initialized():
             ray.init(logging_level="ERROR")
+        cards = int(ray.cluster_resources().get("GPU", 0))
+        asked = given.device
+        device = "cuda" if asked == "cuda" or (asked == "auto" and cards) else "cpu"
+        replicas = replicas_on(device, given.replicas, cards)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     limits = Limits(
         bytes=given.max_bytes,
@@ -155,7 +162,7 @@ def start(given: Arguments, token: str) -> Any:
         limits=limits,
         token=token,
         replicas=replicas,
-        device=given.device,
+        device=device,
         gpus=1.0 if device != "cpu" else 0.0,
     )
     try:
@@ -166,6 +173,27 @@ def start(given: Arguments, token: str) -> Any:
             f"Ray Serve did not start ({type(error).__name__}); if the machine is very busy, try "
             "again, else see the logs in /tmp/ray/session_latest/logs/serve"
         ) from error
+    except RuntimeError as error:  # a replica could not be made
+        raise OSError(
+            f"Ray Serve could not start the service: {str(error).strip().splitlines()[0]}; see the "
+            "logs in /tmp/ray/session_latest/logs/serve"
+        ) from error
+
+
+def replicas_on(device: str, asked: int, cards: int) -> int:
+    """How many replicas to start; by default one per GPU, and one on the CPU.
+
+    Raises:
+        ValueError: each replica takes a GPU, and there are fewer.
+    """
+    if device == "cpu":
+        return asked or 1
+    if (asked or 1) > cards:
+        raise ValueError(
+            f"--replicas is {asked or 1}, but there are {cards} GPUs and each replica takes one; "
+            "use fewer, or --device cpu"
+        )
+    return asked or cards
 
 
 def path_for_replicas(checkpoint: str) -> str:

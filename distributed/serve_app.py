@@ -109,10 +109,12 @@ def retry_after(waiting: int, seconds: float, batch: int, replicas: int) -> int:
 class Restorer:
     """A replica: the network on its device."""
 
-    def __init__(self, checkpoint: str, device: DeviceChoice, limits: Limits) -> None:
-        """Load the checkpoint."""
+    def __init__(
+        self, checkpoint: str, device: DeviceChoice, limits: Limits, replicas: int
+    ) -> None:
+        """Load the checkpoint; so many replicas may share the memory of a machine."""
         self.model: MEASNet = load(checkpoint, choose_device(device, this_machine()).choice).eval()
-        self.tiling: Tiling = choose_tiling(self.model)
+        self.tiling: Tiling = choose_tiling(self.model, processes=replicas)
         self.restore.set_max_batch_size(limits.batch)
         self.restore.set_batch_wait_timeout_s(limits.wait_s)
 
@@ -134,7 +136,8 @@ class Restorer:
                 maps = [{} for _ in numbers]
             seconds = time.perf_counter() - started
             for number, image, own in zip(numbers, images, maps, strict=True):
-                found[number] = Done(image, own, seconds)
+                # A copy, else the answer would carry the memory of the whole batch.
+                found[number] = Done(None if image is None else image.clone(), own, seconds)
         return [found[number] for number in range(len(jobs))]
 
     def _maps(self, image: Tensor) -> dict[str, Image.Image]:
@@ -207,8 +210,8 @@ def decoded(body: bytes, megapixels: int) -> Picture:
             pixels = header.width * header.height
     except Image.DecompressionBombError:
         pixels = 10**12
-    except (UnidentifiedImageError, OSError, SyntaxError):
-        pixels = 0  # `read` knows more kinds of TIFF, and says what is wrong
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+        pixels = 0  # `read` knows more kinds of files, and says what is wrong
     if pixels > megapixels * 10**6:
         raise HTTPException(
             413,
@@ -418,7 +421,7 @@ def application(
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
         health_check_period_s=2,
         graceful_shutdown_timeout_s=10,
-    ).bind(checkpoint, device, limits)
+    ).bind(checkpoint, device, limits, replicas)
     # The ingress must be able to refuse more requests than are accepted.
     open_requests = 4 * (limits.queue + 2 * limits.batch * replicas)
     return ingress.options(

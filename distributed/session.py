@@ -23,7 +23,7 @@ from distributed.decisions import choose_reduction, sharing_workers
 from distributed.engine import decide_for, initialize
 from distributed.environment import keep_environment, record_environment
 from distributed.exchange import Exchange, Step, StepSums, curve_point
-from distributed.graphs import graph_micro_batches
+from distributed.graphs import GraphError, MicroBatchGraph, graph_micro_batches
 from distributed.guard import (
     StepGuard,
     chain,
@@ -128,6 +128,7 @@ class Session:
         optimizer = guarded_optimizer(self.engine)
         self._guard = StepGuard(self.config, optimizer, name_unused, self.note)
         self.samples = self._guard.skips.behind(state.samples if state else 0)
+        self._before = self.samples
         self.updates = state.updates if state else 0
         self._consumed = state.consumed if state else ""
         self._best = state.best if state else None
@@ -212,6 +213,21 @@ class Session:
                 return
             yield batch
 
+    def graph_for(self, degraded: Tensor) -> MicroBatchGraph | None:
+        """The CUDA graph for pictures of this shape; None where there is none.
+
+        Where crops of another side cannot be captured, the run goes on without graphs.
+        """
+        if self.graph is not None:
+            try:
+                self.graph.prepare(degraded.shape)
+            except GraphError as error:
+                self.graph = None
+                side = degraded.shape[-1]
+                line = f"graphs: off from {self.samples:,} samples on, crops of {side} ({error})"
+                self.note(line, from_any_rank=True)
+        return self.graph
+
     def sum_statistics(self, flat: Tensor) -> None:
         """Add up the batch norms' sums over the ranks that share the work, in place."""
         if self._idle:
@@ -220,6 +236,7 @@ class Session:
 
     def count_step(self) -> None:
         """Count the samples of the step, and let the average follow if it updated the weights."""
+        self._before = self.samples
         self.samples += self.config.recipe.global_batch
         optimizer = guarded_optimizer(self.engine)
         if self._late:
@@ -247,7 +264,7 @@ class Session:
         self._start_exchange(lr)
         self._reporter.step_made()
         every = self.config.every
-        needed = self.samples >= self._end or any(
+        needed = self._behind >= self._end or any(
             interval and self._crossed(interval) for interval in (every.validate, every.checkpoint)
         )
         for step, sums in self._exchange.finished(everything=needed):
@@ -299,7 +316,7 @@ class Session:
 
     def skip_left_out_samples(self) -> None:
         """Continue after samples that earlier skipped updates left out."""
-        self.samples = self._guard.skips.behind(self.samples)
+        self.samples = self._behind
 
     def finish(self) -> dict[str, Any]:
         """Hand over what is still to be sent, and say how the run ended."""
@@ -322,9 +339,13 @@ class Session:
     # ---- parts -----------------------------------------------------------------------------------
 
     def _crossed(self, interval: int) -> bool:
-        """Whether the last step reached or passed a multiple of `interval` samples."""
-        before = self.samples - self.config.recipe.global_batch
-        return self.samples // interval > before // interval
+        """Whether the last step and what is left out behind it passed a multiple of it."""
+        return self._behind // interval > self._before // interval
+
+    @property
+    def _behind(self) -> int:
+        """Where the run stands, behind the samples that are left out there."""
+        return self._guard.skips.behind(self.samples)
 
     def _agree_on_checkpoint(self) -> Checkpoint | None:
         found = [newest_complete(self._folder, self.note) if self.rank == 0 else None]

@@ -1,5 +1,6 @@
 """Where an evaluation's pictures are: packed shards, or the raw folder of a benchmark."""
 
+import itertools
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,11 +48,12 @@ def parse_all(given: list[str]) -> list[Source]:
     Raises:
         ValueError: as `parse`.
     """
-    sources: list[Source] = []
+    sources: dict[str, Source] = {}
     for one in map(parse, given):
-        same = sum(other.name.rstrip("-0123456789") == one.name for other in sources)
-        sources.append(one._replace(name=f"{one.name}-{same + 1}") if same else one)
-    return sources
+        numbered = (f"{one.name}-{number}" for number in itertools.count(2))
+        name = next(name for name in itertools.chain([one.name], numbered) if name not in sources)
+        sources[name] = one._replace(name=name)
+    return list(sources.values())
 
 
 @contextmanager

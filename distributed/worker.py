@@ -42,8 +42,9 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
             batch = next(batches)
             degraded, clean = upload(batch.degraded), upload(batch.clean)
             noise = gate_noise(config.seed, session.step, micro_batch, device)
-            if session.graph is not None:  # the same three lines as one CUDA graph
-                losses, restoration = session.graph(degraded, clean, noise.initial_seed())
+            graph = session.graph_for(degraded)
+            if graph is not None:  # the same three lines as one CUDA graph
+                losses, restoration = graph(degraded, clean, noise.initial_seed())
             else:
                 restoration = engine(degraded, generator=noise)
                 losses = restoration_loss(restoration, clean, *weights)
@@ -54,10 +55,10 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
         commit_statistics(engine.module, reduce=session.sum_statistics)
         session.count_step()  # the average of the weights follows
         session.report(lr)
+        session.skip_left_out_samples()
         profiling.after_step(last=session.over)
         if session.validation_is_due:
             session.validate()
         if session.checkpoint_is_due:
             session.save()
-        session.skip_left_out_samples()
     return session.finish()

@@ -5,8 +5,9 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from rich.progress import (
@@ -138,13 +139,14 @@ def _run_in_processes(
         try:
             with interrupt.blocked():
                 futures = [pool.submit(function, item, _advance) for item in items]
-            waiting = set(futures)
-            while waiting:
-                with contextlib.suppress(TimeoutError):
-                    for future in as_completed(waiting, timeout=0.2):
-                        future.result()
-                        waiting.discard(future)
-                        break
+            ended: SimpleQueue[Future[R]] = SimpleQueue()
+            for future in futures:
+                future.add_done_callback(ended.put)
+            left = len(futures)
+            while left:
+                with contextlib.suppress(Empty):
+                    ended.get(timeout=0.2).result()
+                    left -= 1
                 interrupt.check()
                 show(count.value)
         except BaseException:

@@ -85,7 +85,7 @@ def test_a_search_asks_for_nodes_and_says_what_it_waits_for(tmp_path: Path) -> N
         assert done.returncode == 0, output
         assert "waiting for 2 workers of 1 CPU (2 trials); the cluster has no CPUs" in output
         assert "the search fails in" in output
-        assert "2 trials at a time, each of 1 workers with 1 CPU" in output
+        assert "2 trials at a time, each of 1 worker with 1 CPU" in output
         record = json.loads((tmp_path / "runs" / "found" / "search.json").read_text())
         assert [trial["state"] for trial in record["trials"]] == ["finished", "finished"]
         assert len(cluster.machines()) >= 2

@@ -104,6 +104,17 @@ def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert leftover.name in removed and not leftover.exists()
 
 
+def test_prune_keeps_what_was_just_written(tmp_path: Path) -> None:
+    """After a damaged checkpoint at 32 the run resumed from 8, and wrote 16."""
+    for samples in (8, 32):
+        write(tmp_path, samples)
+    written = write(tmp_path, 16)
+    checkpoints.prune(str(tmp_path), 1, written)
+    assert [c.samples for c in checkpoints.listed(str(tmp_path))] == [16, 32]
+    with pytest.raises(ValueError, match="--keep is 0, but must be at least 1"):
+        checkpoints.prune(str(tmp_path), 0)
+
+
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(tmp_path / "run")
     assert main(["list", run]) == 2

@@ -9,6 +9,7 @@ import yaml
 from distributed.config import TrainConfig, flat_fields, from_yaml, to_yaml
 from distributed.presets import PRESETS, parse
 from measnet.config import ModelConfig, from_dict, replace_dotted, to_dict
+from shards import storage
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -100,6 +101,12 @@ def test_what_is_wrong_is_named(
 def test_a_wrong_file_is_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("[", r"\[").replace(".", r"\.")):
         from_yaml(text)
+
+
+def test_a_configuration_may_be_in_a_store() -> None:
+    storage.write("memory://best.yaml", b"name: found\nrecipe: {lr: 0.001}\n")
+    config = parse(["--config", "memory://best.yaml"])
+    assert (config.name, config.recipe.lr) == ("found", 1e-3)
 
 
 def test_linked_fields_change_together() -> None:

@@ -4,15 +4,19 @@ import dataclasses
 import os
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from distributed.access import check_data, check_storage, check_tracking
 from distributed.doctor import GIB, Finding, judge, main
 from distributed.node import Node, Targets, in_time
+from shards.indexing import index
 from tests.chaos import Cluster
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -206,6 +210,31 @@ def test_a_cluster_that_does_not_answer(
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     assert main([]) == 1
     assert "no Ray cluster answers at 127.0.0.1:9" in capsys.readouterr().out
+
+
+def test_a_cluster_with_another_version_of_ray(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ray
+
+    def refuses(**_options: object) -> None:
+        raise RuntimeError("Version mismatch: the cluster was started with Ray 2.59\nmore")
+
+    monkeypatch.setattr(ray, "init", refuses)
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert main([]) == 1
+    said = capsys.readouterr().out
+    assert "this process cannot join the cluster: Version mismatch: the cluster was started" in said
+
+
+def test_data_whose_tars_are_in_another_folder(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "clean.png")
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "0.tar", "w") as tar:
+        tar.add(tmp_path / "clean.png", "a.png")
+    index(str(tmp_path / "tars"), task="denoise", clean="png", out=str(tmp_path / "out"))
+    assert check_data(str(tmp_path / "out")) == 1
 
 
 @pytest.mark.slow

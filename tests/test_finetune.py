@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,15 @@ from rich.console import Console
 from skimage import data
 
 from distributed import finetune
+from distributed.demo import Split
 from distributed.finetune import Arguments, configuration, main, pack_photos, split
 from distributed.initial import check_architecture, start_from
 from distributed.launch import resolve
 from distributed.presets import demo
 from measnet.config import replace_dotted, tiny
 from measnet.network import MEASNet
+from shards import packing
+from shards.manifest import Manifest
 
 
 def photos(folder: Path, count: int) -> Path:
@@ -87,6 +91,39 @@ def test_photos_are_packed_once_and_other_photos_are_refused(
     Image.fromarray(data.chelsea()[:100, :100]).save(folder / names.test[0])
     with pytest.raises(ValueError, match="other photographs"):
         pack_photos(given, names, Console(quiet=True))
+
+
+def test_an_interrupted_packing_is_continued_and_its_parts_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(finetune, "SYNTHESISED", ("derain",))
+    folder = photos(tmp_path / "photos", 5)
+    (folder / "a").mkdir()
+    for name in ("a/x.png", "a_x.png"):  # two pictures, whose links need two names
+        Image.fromarray(data.chelsea()[50:150, :100]).save(folder / name)
+    given = Arguments(photos=folder, init="unused")
+
+    real = packing.pack
+
+    def interrupted(layout: str, root: str, out: str, **options: Any) -> Manifest:
+        if out.endswith("validation"):
+            raise KeyboardInterrupt
+        return real(layout, root, out, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(packing, "pack", interrupted)
+        pack_photos(given, split(folder), Console(quiet=True))
+    shards = pack_photos(given, split(folder), Console(quiet=True))
+    counts = [
+        json.loads((shards / part / "manifest.json").read_text())["tasks"]["denoise"]["samples"]
+        for part in Split._fields
+    ]
+    assert sum(counts) == 7
+    Image.fromarray(data.chelsea()[:100, :100]).save(folder / "more.png")
+    (shards / "test" / "manifest.json").unlink()  # as if it had been interrupted there
+    with pytest.raises(ValueError, match="other photographs"):
+        pack_photos(given, split(folder), Console(quiet=True))
 
 
 def test_the_configuration_starts_from_the_weights(tmp_path: Path) -> None:

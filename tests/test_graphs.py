@@ -17,6 +17,7 @@ from distributed import optimizer as optimizers
 from distributed.config import EngineConfig, Recipe, TrainConfig
 from distributed.decisions import choose_graphs, decide
 from distributed.graphs import GraphError, MicroBatchGraph
+from distributed.session import Session
 from measnet import config as configs
 from measnet.config import replace_dotted
 from measnet.hardware import Decision
@@ -233,6 +234,28 @@ def test_a_failed_capture_gives_a_reason(
     graph, decision = graphs.graph_micro_batches(engine, small, decisions, 1.0)
     assert graph is None and decision.choice == "off"
     assert "not permitted when stream is capturing)" in decision.reason
+
+
+def test_a_run_goes_on_without_graphs_where_later_crops_cannot_be_captured(
+    engine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = MicroBatchGraph(engine, **SETTINGS)
+    said: list[str] = []
+    session = SimpleNamespace(
+        graph=graph, samples=800, note=lambda line, **_: said.append(line), step=100
+    )
+    same = torch.zeros(graph._degraded.shape)
+    assert Session.graph_for(session, same) is graph  # type: ignore[arg-type]
+
+    def fails(function: Callable[[], Any], noise: torch.Generator | None) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(graphs, "capture", fails)
+    larger = torch.zeros(*same.shape[:2], 32, 32)
+    assert Session.graph_for(session, larger) is None  # type: ignore[arg-type]
+    assert session.graph is None
+    (line,) = said
+    assert line.startswith("graphs: off from 800 samples on, crops of 32 (RuntimeError: out of")
 
 
 @pytest.mark.parametrize(

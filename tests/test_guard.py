@@ -52,6 +52,26 @@ def test_skips_in_a_row_lead_back_and_their_samples_are_passed_over(tmp_path: Pa
     assert [again.behind(s) for s in (8, 16, 24, 32)] == [8, 32, 32, 32]
 
 
+@pytest.mark.parametrize(
+    ("spans", "apart"),
+    [
+        ([], []),
+        ([[16, 32], [48, 64]], [[16, 32], [48, 64]]),
+        ([[48, 64], [16, 32]], [[16, 32], [48, 64]]),  # the later one came first
+        ([[200, 300], [180, 330]], [[180, 330]]),  # skipping began earlier the second time
+        ([[16, 32], [32, 40], [24, 28]], [[16, 40]]),
+    ],
+)
+def test_spans_that_overlap_are_one(
+    tmp_path: Path, spans: list[list[int]], apart: list[list[int]]
+) -> None:
+    (tmp_path / PASSED_OVER).write_text(json.dumps(spans))
+    counter = SkipCounter(str(tmp_path), limit=2)
+    assert counter.spans == apart
+    for first, end in apart:
+        assert counter.behind(first) == counter.behind(end - 1) == counter.behind(end) == end
+
+
 def test_a_run_goes_back_after_skips_in_a_row_and_names_their_samples(tmp_path: Path) -> None:
     config = replace_dotted(
         demo(), {"storage": str(tmp_path), "name": "r", "guard.skips_in_a_row": 2}

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+import pickle
 import socket
 import struct
 import subprocess
@@ -23,6 +24,7 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from skimage import data
 
 pytest.importorskip("ray.serve", exc_type=ImportError, reason="the extra `serve` is missing")
@@ -31,9 +33,10 @@ from fastapi import HTTPException
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import BackPressureError
 
-from distributed.serve import TOKEN, Arguments, is_loopback, main, path_for_replicas
+from distributed.serve import TOKEN, Arguments, is_loopback, main, path_for_replicas, replicas_on
 from distributed.serve_app import (
     Job,
+    Restorer,
     again_if_lost,
     api,
     check_depth,
@@ -47,7 +50,7 @@ from measnet import png16
 from measnet.config import tiny
 from measnet.decoding import read
 from measnet.network import MEASNet
-from measnet.tiling import restore
+from measnet.tiling import choose_tiling, restore
 from tests.browser import Page, browse, needs_chromium
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -219,6 +222,42 @@ def test_files_that_are_refused(body: bytes, status: int, words: str) -> None:
         decoded(body, 1)
     assert error.value.status_code == status
     assert words in error.value.detail and "/tmp" not in error.value.detail
+
+
+def test_a_picture_with_much_text_is_restored() -> None:
+    """Editors keep their work as text in a PNG; Pillow refuses more than 1 MB of it."""
+    text = PngInfo()
+    text.add_text("workflow", "x" * 2**21, zip=True)
+    file = io.BytesIO()
+    Image.fromarray(np.full((40, 48, 3), 7, np.uint8)).save(file, "PNG", pnginfo=text)
+    try:
+        picture = decoded(file.getvalue(), 1)
+    except HTTPException as error:
+        assert error.status_code == 415
+    else:
+        assert picture.colour.shape == (40, 48, 3)
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "cards", "found"),
+    [("cpu", 0, 0, 1), ("cpu", 3, 0, 3), ("cuda", 0, 4, 4), ("cuda", 2, 4, 2)],
+)
+def test_how_many_replicas(device: str, asked: int, cards: int, found: int) -> None:
+    assert replicas_on(device, asked, cards) == found
+
+
+def test_more_replicas_than_gpus_are_refused() -> None:
+    with pytest.raises(ValueError, match="--replicas is 2, but there are 1 GPUs"):
+        replicas_on("cuda", 2, 1)
+
+
+def test_an_answer_does_not_carry_the_whole_batch(tmp_path: Path) -> None:
+    network = object.__new__(Restorer.func_or_class)
+    network.model = MEASNet(tiny()).eval()
+    network.tiling = choose_tiling(network.model)
+    jobs = [Job(torch.rand(3, 32, 32), False) for _ in range(8)]
+    for done in network._work(jobs):
+        assert len(pickle.dumps(done.image)) < 2 * done.image.nbytes
 
 
 def test_replicas_find_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,9 @@ def test_a_raw_folder_is_named_with_its_layout() -> None:
     )
     assert sources.parse("data/shards/test/") == sources.Source("test", "data/shards/test/")
     assert sources.parse("s3://bucket/a=b").layout == ""
+    sets = ["a/cbsd68", "b/cbsd68", "c/cbsd68-2", "d/cbsd68"]
+    names = [one.name for one in sources.parse_all(sets)]
+    assert names == ["cbsd68", "cbsd68-2", "cbsd68-2-2", "cbsd68-3"]
     names = [one.name for one in sources.parse_all(["a/test", "b/test", "c/other"])]
     assert names == ["test", "test-2", "other"]
 
