@@ -105,10 +105,16 @@ def run(source: Path | None, console: Console) -> int:
         report = evaluate(network, str(DATA / "shards" / "test"), RUN / "evaluation")
         _draw_curves()
     _log_evaluation(config, outcome, report)
+    with _timed(seconds, "page"):
+        from distributed.report import Arguments, write
+
+        console.print("making the page about the run")
+        shown = Arguments(runs=(str(RUN),), data=str(DATA / "shards" / "test"), pictures=1)
+        page = write(shown, say=lambda _: None)
     console.print(table(report))
     console.print(_result(report.tasks, names))
     _write_summary(report, outcome.mlflow_run_id, seconds)
-    _where_to_look(console, outcome, seconds)
+    _where_to_look(console, outcome, page, seconds)
     return 0
 
 
@@ -323,11 +329,14 @@ def _write_summary(report: Any, run_id: str, seconds: Mapping[str, float | None]
     (RUN / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
-def _where_to_look(console: Console, outcome: Any, seconds: Mapping[str, float | None]) -> None:
+def _where_to_look(
+    console: Console, outcome: Any, page: Path, seconds: Mapping[str, float | None]
+) -> None:
     from distributed.mlflow_tracker import run_page
 
     worked = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if value)
     lines = (
+        f"page           {page}: sliders, maps of the experts, curves; open it in a browser",
         f"before/after   {RUN / 'evaluation' / 'grids' / 'overview.png'}, and others there",
         f"experts        {RUN / 'evaluation' / 'experts.png'}",
         f"curves         {RUN / 'evaluation' / 'curves.png'}",

@@ -7,7 +7,7 @@ held-out pictures are restored again, to show them and what the network does wit
 import dataclasses
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,24 +75,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = tyro.cli(Arguments, args=argv, prog="python -m distributed.report")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        given.check()
-        path = given.out or Path(given.runs[0]) / "report.html"
-        runs = [read(folder, price=given.price) for folder in given.runs]
-        runs = _named_apart(runs)
-        if given.pictures:
-            device = choose_device(given.device, this_machine()).choice
-            show_pictures(runs, device, limit=given.pictures, data=given.data, say=_say)
-        text = page(runs)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(*open_folder(str(path)), text.encode())
-        _say(f"{path} ({len(text.encode()) / 2**20:.1f} MiB)")
-        if given.mlflow:
-            for run in runs:
-                _log(run, path)
+        write(given)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def write(given: Arguments, say: Callable[[str], None] = print) -> Path:
+    """Write the page, and store it in MLflow.
+
+    Args:
+        given: the runs, and what to show.
+        say: gets the lines about what is done.
+
+    Raises:
+        ValueError, OSError: arguments, runs or pictures that cannot be used.
+    """
+    given.check()
+    path = given.out or Path(given.runs[0]) / "report.html"
+    runs = [read(folder, price=given.price) for folder in given.runs]
+    runs = _named_apart(runs)
+    if given.pictures:
+        device = choose_device(given.device, this_machine()).choice
+        show_pictures(runs, device, limit=given.pictures, data=given.data, say=say)
+    text = page(runs)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(*open_folder(str(path)), text.encode())
+    say(f"{path} ({len(text.encode()) / 2**20:.1f} MiB)")
+    if given.mlflow:
+        for run in runs:
+            _log(run, path, say)
+    return path
 
 
 def page(runs: Sequence[RunPage]) -> str:
@@ -204,7 +218,7 @@ def _named_apart(runs: Sequence[RunPage]) -> list[RunPage]:
     ]
 
 
-def _log(run: RunPage, path: Path) -> None:
+def _log(run: RunPage, path: Path, say: Callable[[str], None]) -> None:
     """Store the page in MLflow, if the run has been recorded in a store that is there."""
     tracked = run.tracked
     if tracked is None:
@@ -213,15 +227,11 @@ def _log(run: RunPage, path: Path) -> None:
     if tracked.uri.startswith("sqlite:") and not database.exists():
         return _warn(f"{database} is not on this machine; the page is not stored in MLflow")
     if mlflow_tracker.log_artifacts(tracked, path, "report"):
-        _say(f"MLflow: report/{path.name} of {run.name}")
+        say(f"MLflow: report/{path.name} of {run.name}")
 
 
 def _warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
-
-
-def _say(text: str) -> None:
-    print(text)
 
 
 if __name__ == "__main__":

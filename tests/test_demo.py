@@ -201,5 +201,6 @@ def test_the_whole_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert min(gains.values()) >= 0
     assert summary["mlflow_run_id"] and summary["seconds"]["train"] > 0
     assert (tmp_path / "mlflow.db").exists()
+    assert "astronaut" in (tmp_path / "runs/demo/report.html").read_text()
     for name in ("grids/derain.png", "experts.png", "curves.png", "pictures.csv"):
         assert (tmp_path / "runs/demo/evaluation" / name).exists()

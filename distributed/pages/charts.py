@@ -57,7 +57,10 @@ def legend_below(figure: Any, handles: Mapping[str, Any] | None = None) -> None:
     """A legend below the axes, where it covers nothing; `handles`: name -> line, default: all."""
     shown = {} if handles is None else {"labels": list(handles), "handles": [*handles.values()]}
     style: dict[str, Any] = {"fontsize": 8.5, "labelcolor": INK, "frameon": False}
-    figure.legend(loc="outside lower center", ncols=4, **shown, **style)
+    names = list(handles) if handles is not None else figure.axes[0].get_legend_handles_labels()[1]
+    inches = 0.55 + 0.075 * max(map(len, names), default=0)  # of a column: the mark and its name
+    columns = max(1, min(4, int(figure.get_figwidth() / inches)))
+    figure.legend(loc="outside lower center", ncols=columns, **shown, **style)
 
 
 def svg(figure: Any, alt: str) -> Markup:
