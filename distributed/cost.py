@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Annotated, NamedTuple
 
 import tyro
@@ -59,37 +60,52 @@ class Arguments:
 
 
 def measure(config: TrainConfig, steps: int) -> Rate:
-    """The median of some micro-batches: forward, backward and update on this machine's device."""
+    """The median of some micro-batches, as one worker trains them on this machine's device: by a
+    CUDA graph where training takes one, and with its part of an update."""
     import torch
 
-    from distributed.decisions import decide
+    from distributed.engine import decide_for
+    from distributed.graphs import graph_micro_batches
     from distributed.optimizer import build_optimizer
-    from measnet.hardware import card_of, choose_device
+    from measnet.hardware import choose_device
     from measnet.losses import restoration_loss
     from measnet.network import MEASNet
 
     device = torch.device(choose_device("auto", this_machine()).choice)
-    decisions = decide(config, 1, card_of(device))
+    decisions = decide_for(device, config, 1)
     model = MEASNet(config.model).to(device).train()
     model.activation_checkpointing = decisions.checkpointing.choice == "on"
     optimizer = build_optimizer(model, config.recipe)
     shape = (config.recipe.micro_batch, 3, config.data.crop, config.data.crop)
     pictures = torch.rand(shape, device=device)
-    seconds = []
-    for _ in range(steps + 1):
-        started = time.perf_counter()
+    graph, _ = graph_micro_batches(SimpleNamespace(module=model), config, decisions, 1.0)
+    weights = config.recipe.balance_weight, config.recipe.frequency_weight
+
+    def one_pass() -> None:
+        if graph is not None:
+            graph(pictures, pictures)
+            return
         with torch.autocast(device.type, torch.bfloat16, decisions.precision.choice == "bf16"):
-            losses = restoration_loss(model(pictures), pictures, config.recipe.balance_weight)
+            losses = restoration_loss(model(pictures), pictures, *weights)
         losses.total.backward()
+
+    def update() -> None:
         optimizer.step()
         optimizer.zero_grad()
+
+    def seconds_of(work: Callable[[], None]) -> float:
+        started = time.perf_counter()
+        work()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
+        return time.perf_counter() - started
+
+    rounds = [(seconds_of(one_pass), seconds_of(update)) for _ in range(steps + 1)]
+    a_pass, an_update = (statistics.median(part) for part in zip(*rounds[1:], strict=True))
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     return rate_of(
-        statistics.median(seconds[1:]),
+        a_pass + an_update / int(decisions.accumulation.choice),
         config,
         f"measured on {name}, {decisions.precision.choice}",
         cpu=not on_gpu,

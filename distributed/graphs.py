@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from distributed.config import TrainConfig
 from distributed.decisions import Decisions
+from distributed.internals.torch import end_failed_capture
 from measnet.hardware import Decision
 from measnet.losses import Losses, restoration_loss
 from measnet.network import MEASNet, Restoration
@@ -81,7 +82,11 @@ class MicroBatchGraph:
         Raises:
             GraphError: see `__init__`.
         """
-        self._replay, self._results = None, None  # frees the memory of the graph before
+        if self._replay is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)  # a replay may still run, and its memory goes now
+        self._replay, self._results = None, None
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # before the passes below need it
         self._degraded, self._clean = (torch.rand(shape, device=device) for _ in range(2))
         before = [p.grad for p in self._parameters]
         statistics = _Kept(self._network)
@@ -137,7 +142,7 @@ class MicroBatchGraph:
         self._draw(noise_seed)
         assert self._replay is not None and self._results is not None
         self._replay()
-        if dist.get_world_size() > 1:
+        if dist.is_initialized() and dist.get_world_size() > 1:
             self._engine.allreduce_gradients()  # at the last micro-batch of a step
         return self._results
 
@@ -208,16 +213,23 @@ def capture(
 
     `noise`: the source of its random numbers; a start goes on from the source's state.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     if noise is not None:
         graph.register_generator_state(noise)
-    with torch.cuda.graph(graph):
-        results = function()
+    stream = torch.cuda.current_stream()
+    try:
+        # Calls of other threads, such as those that read the load of the card, do no harm.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            results = function()
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        end_failed_capture(stream.device, pool)
+        raise
     return graph.replay, results
 
 
 def graph_micro_batches(
-    engine: Any, config: TrainConfig, decisions: Decisions, loss_weight: float
+    engine: Any, config: TrainConfig, decisions: Decisions, loss_weight: float, samples: int = 0
 ) -> tuple[MicroBatchGraph | None, Decision]:
     """A graph where `decisions` want one; or none, and why.
 
@@ -226,6 +238,7 @@ def graph_micro_batches(
         config: of the run.
         decisions: of the run.
         loss_weight: of this rank's micro-batches in their sum over the step.
+        samples: where the run stands.
     """
     if decisions.graphs.choice == "off":
         return None, decisions.graphs
@@ -233,7 +246,7 @@ def graph_micro_batches(
         graph = MicroBatchGraph(
             engine,
             micro_batch=config.recipe.micro_batch,
-            crop=config.data.crop,  # later sides are captured when they come
+            crop=config.data.crop_at(samples),  # later sides are captured when they come
             bf16=decisions.precision.choice == "bf16",
             balance_weight=config.recipe.balance_weight,
             frequency_weight=config.recipe.frequency_weight,

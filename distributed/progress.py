@@ -198,6 +198,12 @@ class Reporter:
         """Record that a part of the current phase is done."""
         self._marks += 1
 
+    def expect_compilation(self) -> None:
+        """The next steps may compile and tune again, as the first ones did."""
+        self._steps, self._step_s = 0, None
+        self._step_seconds.clear()
+        self._marks += 1
+
     def step_made(self) -> None:
         """Record that a step is done, and how long it took."""
         now = time.monotonic()

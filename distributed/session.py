@@ -3,6 +3,7 @@
 All changes of the state of a run are here; `distributed.worker` is the loop that makes them.
 """
 
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -115,7 +116,11 @@ class Session:
         name_unused: Callable[[], list[str]] = watch_unused(model)
         self.engine = initialize(self.config, decisions, model)
         self.graph, graphs = graph_micro_batches(
-            self.engine, self.config, decisions, self.loss_weight
+            self.engine,
+            self.config,
+            decisions,
+            self.loss_weight,
+            state.samples if state else 0,
         )
         reduction = choose_reduction(self.config.engine.zero_stage, self.world, graphs)
         decisions = decisions._replace(graphs=graphs, reduction=reduction)
@@ -129,6 +134,7 @@ class Session:
         self._guard = StepGuard(self.config, optimizer, name_unused, self.note)
         self.samples = self._guard.skips.behind(state.samples if state else 0)
         self._before = self.samples
+        self._shape = torch.Size()
         self.updates = state.updates if state else 0
         self._consumed = state.consumed if state else ""
         self._best = state.best if state else None
@@ -218,6 +224,9 @@ class Session:
 
         Where crops of another side cannot be captured, the run goes on without graphs.
         """
+        if degraded.shape != self._shape:
+            self._reporter.expect_compilation()
+            self._shape = degraded.shape
         if self.graph is not None:
             try:
                 self.graph.prepare(degraded.shape)
@@ -386,7 +395,8 @@ class Session:
             raise DamagedError(
                 f"{self._damaged} samples were damaged since the start, more than "
                 f"data.corrupt_budget = {budget}",
-                f"see all damage by `python -m shards.inspect {self.config.data.train}`",
+                "see all damage by `python -m shards.inspect "
+                f"{shlex.quote(self.config.data.train)}`",
             )
 
     def _log_consumed(self, step: Step, digests: list[int]) -> None:

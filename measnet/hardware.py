@@ -40,6 +40,7 @@ PEAKS = {
     "A100 80GB PCIe": Peak(312, 1935),
     "A100": Peak(312, 1555),
     "L40S": Peak(362, 864),
+    "L40": Peak(181, 864),
     "L4": Peak(121, 300),
     "A10G": Peak(70, 600),
     "RTX 5090": Peak(209, 1792),
@@ -172,13 +173,21 @@ def choose_device(asked: DeviceChoice, machine: Machine) -> Decision:
 
 
 def free_memory(device: "torch.device") -> int:
-    """Bytes that this process can still allocate on `device`, including torch's free cache."""
+    """Bytes that this process can still allocate on `device`, including torch's free cache.
+
+    Memory of a CUDA graph is not free, also where no tensor of Python lies in it.
+    """
     if device.type == "cuda":
         import torch
 
         free, _total = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free + unused)
+        of_graphs = sum(
+            one["total_size"] - one["allocated_size"]
+            for one in torch.cuda.memory_snapshot()
+            if one["device"] == (device.index or 0) and tuple(one["segment_pool_id"]) != (0, 0)
+        )
+        return int(free + unused - of_graphs)
     import psutil
 
     return int(psutil.virtual_memory().available)

@@ -42,6 +42,8 @@ def _rank(
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     dist.init_process_group(backend, rank=rank, world_size=world)
     result = function(*args)
     torch.save(result, Path(folder) / f"{rank}.pt")

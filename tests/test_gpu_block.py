@@ -9,7 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from measnet import config as configs
 from measnet.autocast import CudaAutocast
+from measnet.config import replace_dotted
+from measnet.losses import restoration_loss
+from measnet.network import MEASNet
 from measnet.ops import cpu_library, gpu_library
 from measnet.ops.attention import attend_planes
 from measnet.ops.choice import torch_only
@@ -18,11 +22,27 @@ from tests.compiled import assert_fits, compiled, interpret_bf16
 
 pytest.importorskip("triton")
 
+from measnet.ops.gpu.correlation import WIDEST_TILE
+
 # Batch, height, width, channels, heads: narrower than a tile; parts of tiles in both directions;
-# several heads, and channels that no tile divides; one pixel.
-SHAPES = [(2, 2, 3, 48, 1), (1, 5, 17, 32, 2), (2, 1, 2, 80, 5), (1, 1, 1, 16, 1)]
-WIDTHS = {48: (128, 1), 96: (128, 2), 192: (32, 4), 384: (16, 8)}
-"""Channels -> side of the features and heads, as in the full network at crops of 128."""
+# several heads, and channels that no tile divides; one pixel; heads that are too wide for one tile.
+SHAPES = [
+    (2, 2, 3, 48, 1),
+    (1, 5, 17, 32, 2),
+    (2, 1, 2, 80, 5),
+    (1, 1, 1, 16, 1),
+    (2, 3, 4, 96, 1),
+    (1, 2, 5, 160, 2),
+]
+WIDTHS = {
+    "48": (48, 128, 1),
+    "96": (96, 128, 2),
+    "192": (192, 32, 4),
+    "384": (384, 16, 8),
+    "decoder": (96, 128, 1),
+}
+"""Channels, side of the features and heads in the full network at crops of 128. The last blocks of
+the decoder have twice the channels of the first of the encoder, and as few heads."""
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +85,9 @@ def test_a_block_agrees_with_torch(shape: tuple[int, ...]) -> None:
         exact = trained(copy.deepcopy(block).double(), x.double())
     with gpu_library.stand_in("cpu"), gpu_library.counting() as launches:
         ours = trained(block, x)
-    assert {one.name for one in launches} >= {"_norm_project", "_correlate", "_gate"}
+    names = {one.name for one in launches}
+    assert names >= {"_norm_project", "_multiply", "_gate"}
+    assert ("_correlate" in names) == (shape[3] // shape[4] <= WIDEST_TILE)
     assert_close(ours, exact, 1e-5)
 
 
@@ -160,11 +182,11 @@ def test_without_a_working_compiler_torch_computes(monkeypatch: pytest.MonkeyPat
 
 
 def step_at_full_width(
-    dtype: torch.dtype = torch.bfloat16, widths: tuple[int, ...] = (48, 384)
+    dtype: torch.dtype = torch.bfloat16, widths: tuple[str, ...] = ("48", "384", "decoder")
 ) -> None:
     """Start all kernels of blocks of the full network, forward and backward, on `meta`."""
-    for channels in widths:
-        side, heads = WIDTHS[channels]
+    for width in widths:
+        channels, side, heads = WIDTHS[width]
         block = TransformerBlock(channels, heads, 2.66).to("meta")
         shape = (8, side, side, channels)
         x = torch.empty(shape, device="meta", dtype=dtype, requires_grad=True)
@@ -187,13 +209,34 @@ def test_kernels_of_all_widths_and_types_compile() -> None:
     assert_fits(compiled("tests.test_gpu_block:every_step_at_full_width", 80, 89, 90))
 
 
+def whole_networks() -> None:
+    """Start what both networks start, at full width with one block of each kind, on `meta`."""
+    for variant in (configs.paper(), configs.official()):
+        shallow = {"num_blocks": (1, 1, 1, 1), "num_refinement_blocks": 1, "expert_path": "dense"}
+        with torch.device("meta"):
+            network = MEASNet(replace_dotted(variant, shallow)).train()
+        pictures = torch.empty(2, 3, 128, 128, device="meta")
+        for enabled in (True, False):
+            with (
+                CudaAutocast(),
+                torch.autocast("cpu", torch.bfloat16, enabled, cache_enabled=False),
+            ):
+                restoration = network(pictures)
+            restoration_loss(restoration, pictures, 1e-4).total.backward()
+
+
+@pytest.mark.slow
+def test_all_kernels_of_the_full_networks_compile() -> None:
+    assert_fits(compiled("tests.test_gpu_block:whole_networks", 80, 89, 90))
+
+
 def test_a_block_moves_little_memory() -> None:
     """Counted in tensors as large as the features: forward some 30, with backward some 115.
 
     Torch's own operations move more than twice as much.
     """
     with gpu_library.stand_in("meta"), gpu_library.counting() as launches:
-        step_at_full_width(widths=(96,))
+        step_at_full_width(widths=("96",))
     features = 8 * 128 * 128 * 96 * 2
     assert sum(one.bytes for one in launches) / features < 120
     assert len(launches) <= 21

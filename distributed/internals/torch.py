@@ -1,9 +1,11 @@
-"""What profiling needs of torch: names that torch documents, but spells as private.
+"""What profiling and CUDA graphs need of torch: names that it documents, but spells as private, and
+the end of a capture.
 
 https://docs.pytorch.org/docs/stable/torch_cuda_memory.html
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,3 +31,17 @@ def write_memory_history(path: Path) -> None:
         torch.cuda.memory._dump_snapshot(str(path))
     finally:
         torch.cuda.memory._record_memory_history(None)
+
+
+def end_failed_capture(device: torch.device, pool: Any) -> None:
+    """After a CUDA graph that could not be captured, let the allocator work as before.
+
+    If a capture becomes invalid, torch 2.11 to 2.13 raises before it tells its allocator that the
+    capture has ended. The allocator then keeps every tensor that another stream has used, for ever.
+    No public function ends it. tests/gpu/test_kernels.py, on a card.
+    """
+    try:
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+    except RuntimeError:
+        return  # torch has ended it itself
+    torch._C._cuda_releasePool(device.index, pool)

@@ -5,9 +5,8 @@ not run; so memory, launches and traffic of a training step are known without a 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
-from importlib.metadata import version as version_of
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ MULTIPLE = 16
 WIDEST = 1024
 """Most channels of one feature map."""
 WIDEST_HEAD = 128
-"""Most channels of one head: the product of queries and keys stays in registers."""
+"""Most channels of one head; above 64 torch computes the small matrix of attention."""
 WIDEST_EXPERTS = {torch.bfloat16: 256, torch.float32: 128}
 """Most channels of features that go through experts: a tile of pixels stays in registers."""
 MOST_EXPERTS = 64
@@ -89,7 +88,9 @@ def choice(device: torch.device) -> Decision:
         )
     if not good:
         return Decision("torch", "a kernel of Triton gave a wrong result; look at the driver")
-    return Decision("triton", f"the kernels of measnet.ops.gpu, Triton {version_of('triton')}")
+    import triton  # its package may have another name, and so no known version
+
+    return Decision("triton", f"the kernels of measnet.ops.gpu, Triton {triton.__version__}")
 
 
 @contextmanager
@@ -166,11 +167,20 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     if _launches is not None:
         _launches.append(Launch(kernel, grid, args, constants))
     where = next(one.device for one in args if isinstance(one, Tensor))
-    if where.type == "cuda" and where.index != torch.cuda.current_device():
-        with torch.cuda.device(where):  # Triton starts on the current device
+    if where.type == "meta":
+        return
+    from triton.errors import TritonError
+
+    elsewhere = where.type == "cuda" and where.index != torch.cuda.current_device()
+    try:
+        # Triton starts on the current device.
+        with torch.cuda.device(where) if elsewhere else nullcontext():
             kernel[grid](*args, **constants)
-    elif where.type != "meta":
-        kernel[grid](*args, **constants)
+    except TritonError as error:  # it is no RuntimeError, as torch's errors of a device are
+        raise RuntimeError(
+            f"the kernel {kernel.__name__} cannot be built or started on this card ({error}); "
+            "please report it with the card's name"
+        ) from error
 
 
 def start(again: Launch) -> None:

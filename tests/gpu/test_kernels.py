@@ -177,3 +177,24 @@ def test_a_card_makes_the_same_floats_of_bytes_as_a_cpu(gpu: torch.device) -> No
         given = grey.roll(shift, -1)
         assert torch.equal(upload(given).cpu(), given / 255)
     assert torch.equal(upload(grey[:1]).cpu(), grey[:1] / 255)  # another shape
+
+
+def test_after_a_failed_capture_the_allocator_works_as_before(gpu: torch.device) -> None:
+    if gpu.type != "cuda":
+        pytest.skip("needs the allocator of a card")
+    stream, number = torch.cuda.current_stream(), torch.ones(1, device=gpu)
+
+    def waits() -> float:
+        return (number * 2).item()  # a capture may not wait for the card
+
+    with pytest.raises(RuntimeError):
+        graphs.capture(waits)
+    assert torch.cuda.current_stream() == stream
+    upload = Upload(gpu)
+    batch = torch.zeros(8, 3, 128, 128, dtype=torch.uint8)
+    used = []
+    for _ in range(100):
+        upload(batch)
+        torch.cuda.synchronize()
+        used.append(torch.cuda.memory_allocated())
+    assert max(used[50:]) <= max(used[:50])

@@ -3,6 +3,9 @@
 Queries and keys after their depth-wise convolution are never written: the kernel that convolves
 them sums their product and their squares over the pixels. What attention and its output projection
 do to v is one small matrix for each picture.
+
+A head of more than `WIDEST_TILE` channels does not fit into the memory that the processors of most
+cards share. There the convolved queries and keys are written, and torch computes the small matrix.
 """
 
 from typing import NamedTuple
@@ -12,16 +15,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from measnet.autocast import autocast_off
 from measnet.ops.gpu.depthwise import (
     COLUMNS,
     ROWS,
     WARPS,
     add_row,
+    convolve,
     load_columns,
     load_taps,
     start_of,
 )
+from measnet.ops.gpu.products import multiply, weight_gradient
 from measnet.ops.gpu_library import ceil_div, launch, power_of_two, products
+
+WIDEST_TILE = 64
+"""Most channels of a head in one kernel: at 65 to 128 it would take up to 224 KiB of shared memory,
+and an RTX 4090 has 99."""
+LEAST_SQUARE = 1e-24
+"""The square of `measnet.ops.attention.EPSILON`."""
 
 
 class Correlation(NamedTuple):
@@ -201,6 +213,12 @@ def correlate(
     """
     batch, _, _, channels = q_bhwc.shape
     head = channels // heads
+    if head > WIDEST_TILE:
+        query, key = convolve(q_bhwc, q_kernel), convolve(k_bhwc, k_kernel)
+        whole = weight_gradient(query, key, per_picture=True)
+        blocks = whole.view(batch, heads, head, heads, head).diagonal(dim1=1, dim2=3)
+        squared = [one.float().square().sum((1, 2)) for one in (query, key)]
+        return Correlation(blocks.permute(0, 3, 1, 2).contiguous(), torch.stack(squared, 1))
     parts = _tiles(q_bhwc)
     gram = q_bhwc.new_empty(parts, batch, heads, head, head, dtype=torch.float32)
     squares = q_bhwc.new_empty(parts, batch, 2, channels, dtype=torch.float32)
@@ -231,7 +249,17 @@ def correlate_back(
         of_k: the same, with its pixels as far apart.
     """
     planes = (q_bhwc, k_bhwc, q_kernel, k_kernel)
-    heads = gradient.gram.shape[1]
+    batch, heads, head, _ = gradient.gram.shape
+    if head > WIDEST_TILE:
+        query, key = convolve(q_bhwc, q_kernel), convolve(k_bhwc, k_kernel)
+        whole = gradient.gram.new_zeros(batch, heads, head, heads, head)
+        whole.diagonal(dim1=1, dim2=3).copy_(gradient.gram.permute(0, 2, 3, 1))
+        matrix = whole.view(batch, heads * head, heads * head).to(query.dtype)
+        of_squares = 2.0 * gradient.squares[:, :, None, None]
+        own = [one * of_squares[:, n] for n, one in enumerate((query, key))]
+        multiply(key, matrix, residual=own[0].to(query.dtype), out=of_q)
+        multiply(query, matrix.transpose(1, 2), residual=own[1].to(key.dtype), out=of_k)
+        return
     to = (*gradient, of_q, of_k)
     _launch_correlate(planes, gradient, to, heads, of_q.stride(2), back=True)
 
@@ -249,6 +277,12 @@ def mixer(
     """
     batch, heads, head, _ = sums.gram.shape
     channels = len(project_out)
+    if head > WIDEST_TILE:
+        with autocast_off(project_out):
+            attention = _attention(sums, temperature).attention
+            weight = project_out.view(channels, heads, head).permute(1, 0, 2)
+            mixed = (weight @ attention).transpose(1, 2)
+        return mixed.reshape(batch, channels, channels).to(dtype)
     out = project_out.new_empty(batch, channels, channels, dtype=dtype)
     launch(
         _mixer,
@@ -267,6 +301,9 @@ def mixer_back(
     """Gradients of the sums, the temperature and the projection, from (B, C, C) fp32."""
     batch, heads, head, _ = sums.gram.shape
     channels = len(project_out)
+    if head > WIDEST_TILE:
+        with autocast_off(project_out):
+            return _wide_mixer_back(sums, temperature, project_out, of_mixer)
     of_sums = Correlation(*(torch.empty_like(one) for one in sums))
     of_temperature = temperature.new_empty(batch, heads, 1, 1)
     of_project = project_out.new_empty(batch, channels, channels)
@@ -278,6 +315,49 @@ def mixer_back(
         num_warps=8,
     )
     return of_sums, of_temperature.sum(0), of_project.sum(0)
+
+
+class _Attention(NamedTuple):
+    """Of each head of each picture: (B, heads, C/heads, C/heads), and norms (B, heads, C/heads)."""
+
+    cosine: Tensor
+    attention: Tensor
+    """Its rows sum to 1."""
+    q_norm: Tensor
+    k_norm: Tensor
+
+
+def _attention(sums: Correlation, temperature: Tensor) -> _Attention:
+    """What the kernels' `_attend` computes, by torch."""
+    batch, heads, head, _ = sums.gram.shape
+    norms = sums.squares.clamp(min=LEAST_SQUARE).sqrt().view(batch, 2, heads, head)
+    q_norm, k_norm = norms.unbind(1)
+    cosine = sums.gram / q_norm[..., None] / k_norm[..., None, :]
+    return _Attention(cosine, (cosine * temperature).softmax(-1), q_norm, k_norm)
+
+
+def _wide_mixer_back(
+    sums: Correlation, temperature: Tensor, project_out: Tensor, of_mixer: Tensor
+) -> tuple[Correlation, Tensor, Tensor]:
+    """What `_mixer_back` computes, by torch."""
+    batch, heads, head, _ = sums.gram.shape
+    channels = len(project_out)
+    cosine, attention, *norms = _attention(sums, temperature)
+    weight = project_out.view(channels, heads, head).permute(1, 2, 0)
+    wanted = of_mixer.view(batch, channels, heads, head).transpose(1, 2)
+    of_attention = weight @ wanted
+    of_project = (wanted @ attention.transpose(-1, -2)).sum(0).transpose(0, 1)
+    along = (of_attention * attention).sum(-1, keepdim=True)
+    of_scaled = attention * (of_attention - along)
+    of_temperature = (of_scaled * cosine).sum((0, 2, 3)).view(heads, 1, 1)
+    of_cosine = of_scaled * temperature
+    of_gram = of_cosine / norms[0][..., None] / norms[1][..., None, :]
+    # d cos / d Σq² = −cos / (2 Σq²); where the norm is held at its least value there is none.
+    both = of_cosine * cosine
+    of_squares = torch.stack([both.sum(-1), both.sum(-2)], 1).flatten(2)
+    squares = torch.stack(norms, 1).flatten(2).square()
+    of_squares = torch.where(squares > LEAST_SQUARE, -0.5 * of_squares / squares, 0.0)
+    return Correlation(of_gram, of_squares), of_temperature, of_project.reshape_as(project_out)
 
 
 def _tiles(x_bhwc: Tensor) -> int:
