@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +43,17 @@ def difference(report: EvaluationReport, other: EvaluationReport, task: str = ""
     return Difference(float(apart.mean()), error, int((apart > 0).sum()), count)
 
 
+def over_tasks(apart: Sequence[Difference]) -> Difference:
+    """The mean over tasks of their differences, as PSNR is averaged; the tasks' errors are
+    independent."""
+    return Difference(
+        fmean(one.mean for one in apart),
+        math.sqrt(sum(one.error**2 for one in apart)) / len(apart),
+        sum(one.better for one in apart),
+        sum(one.pictures for one in apart),
+    )
+
+
 def table(reports: dict[str, EvaluationReport]) -> Table:
     """PSNR per task of each method; below it the difference from the first, ± standard error."""
     names = list(reports)
@@ -60,8 +72,8 @@ def table(reports: dict[str, EvaluationReport]) -> Table:
         rows = [*report.tasks.values(), report.mean]
         view.add_row(name, *(f"{row.restored_psnr:.2f}" for row in rows))
         if name != names[0]:
-            apart = [difference(report, first, task) for task in [*first.tasks, ""]]
-            view.add_row("", *map(_cell, apart), style="dim")
+            apart = [difference(report, first, task) for task in first.tasks]
+            view.add_row("", *map(_cell, [*apart, over_tasks(apart)]), style="dim")
     return view
 
 
@@ -83,8 +95,11 @@ def write(reports: dict[str, EvaluationReport], path: Path, about: Sequence[str]
                 "psnr": {t: row.restored_psnr for t, row in report.tasks.items()},
                 "mean": report.mean.restored_psnr,
                 f"less {names[0]}": {
-                    task or "all": difference(report, first, task)._asdict()
-                    for task in [*first.tasks, ""]
+                    **{task: difference(report, first, task)._asdict() for task in first.tasks},
+                    "mean": over_tasks(
+                        [difference(report, first, task) for task in first.tasks]
+                    )._asdict(),
+                    "all": difference(report, first, "")._asdict(),
                 },
             }
             for name, report in reports.items()

@@ -22,13 +22,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tyro
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from distributed.config import ScalingConfig, TrainConfig
 from distributed.presets import demo
+from measnet import decoding
 from measnet.hardware import Machine, choose_device, this_machine
+from measnet.pictures import WHITE
 from shards import layouts
 
 DATA, RUN = Path("data/demo"), Path("runs/demo")
@@ -220,10 +222,11 @@ def split(names: Sequence[str]) -> Split:
 def _read(path: Path) -> np.ndarray:
     """One picture as RGB, upright, scaled down to at most `LONGEST` pixels."""
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        colour = decoding.read(path).colour
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); repair or remove it") from error
+    pixels = np.rint(colour * (255 / WHITE[colour.dtype])).astype(np.uint8)
+    image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels.repeat(3, axis=2))
     image.thumbnail((LONGEST, LONGEST), Image.Resampling.LANCZOS)
     if min(image.size) < SHORTEST:
         width, height = image.size
@@ -333,6 +336,7 @@ def _where_to_look(
     console: Console, outcome: Any, page: Path, seconds: Mapping[str, float | None]
 ) -> None:
     from distributed.mlflow_tracker import run_page
+    from distributed.train import ui_command
 
     worked = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items() if value)
     lines = (
@@ -346,16 +350,6 @@ def _where_to_look(
         f"took           {worked}",
     )
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
-
-
-def ui_command(tracking_uri: str) -> str:
-    """Command that shows the run in a browser, or the address of the tracking server."""
-    if not tracking_uri.startswith("sqlite:"):
-        return tracking_uri
-    return (
-        f"{Path(sys.executable).parent / 'mlflow'} ui --host 127.0.0.1 "
-        f"--backend-store-uri {tracking_uri}"
-    )
 
 
 def _install_seconds() -> float | None:

@@ -5,8 +5,10 @@ resumes a run that was stopped or lost. On a cluster: `make wheel`, then
 `ray job submit --working-dir dist/job -- python -m distributed.train ...`.
 """
 
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distributed.presets import parse
@@ -43,6 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return outcome.exit_code
 
 
+def ui_command(tracking_uri: str) -> str:
+    """The command that shows runs in a browser, or the address of the tracking server."""
+    if not tracking_uri.startswith("sqlite:"):
+        return tracking_uri
+    program = str(Path(sys.executable).parent / "mlflow")
+    return shlex.join([program, "ui", "--host", "127.0.0.1", "--backend-store-uri", tracking_uri])
+
+
 def show(outcome: "Outcome", console: "Console") -> None:
     """Print how the run ended, where its results are and what to do next."""
     from rich.markup import escape
@@ -55,8 +65,7 @@ def show(outcome: "Outcome", console: "Console") -> None:
         case "finished":
             console.print(f"finished {outcome.samples:,} samples in {outcome.seconds:.0f} s")
             console.print(f"  weights   {outcome.folder}/model.safetensors")
-            store = f"--backend-store-uri {outcome.tracking_uri}"
-            console.print(f"  MLflow    mlflow ui --host 127.0.0.1 {store}")
+            console.print(f"  MLflow    {ui_command(outcome.tracking_uri)}", soft_wrap=True)
             if outcome.goodput is not None:
                 console.print(f"  goodput   {outcome.goodput}", highlight=False)
             if outcome.mlflow_run_id:

@@ -61,7 +61,7 @@ def facts_of_run(folder: Path, evaluation: Path | None = None) -> Facts:
     if not report:
         report = (_read(folder / "outcome.json").get("validation") or {}).get("report") or {}
     return Facts(
-        name=str(config.get("name") or folder.name),
+        name=str(config.get("name") or folder.resolve().name),
         data=data,
         recipe=config.get("recipe", {}),
         evaluation=report,

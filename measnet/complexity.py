@@ -250,6 +250,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if given.preset not in PRESETS:
             raise ValueError(f"unknown preset {given.preset}; choose {', '.join(PRESETS)}")
+        if given.crop < 1:
+            raise ValueError(f"--crop is {given.crop}, but must be at least 1")
         config = PRESETS[given.preset]()
         if given.memory:
             budget = parse_bytes(given.memory)

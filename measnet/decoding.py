@@ -6,10 +6,10 @@ bits, and tifffile reads TIFF with 16 bits or floats.
 
 import dataclasses
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import tifffile
@@ -112,7 +112,7 @@ def _read_by_pillow(file: IO[bytes], megapixels: int) -> Picture:
             raise PictureError(f"holds {frames} pictures: save each in a file of its own")
         image.load()  # before EXIF: it applies the orientation of a TIFF, and drops the tag
         icc = image.info.get("icc_profile") or b""
-        exif, orientation = _exif(image.getexif(), notes)
+        exif, orientation = _exif(image.getexif, notes)
         if image.format == "PNG" and _png_depth(file) == 16:
             pixels = _deep_png(file)
         elif image.mode == "CMYK":
@@ -176,14 +176,23 @@ def _read_tiff(file: IO[bytes], megapixels: int) -> Picture:
         _check_size(page.imagewidth, page.imagelength, megapixels)
         bits = np.max(page.bitspersample)
         if page is pages[0] and bits <= 8:
+            unclear = tifffile.EXTRASAMPLE.UNSPECIFIED in page.extrasamples
             file.seek(0)
-            return _read_by_pillow(file, megapixels)
+            picture = _read_by_pillow(file, megapixels)
+            note = "a channel of unknown meaning is not kept"
+            return (
+                dataclasses.replace(picture, notes=(*picture.notes, note)) if unclear else picture
+            )
         _check_deep(page, int(bits))
         notes: list[str] = []
         colour, alpha = _split(_deep_tiff(page, notes))
         file.seek(0)
-        tags = Image.Exif()
-        tags.load_from_fp(file)
+
+        def tags() -> Image.Exif:
+            loaded = Image.Exif()
+            loaded.load_from_fp(file)
+            return loaded
+
         exif, orientation = _exif(tags, notes)
         profile = page.tags.get(ExifTags.Base.InterColorProfile)
         icc = bytes(profile.value) if profile else b""
@@ -195,7 +204,7 @@ def _check_deep(page: tifffile.TiffPage, bits: int) -> None:
     kinds = tifffile.PHOTOMETRIC
     known = {kinds.MINISBLACK: 1, kinds.MINISWHITE: 1, kinds.RGB: 3}
     is_float = page.dtype is not None and page.dtype.kind == "f"
-    if not is_float and (page.dtype != np.uint16 or bits != 16):
+    if not is_float and (page.dtype, bits) not in ((np.uint8, 8), (np.uint16, 16)):
         raise PictureError(
             f"has {bits} bits of type {page.dtype}, whose white is not known: save it with 8 or 16 "
             "bits unsigned, or with floats in [0, 1]"
@@ -215,7 +224,7 @@ def _check_deep(page: tifffile.TiffPage, bits: int) -> None:
 
 
 def _deep_tiff(page: tifffile.TiffPage, notes: list[str]) -> np.ndarray:
-    """(H, W, C) uint16, or float32 in [0, 1]."""
+    """(H, W, C) uint8, uint16, or float32 in [0, 1]."""
     pixels: np.ndarray = page.asarray()
     if page.axes == "SYX":
         pixels = pixels.transpose(1, 2, 0)
@@ -228,7 +237,8 @@ def _deep_tiff(page: tifffile.TiffPage, notes: list[str]) -> np.ndarray:
             )
         if pixels.dtype.itemsize > 4:
             notes.append("64-bit floats became 32-bit ones")
-    pixels = pixels.astype(np.float32 if pixels.dtype.kind == "f" else np.uint16)
+    if pixels.dtype != np.uint8:
+        pixels = pixels.astype(np.float32 if pixels.dtype.kind == "f" else np.uint16)
     if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
         pixels[..., 0] = WHITE[pixels.dtype] - pixels[..., 0]
     return pixels
@@ -240,25 +250,32 @@ def _split(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     return (pixels, None) if channels % 2 else (pixels[..., :-1], pixels[..., -1])
 
 
-def _exif(source: Image.Exif, notes: list[str]) -> tuple[bytes, int]:
+def _exif(load: Callable[[], Image.Exif], notes: list[str]) -> tuple[bytes, int]:
     """The kept EXIF tags as one block, and the orientation from 1 to 8."""
-    orientation = source.get(ExifTags.Base.Orientation, 1)
+    orientation = 1
     kept = Image.Exif()
     try:
+        source = load()
+        orientation = source.get(ExifTags.Base.Orientation, 1)
         for tag in KEPT_TAGS:
             if tag in source:
-                kept[tag] = source[tag]
+                kept[tag] = _as_stored(source[tag])
         for part in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
             if inner := dict(source.get_ifd(part)):
                 for size in (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight):
                     inner.pop(size, None)
                 inner.pop(ExifTags.IFD.Interop, None)
-                kept[part] = inner
+                kept[part] = {tag: _as_stored(value) for tag, value in inner.items()}
         block = kept.tobytes() if len(kept) else b""
     except Exception as error:  # wrong types and offsets; the pixels may be intact
         notes.append(f"its EXIF is damaged and not kept ({type(error).__name__}: {error})")
         block = b""
     return block, orientation if orientation in range(1, 9) else 1
+
+
+def _as_stored(value: Any) -> Any:
+    """A text as its bytes: Pillow reads any as Latin-1, and would write question marks."""
+    return value.encode("latin-1", "replace") if isinstance(value, str) else value
 
 
 def _upright(picture: Picture, orientation: int) -> Picture:

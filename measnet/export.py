@@ -207,8 +207,12 @@ def _export(given: Arguments) -> str:
         raise FileNotFoundError(f"--evaluation is {given.evaluation}, but there is no such file")
     model = load_weights(given.model)
     if not kind:
+        # Facts about the training are in a run's folder; other files and names have none.
         source = Path(given.model)
-        run = source if source.is_dir() else source.parent
+        run: Path | None = source if source.is_dir() else source.parent
+        marks = ("checkpoints", "config.yaml", "outcome.json")
+        if not source.exists() or not any((source.parent / mark).exists() for mark in marks):
+            run = source if source.is_dir() else None
         export_folder(model, given.out, run=run, evaluation=given.evaluation)
         return f"{given.out}: {CONFIG}, {WEIGHTS}, {CARD}; upload it as it is"
     if kind == ".pt2":

@@ -198,12 +198,24 @@ def _encode(picture: Picture, format: Format, file: IO[bytes]) -> None:
     pixels = pixels[..., 0] if pixels.shape[2] == 1 else pixels
     if pixels.dtype == np.uint8:
         metadata = {"icc_profile": picture.icc, "exif": picture.exif} if format.metadata else {}
-        kept = {name: value for name, value in metadata.items() if value}
+        kept: dict[str, Any] = {name: value for name, value in metadata.items() if value}
+        if format is _TIFF and picture.exif:
+            kept["exif"] = _in_bytes(picture.exif)
         Image.fromarray(pixels).save(file, format.name, **format.options, **kept)
     elif format is _PNG:
         _encode_deep_png(pixels, picture, file)
     else:
         _encode_deep_tiff(pixels, picture, file)
+
+
+def _in_bytes(exif: bytes) -> Image.Exif:
+    """The tags with texts as bytes; in a text, Pillow would replace letters other than ASCII."""
+    tags = Image.Exif()
+    tags.load(exif)
+    for tag, value in list(tags.items()):
+        if isinstance(value, str):
+            tags[tag] = value.encode("latin-1", "replace")  # as Pillow has decoded it
+    return tags
 
 
 def _encode_deep_png(pixels: np.ndarray, picture: Picture, file: IO[bytes]) -> None:
@@ -217,11 +229,24 @@ def _encode_deep_png(pixels: np.ndarray, picture: Picture, file: IO[bytes]) -> N
     file.write(encoded[33:])
 
 
-def _encode_deep_tiff(pixels: np.ndarray, picture: Picture, file: IO[bytes]) -> None:
-    tags = Image.Exif()
-    tags.load(picture.exif)
-    texts = [(int(tag), "s", 0, text, True) for tag, text in tags.items() if isinstance(text, str)]
+def _resolution(tags: Image.Exif) -> dict[str, Any]:
+    """The resolution for tifffile; none where a file has it wrong, such as 72/0."""
     base = ExifTags.Base
+    unit = tags.get(base.ResolutionUnit, 1)
+    try:
+        sides = [float(tags.get(tag, 1)) for tag in (base.XResolution, base.YResolution)]
+    except (TypeError, ValueError, ZeroDivisionError):
+        return {}
+    if unit not in (1, 2, 3) or not all(0 < side < 2**32 for side in sides):
+        return {}
+    return {"resolution": tuple(sides), "resolutionunit": unit}
+
+
+def _encode_deep_tiff(pixels: np.ndarray, picture: Picture, file: IO[bytes]) -> None:
+    tags = _in_bytes(picture.exif)
+    texts = [
+        (int(tag), "s", 0, text, True) for tag, text in tags.items() if isinstance(text, bytes)
+    ]
     tifffile.imwrite(
         file,
         pixels,
@@ -230,8 +255,7 @@ def _encode_deep_tiff(pixels: np.ndarray, picture: Picture, file: IO[bytes]) -> 
         planarconfig="contig" if pixels.ndim == 3 else None,
         compression="zlib",
         predictor=True,
-        resolution=(float(tags.get(base.XResolution, 1)), float(tags.get(base.YResolution, 1))),
-        resolutionunit=tags.get(base.ResolutionUnit, 1),
+        **_resolution(tags),
         iccprofile=picture.icc or None,
         extratags=texts,
         metadata=None,

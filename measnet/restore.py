@@ -294,7 +294,7 @@ def _restore_all(model: MEASNet, jobs: Sequence[Job], tiling: Tiling, given: Arg
     try:
         for number, job in enumerate(jobs, 1):
             start = time.perf_counter()
-            label = f"[{number}/{len(jobs)}] {job.source}"
+            label = f"[{number}/{len(jobs)}] {_shown(job.source)}"
             try:
                 with Progress(
                     *columns, TimeRemainingColumn(), console=console, transient=True
@@ -308,11 +308,13 @@ def _restore_all(model: MEASNet, jobs: Sequence[Job], tiling: Tiling, given: Arg
             done += 1
             height, width = picture.colour.shape[:2]
             seconds = time.perf_counter() - start
-            console.print(f"{label} {width}x{height} -> {job.target} {seconds:.1f} s")
+            size = f"{width}x{height}"
+            console.print(f"{label} {size} -> {_shown(job.target)} {seconds:.1f} s")
             for note in picture.notes:
                 console.print(f"    note: {note}")
     except KeyboardInterrupt:
-        failed.append("interrupted; run the same command with --skip-existing to continue")
+        left = "give the pictures that are left" if given.force else "add --skip-existing"
+        failed.append(f"interrupted; to continue, run the same command again, and {left}")
     seconds = time.perf_counter() - begin
     console.print(f"restored {done} of {len(jobs)} pictures to {given.target} in {seconds:.1f} s")
     if failed:
@@ -385,12 +387,17 @@ def memory_left(gigabytes: float) -> int:
 def _failure(job: Job, error: Exception) -> str:
     """Which file failed and why, in one line."""
     if isinstance(error, pictures.PictureError):
-        return str(error)
+        return _shown(str(error))
     lines = str(error).strip().splitlines()
     reason = lines[0] if lines else type(error).__name__
     if isinstance(error, MemoryError | RuntimeError):  # torch raises the latter on a CPU
         reason = f"{reason}; if memory ran out, use a smaller --tile"
-    return f"{job.source} could not be restored: {reason}"
+    return _shown(f"{job.source} could not be restored: {reason}")
+
+
+def _shown(path: Path | str) -> str:
+    """As it can be printed: bytes of a name that are not UTF-8 become question marks."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Loads trained weights: a file of this or of the authors' program, or a run."""
 
+import shlex
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -50,7 +51,8 @@ def _file(path: Path) -> Path:
     if (path / "checkpoints").is_dir():
         raise ValueError(
             f"the run {path} has no {OF_A_RUN}, because it is not finished; write one from its "
-            f"newest checkpoint: python -m distributed.checkpoint export {path} {OF_A_RUN}"
+            f"newest checkpoint: python -m distributed.checkpoint export {shlex.quote(str(path))} "
+            f"{OF_A_RUN}"
         )
     raise ValueError(
         f"the folder {path} holds no {OF_A_RUN} and no checkpoints: "

@@ -7,6 +7,7 @@ frees the locks of a process that dies.
 
 import contextlib
 import os
+import re
 import shutil
 from dataclasses import dataclass
 
@@ -17,6 +18,11 @@ from shards.patience import retrying
 
 TRIES = 3
 """Times that a file with other content is fetched again: only its transfer may be wrong."""
+
+
+OWN = re.compile(r"[0-9a-f]{64}(\.\d+\.(npy|json))?")
+"""Names of the files that a cache makes: copies, and the shared tables of `shards.manifest`. Other
+files in its folder are never removed."""
 
 
 class ContentError(ValueError):
@@ -97,7 +103,7 @@ class Cache:
             copies = []
             for entry in os.scandir(self.folder):
                 with contextlib.suppress(FileNotFoundError):
-                    if entry.is_file() and not entry.name.endswith(".part"):
+                    if OWN.fullmatch(entry.name) and entry.is_file():
                         status = entry.stat()
                         copies.append((status.st_mtime_ns, status.st_size, entry.path))
             free = shutil.disk_usage(self.folder).free

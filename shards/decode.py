@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import qoi
 from isal import isal_zlib
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 _crop_png: Callable[[bytes, int, int, int, int, int], bytes] | None
 _crop_jpeg: Callable[[bytes, int, int, int, int], bytes | None] | None
@@ -49,12 +49,14 @@ def decode(data: bytes, box: Box | None = None) -> np.ndarray:
     """Decodes a picture, or the part of it inside `box`: (H, W, 3) uint8.
 
     Grey and palette pictures become RGB, transparency is dropped, orientation tags are not applied
-    (as in the field's loaders).
+    (as in the field's loaders; see `turned`).
 
     Raises:
         DecodeError: the bytes are damaged, or have more than 8 bits per channel.
     """
     pixels = None
+    if box is None and _png_depth(data) == 16:
+        raise DecodeError("the picture has 16 bits per channel; convert it to 8 bits")
     if box is not None and data.startswith(b"\xff\xd8") and _crop_jpeg is not None:
         pixels = _crop_jpeg(data, *box)
     elif data.startswith(b"\x89PNG\r\n\x1a\n") and _crop_png is not None and box is not None:
@@ -64,6 +66,26 @@ def decode(data: bytes, box: Box | None = None) -> np.ndarray:
     if pixels is not None and box is not None:
         return np.frombuffer(pixels, np.uint8).reshape(box.height, box.width, 3)
     return _cut(_decode_any(data), box)
+
+
+def turned(data: bytes) -> np.ndarray | None:
+    """The picture upright, (H, W, 3) uint8, if a tag says that it is stored otherwise; else None.
+
+    Raises:
+        DecodeError: as `decode`.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a damaged picture is named by `decode`; damaged EXIF says nothing
+        return None
+    if orientation not in range(2, 9):
+        return None
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    stored = Image.fromarray(decode(data))
+    stored.info["exif"] = exif.tobytes()
+    return np.asarray(ImageOps.exif_transpose(stored))
 
 
 def encode_tile(pixels: np.ndarray) -> bytes:
@@ -154,6 +176,11 @@ def _decode_qoi(data: bytes) -> np.ndarray:
     except Exception as error:  # qoi documents no exception class
         raise DecodeError(f"{type(error).__name__}: {error}") from error
     return pixels[..., :3]
+
+
+def _png_depth(data: bytes) -> int:
+    """Bits per channel of a PNG (byte 24, RFC 2083); 0 for other files."""
+    return data[24] if data.startswith(b"\x89PNG\r\n\x1a\n") and len(data) > 24 else 0
 
 
 def _decode_any(data: bytes) -> np.ndarray:

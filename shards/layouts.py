@@ -78,6 +78,9 @@ def pictures(root: str, folder: str = "") -> list[str]:
     """Sorted paths of the pictures below `root/folder`, relative to the root.
 
     Folders named `depth` or `disparity` hold maps and are left out, and so are hidden ones.
+
+    Raises:
+        ValueError: a name that is not UTF-8, which a tar of ours cannot hold.
     """
     paths = []
     for where, folders, files in os.walk(os.path.join(root, folder)):
@@ -89,7 +92,17 @@ def pictures(root: str, folder: str = "") -> list[str]:
         relative = os.path.relpath(where, root).replace(os.sep, "/")
         prefix = "" if relative == "." else f"{relative}/"
         paths += [prefix + name for name in files if is_picture(name)]
+    for path in paths:
+        if shown(path) != path:
+            raise ValueError(
+                f"{shown(os.path.join(root, path))}: the name is not UTF-8; rename the file"
+            )
     return sorted(paths)
+
+
+def shown(path: str) -> str:
+    """A path that can be printed: bytes that are not UTF-8 become question marks."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def stem(path: str) -> str:

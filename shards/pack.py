@@ -6,6 +6,7 @@ stopped or killed packing continues when the same command is run again. See docs
 
 # The packing itself is imported in main(): Ctrl-C must end the command quietly from its first
 # moment, and the imports take a second.
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def _print_result(result: "Manifest") -> None:
             total = len(entry.leaks)
             more = f" … ({total} in all, see the manifest)" if total > 2 else ""
             print(f"note: {task}: {'; '.join(entry.leaks[:2])}{more}")
-    print(f"check them by: python -m shards.inspect {result.uri}")
+    print(f"check them by: python -m shards.inspect {shlex.quote(result.uri)}")
 
 
 def _bytes(size: int) -> str:

@@ -274,15 +274,18 @@ def _repair(
         held = ", ".join(f"{name} from {entry.layout}" for name, entry in present.tasks.items())
         raise ValueError(f"{out} has nothing packed from {layout}; it has {held}")
     wanted = {shard.name: shard for shard in present.shards}
-    jobs = [job for job in jobs if job.name not in wanted or not _is_intact(out, wanted[job.name])]
+    unknown = [job.name for job in jobs if job.name not in wanted]
+    if unknown:
+        raise ValueError(
+            f"{root} is not what {out} was packed from: it makes {unknown[0]}, which the manifest "
+            "does not name; find the old pictures, or pack into another folder"
+        )
+    jobs = [
+        job._replace(wanted=wanted[job.name])
+        for job in jobs
+        if not _is_intact(out, wanted[job.name])
+    ]
     rows = run_jobs(jobs, workers, ray, progress) if jobs else []
-    for row in rows:
-        if row != wanted.get(row.name):
-            storage.remove(f"{out}/{row.name}")
-            raise ValueError(
-                f"{root} is not what {row.name} was packed from; find the old pictures, or pack "
-                "into another folder"
-            )
     _clean_up(out, present)
     print(f"packed {len(rows)} of {len(present.shards)} shards again", file=sys.stderr)
     return present

@@ -8,6 +8,7 @@ only change who computes it.
 import contextlib
 import ctypes
 import functools
+import shlex
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -246,7 +247,7 @@ class TrainStream:
             raise DamagedError(
                 f"replaced {self._replaced} corrupt samples, more than data.corrupt_budget = "
                 f"{self.data.corrupt_budget}; the last: {damage[-1]}",
-                f"find all damage by `python -m shards.inspect {self.data.train}`",
+                f"find all damage by `python -m shards.inspect {shlex.quote(self.data.train)}`",
             )
 
     def _draw(self, position: int) -> tuple[int, int, int]:
@@ -288,7 +289,7 @@ class TrainStream:
                 continue
         raise DamagedError(
             f"{_SUBSTITUTES} samples of {task} in a row are corrupt: {problem}",
-            f"find all damage by `python -m shards.inspect {self.data.train}`",
+            f"find all damage by `python -m shards.inspect {shlex.quote(self.data.train)}`",
         ) from first
 
     def _read_sample(self, position: int, degradation: int, number: int, epoch: int) -> _Sample:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from shards import degrade, manifest, storage
-from shards.decode import DecodeError, decode, encode_tile
+from shards.decode import DecodeError, decode, encode_tile, turned
 from shards.layouts import Group
 from shards.manifest import Index
 from shards.table import Shard
@@ -41,6 +41,8 @@ class Job(NamedTuple):
     seed: int
     tiles: int
     """Side of the tiles that lossless pictures are cut into, 0 for none."""
+    wanted: Shard | None = None
+    """The row that must come out; another shard is not written."""
 
     def digest(self) -> str:
         """A hash that changes with the options and with any of the source files."""
@@ -93,21 +95,33 @@ def write_shard(job: Job, picture_done: Callable[[int], None] | None = None) -> 
         picture_done: called with 1 after each group of pictures; what it raises stops the work.
 
     Raises:
-        OSError, ValueError: in one clear line. No incomplete file keeps the shard's name.
+        OSError, ValueError: in one clear line. No incomplete file keeps the shard's name, and none
+            but the wanted one, if there is one.
     """
     target = storage.join(job.out, job.name)
     if storage.is_remote(job.out):
         with tempfile.TemporaryDirectory(prefix="measnet-pack-") as folder:
             path = os.path.join(folder, job.name)
             shard, index = _write_tar(job, path, picture_done)
+            _check_wanted(job, shard)
             storage.upload(path, target)
     else:
         with storage.atomic_path(target) as path:
             shard, index = _write_tar(job, path, picture_done)
+            _check_wanted(job, shard)
     storage.write(storage.join(job.out, shard.index_name), index)
     record = {"job": job.digest(), "row": shard._asdict()}
     storage.write(record_path(job), json.dumps(record).encode())
     return shard
+
+
+def _check_wanted(job: Job, shard: Shard) -> None:
+    """ValueError where another shard is wanted."""
+    if job.wanted not in (None, shard):
+        raise ValueError(
+            f"{job.root} is not what {job.name} was packed from; find the old pictures, or pack "
+            "into another folder"
+        )
 
 
 def record_path(job: Job) -> str:
@@ -206,6 +220,9 @@ def _open(root: str, path: str) -> _Image:
     try:
         with open(full, "rb") as file:
             data = file.read()
+        upright = turned(data)
+        if upright is not None:  # nobody applies the orientation later
+            return _Image("png", _png(upright), upright)
         return _Image(path.rsplit(".", 1)[-1].lower(), data, decode(data))
     except DecodeError as error:
         raise ValueError(

@@ -15,6 +15,7 @@ from distributed.demo import (
     scaling_for,
     split,
 )
+from distributed.train import ui_command
 from tests.machines import MACHINES
 
 
@@ -181,10 +182,17 @@ def test_packing_keeps_the_sides_apart(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_ui_command() -> None:
-    command = demo.ui_command("sqlite:////here/mlflow.db")
+    command = ui_command("sqlite:////here/mlflow.db")
     assert "--host 127.0.0.1" in command
     assert command.endswith("--backend-store-uri sqlite:////here/mlflow.db")
-    assert demo.ui_command("http://127.0.0.1:5000") == "http://127.0.0.1:5000"
+    assert ui_command("http://127.0.0.1:5000") == "http://127.0.0.1:5000"
+    assert ui_command("sqlite:////my files/mlflow.db").endswith(" 'sqlite:////my files/mlflow.db'")
+
+
+def test_a_deep_grey_picture_keeps_its_brightness(tmp_path: Path) -> None:
+    grey = np.full((300, 320), 257 * 100, np.uint16)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    assert (demo._read(tmp_path / "a.png") == 100).all()
 
 
 @pytest.mark.slow

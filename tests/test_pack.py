@@ -1,6 +1,7 @@
 """Packing real pictures: what is written, and what is refused."""
 
 import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -9,9 +10,11 @@ import tarfile
 import time
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import ExifTags, Image
 
 from shards import manifest
 from shards.config import DataConfig
@@ -19,7 +22,7 @@ from shards.decode import Box
 from shards.pack import main
 from shards.packing import pack
 from shards.reader import Reader
-from shards.stream import open_reader
+from shards.stream import open_reader, pictures
 
 
 @pytest.fixture()
@@ -429,3 +432,53 @@ def test_packed_over_ray_it_is_the_same(photos: Path, tmp_path: Path) -> None:
     pack("clean", str(photos), str(one), workers=1, **options)
     pack("clean", str(photos), str(two), ray=True, **options)
     assert tree(one) == tree(two)
+
+
+def stored_turned(pixels: np.ndarray, orientation: int) -> bytes:
+    """A PNG whose tag says how to turn it upright."""
+    tags = Image.Exif()
+    tags[ExifTags.Base.Orientation] = orientation
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", exif=tags.tobytes())
+    return file.getvalue()
+
+
+def test_pictures_are_packed_upright(tmp_path: Path) -> None:
+    """Stored upside down with a tag, and exported upright: the same picture."""
+    upright = np.arange(48 * 48 * 3, dtype=np.uint8).reshape(48, 48, 3)
+    for side in ("input", "target"):
+        (tmp_path / "pairs" / side).mkdir(parents=True)
+    (tmp_path / "pairs" / "input" / "a.png").write_bytes(stored_turned(upright[::-1, ::-1], 3))
+    Image.fromarray(upright).save(tmp_path / "pairs" / "target" / "a.png")
+    pack("paired", str(tmp_path / "pairs"), str(tmp_path / "out"), task="derain", workers=1)
+    (picture,) = pictures(str(tmp_path / "out"))
+    assert torch.equal(picture.degraded, picture.clean)
+
+
+def test_deep_pictures_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    deep = np.zeros((32, 32, 3), np.uint16)
+    (tmp_path / "photos" / "a.png").write_bytes(imagecodecs.png_encode(deep))
+    with pytest.raises(ValueError, match="16 bits per channel"):
+        pack("clean", str(tmp_path / "photos"), str(tmp_path / "out"), workers=1)
+
+
+def test_a_name_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    with open(name, "wb") as file:
+        file.write(stored_turned(np.zeros((32, 32, 3), np.uint8), 1))
+    with pytest.raises(ValueError, match="the name is not UTF-8; rename the file"):
+        pack("clean", str(tmp_path), str(tmp_path / "out"), workers=1)
+
+
+def test_repair_keeps_a_tar_that_is_intact(photos: Path, tmp_path: Path) -> None:
+    made = pack("clean", str(photos), str(tmp_path / "out"), workers=1)
+    shard = made.shards[0]
+    tar = tmp_path / "out" / shard.name
+    before = tar.read_bytes()
+    (tmp_path / "out" / shard.index_name).unlink()
+    changed = next(photos.rglob("*.png"))
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(changed)
+    with pytest.raises(ValueError, match=r"is not what .* was packed from"):
+        pack("clean", str(photos), str(tmp_path / "out"), repair=True, workers=1)
+    assert tar.read_bytes() == before

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL.TiffImagePlugin import IFDRational
 
 from measnet import decoding, pictures
 from measnet.pictures import Picture, PictureError
@@ -211,6 +212,55 @@ def test_damaged_exif_costs_the_exif_alone(tmp_path: Path) -> None:
     Image.fromarray(values("uint8", 3)).save(tmp_path / "a.jpg", exif=tags[:-30])
     with pytest.warns(UserWarning, match="Corrupt EXIF"):
         assert decoding.read(tmp_path / "a.jpg").colour.shape == (HEIGHT, WIDTH, 3)
+
+
+def test_damaged_exif_of_a_png_costs_the_exif_alone(tmp_path: Path) -> None:
+    Image.fromarray(values("uint8", 3)).save(tmp_path / "a.png", exif=b"Exif\0\0garbage!")
+    picture = decoding.read(tmp_path / "a.png")
+    np.testing.assert_array_equal(picture.colour, values("uint8", 3))
+    assert "EXIF is damaged" in picture.notes[0]
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16"])
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif"])
+def test_names_keep_their_letters(suffix: str, kind: str, tmp_path: Path) -> None:
+    author = "© Jörg Müller".encode()
+    tags = Image.Exif()
+    tags[ExifTags.Base.Copyright] = author
+    Image.fromarray(values("uint8", 3)).save(tmp_path / "a.jpg", exif=tags)
+    read = decoding.read(tmp_path / "a.jpg")
+    out = tmp_path / f"b{suffix}"
+    pictures.write(Picture(values(kind, 3), exif=read.exif), out)
+    kept = Image.Exif()
+    kept.load(decoding.read(out).exif)
+    assert kept[ExifTags.Base.Copyright].encode("latin-1") == author
+
+
+@pytest.mark.parametrize("resolution", [(0, 0), (72, 0)])
+def test_a_resolution_without_a_meaning_is_dropped(
+    resolution: tuple[int, int], tmp_path: Path
+) -> None:
+    tags = Image.Exif()
+    tags[ExifTags.Base.XResolution] = IFDRational(*resolution)
+    tags[ExifTags.Base.ResolutionUnit] = 7
+    pictures.write(Picture(values("uint16", 3), exif=tags.tobytes()), tmp_path / "a.tif")
+    np.testing.assert_array_equal(decoding.read(tmp_path / "a.tif").colour, values("uint16", 3))
+
+
+def test_an_eight_bit_page_behind_its_thumbnail(tmp_path: Path) -> None:
+    whole = values("uint8", 3)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tiff:
+        tiff.write(whole[::4, ::4], photometric="rgb", subfiletype=1)
+        tiff.write(whole, photometric="rgb")
+    np.testing.assert_array_equal(decoding.read(tmp_path / "a.tif").colour, whole)
+
+
+def test_a_channel_of_unknown_meaning_is_noted(tmp_path: Path) -> None:
+    pixels = values("uint8", 4)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", extrasamples=["unspecified"])
+    read = decoding.read(tmp_path / "a.tif")
+    np.testing.assert_array_equal(read.colour, pixels[..., :3])
+    assert "a channel of unknown meaning is not kept" in read.notes
 
 
 def test_cmyk_becomes_rgb(tmp_path: Path) -> None:

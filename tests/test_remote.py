@@ -356,6 +356,21 @@ def test_the_cache_of_a_node_is_in_the_home_of_its_user(monkeypatch: pytest.Monk
     assert cache.path("ab") == "/home/on-this-node/.cache/measnet/shards/ab"
 
 
+def test_the_cache_never_removes_files_of_others(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    for name in ("thesis.zip", "0" * 63, "notes.json"):
+        (tmp_path / "cache" / name).write_bytes(bytes(5_000))
+    cache = Cache(folder=str(tmp_path / "cache"), limit=1_500)
+    one, other = blob(tmp_path, "a", 1000), blob(tmp_path, "b", 1001)
+    cache.fetch(*one)
+    table = tmp_path / "cache" / f"{'a' * 64}.1.npy"
+    table.write_bytes(bytes(400))
+    os.utime(table, (1, 1))  # unused for long
+    cache.fetch(*other)
+    assert not os.path.exists(cache.path(one[1])) and not table.exists()
+    assert {"thesis.zip", "0" * 63, "notes.json"} < set(os.listdir(tmp_path / "cache"))
+
+
 def test_an_open_copy_survives_its_eviction(tmp_path: Path) -> None:
     cache = Cache(folder=str(tmp_path / "cache"), limit=1_500)
     one, other = blob(tmp_path, "a", 1000), blob(tmp_path, "b", 1001)

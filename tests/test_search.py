@@ -1,6 +1,7 @@
 """A search as a user starts it, on a real Ray with real training, at a tiny size."""
 
 import dataclasses
+import io
 import json
 import math
 import os
@@ -11,10 +12,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from distributed import checkpoint as checkpoints
 from distributed.guard import GoBackError, cause_of
@@ -27,7 +30,7 @@ from tune.config import parse
 from tune.record import SearchRecord, TrialRecord
 from tune.registry import DATA, PROTOCOL, PSNR, decide, register_champion
 from tune.results import WORTH, prune_losers, refresh
-from tune.runner import trial_share
+from tune.runner import EventWriter, Search, trial_share
 from tune.schedulers import explore, make_scheduler
 from tune.search import main
 from tune.space import Parameter, Space
@@ -247,6 +250,44 @@ def test_taking_over_replaces_the_weights_and_keeps_the_recipe(tmp_path: Path) -
     assert state.config["recipe"]["lr"] == 5e-4 and state.config["name"] == "own"
     assert state.mlflow_run_id == "own" and state.updates == 200
     assert len(checkpoints.listed(str(tmp_path / "donor"))) == 1
+
+
+def test_a_donor_may_replace_its_checkpoint_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = dataclasses.replace(demo(), name="own", storage=str(tmp_path))
+    donor = saved(tmp_path / "donor", demo(), samples=800, value=7.0)
+    real = checkpoints.Checkpoint.tensors
+
+    def replaced(self: checkpoints.Checkpoint, kind: str) -> Any:
+        if self.name == donor.name:
+            written = saved(tmp_path / "donor", demo(), samples=900, value=8.0)
+            checkpoints.prune(str(tmp_path / "donor"), 1, written)
+            donor.remove()
+        return real(self, kind)
+
+    monkeypatch.setattr(checkpoints.Checkpoint, "tensors", replaced)
+    assert take_over(str(tmp_path / "donor"), donor.name, own).samples == 900
+
+
+def test_after_a_takeover_the_figures_are_those_of_the_new_weights(tmp_path: Path) -> None:
+    trial = TrialRecord(number=0, name="t", changes={}, folder=str(tmp_path), samples=900)
+    trial.curve = [(300, 20.0), (600, 21.0), (900, 22.0)]
+    trial.inherited = [{"from": "u", "samples": 300}]
+    saved(tmp_path, demo(), samples=600, value=25.0, validations=[(300, 24.0), (600, 25.0)])
+    refresh(trial)
+    assert trial.curve == [(300, 20.0), (600, 25.0)] and trial.samples == 600
+    assert trial.psnr == 25.0
+
+
+def test_a_reason_with_brackets_is_shown_whole() -> None:
+    file = io.StringIO()
+    search = SimpleNamespace(console=Console(file=file, width=200))
+    search.show = lambda trial, text: Search.show(search, trial, text)  # type: ignore[arg-type]
+    entry = TrialRecord(number=3, name="t", changes={"recipe.optimizer": "[/muon]"})
+    reason = "RuntimeError: [/pytorch/gloo/pair.cc:547] Connection closed by peer"
+    EventWriter._failed(SimpleNamespace(_search=search), entry, "other", reason)  # type: ignore[arg-type]
+    assert reason in file.getvalue() and "[/muon]" in file.getvalue()
 
 
 def test_taking_over_falls_back_to_the_donors_newest(tmp_path: Path) -> None:

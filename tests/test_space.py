@@ -1,5 +1,6 @@
 """The search space: what may change, its command line, and the proposed trials."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from tune.capacity import needed, plan_capacity
 from tune.config import SearchConfig, parse
 from tune.record import SearchRecord, TrialRecord, front, load
 from tune.sampler import build_study, next_changes
-from tune.space import PAPER, build, parameter
+from tune.search import _open_record
+from tune.space import PAPER, Space, build, parameter
 
 
 def rows_of(config: SearchConfig, states: Sequence[str]) -> list[TrialRecord]:
@@ -312,6 +314,50 @@ def test_only_trials_that_ran_to_the_end_can_win() -> None:
         )
     record.rank()
     assert (record.champion, record.front) == (1, [1])
+
+
+def test_a_space_is_kept_as_plain_data(tmp_path: Path) -> None:
+    base = parse(["demo"]).base()
+    ranges = tmp_path / "ranges.yaml"
+    ranges.write_text("recipe.lr: log 1e-4..1e-2\nrecipe.optimizer: [adam, muon]\n")
+    for names in (("experts", str(ranges)), ("ablation",), ("tasks",), ("width",)):
+        space = build(names, (), base)
+        assert Space.from_dict(json.loads(json.dumps(space.as_dict()))) == space
+
+
+def test_a_search_whose_ranges_were_edited_is_not_resumed(
+    tmp_path: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranges = tmp_path / "ranges.yaml"
+    ranges.write_text("recipe.lr: log 1e-4..1e-2\n")
+    arguments = ["demo", "--space", str(ranges), "--storage", str(tmp_path)]
+    config = parse([*arguments, "--data.validation", str(packed / "test")])
+    space = build(config.space, config.vary, config.base())
+    _open_record(config, "c", space).save()
+    assert _open_record(config, "c", space).space == space.as_dict()
+    ranges.write_text("recipe.lr: log 1e-4..1e-2\nrecipe.clip: 0.1..1.0\n")
+    edited = build(config.space, config.vary, config.base())
+    with pytest.raises(ValueError, match=r"was started with other ranges .*ranges.yaml"):
+        _open_record(config, "c", edited)
+
+
+def test_a_search_may_be_moved(tmp_path: Path) -> None:
+    config = parse(["demo"])
+    record = SearchRecord(
+        name="s",
+        config=to_dict(config),
+        command="c",
+        budget=1,
+        cost="none",
+        folder=str(tmp_path / "old"),
+        trials=rows_of(config, ["finished"]),
+    )
+    record.trials[0].folder = f"{tmp_path}/old/trials/{record.trials[0].name}"
+    record.save()
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = load(str(tmp_path / "new"))
+    assert moved is not None
+    assert moved.trials[0].folder == f"{tmp_path}/new/trials/{moved.trials[0].name}"
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:

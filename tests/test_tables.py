@@ -231,3 +231,10 @@ def worse() -> Callable[[str], tuple[np.ndarray, np.ndarray]]:
         return degraded / 255.0, clean / 255.0
 
     return make
+
+
+def test_the_difference_under_mean_is_that_of_the_means() -> None:
+    apart = [compare.Difference(0.1, 0.03, 80, 100), compare.Difference(-0.5, 0.04, 1, 5)]
+    found = compare.over_tasks(apart)
+    assert found.mean == pytest.approx(-0.2) and found.error == pytest.approx(0.025)
+    assert (found.better, found.pictures) == (81, 105)

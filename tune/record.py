@@ -109,6 +109,8 @@ class SearchRecord:
     """Whether the champion was registered in MLflow, and why."""
     validation_data: str = ""
     """Fingerprint of the validation shards."""
+    space: dict[str, Any] | None = None
+    """What is searched, as `Space.as_dict`; None in records of earlier versions."""
     pruned: list[str] = field(default_factory=list)
     """Names of trials whose checkpoints were deleted."""
     seconds: float = 0.0
@@ -179,6 +181,8 @@ def load(folder: str) -> SearchRecord | None:
         if data.get("version") != VERSION:
             raise ValueError(f"its version is {data.get('version')}, not {VERSION}")
         trials = [_trial(trial) for trial in data.pop("trials")]
+        for trial in trials:  # the search may have been moved
+            trial.folder = f"{folder}/trials/{trial.name}"
         return SearchRecord(trials=trials, **(data | {"folder": folder}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error

@@ -67,10 +67,13 @@ def write(record: SearchRecord, uri: str) -> None:
 def page(record: SearchRecord) -> str:
     """The whole report as HTML."""
     config = from_dict(SearchConfig, record.config)
-    try:
-        space = build(config.space, config.vary, config.base())
-    except ValueError:  # the FILE.yaml of its ranges is gone
-        space = Space()
+    if record.space is not None:
+        space = Space.from_dict(record.space)
+    else:  # of an earlier version
+        try:
+            space = build(config.space, config.vary, config.base())
+        except ValueError:  # the FILE.yaml of its ranges is gone
+            space = Space()
     best = record.best
     return render(
         "search.html",

@@ -2,6 +2,7 @@
 the best trial, and send the result to MLflow and the report."""
 
 import dataclasses
+import math
 import shlex
 from typing import TYPE_CHECKING, Any
 
@@ -35,9 +36,12 @@ def refresh(trial: TrialRecord) -> None:
     state = checkpoints.newest_state(trial.folder)
     if state is None:
         return
-    curve = {int(s): float(p) for s, p in state.validations if is_number(p)} | dict(trial.curve)
+    # With PBT a trial may have gone back to fewer samples: what it had beyond them is no longer so.
+    taken = trial.inherited[-1]["samples"] if trial.inherited else math.inf
+    kept = {samples: psnr for samples, psnr in trial.curve if samples <= taken}
+    curve = {int(s): float(p) for s, p in state.validations if is_number(p)} | kept
     trial.curve = sorted(curve.items())
-    trial.samples = max(trial.samples, state.samples)
+    trial.samples = state.samples if trial.inherited else max(trial.samples, state.samples)
     trial.psnr = trial.curve[-1][1] if trial.curve else None
     trial.mlflow_run_id = state.mlflow_run_id or trial.mlflow_run_id
     if report := state.validation.get("report"):

@@ -22,6 +22,7 @@ from ray.tune import (
 )
 from ray.tune import FailureConfig as TuneFailureConfig
 from ray.tune.search import Searcher
+from rich.markup import escape
 
 from distributed.cluster import ray_storage
 from distributed.progress import free_resources
@@ -92,8 +93,8 @@ class Search:
         }
 
     def show(self, trial: TrialRecord, text: str) -> None:
-        """Print a line about a trial."""
-        label = trial.label or describe(trial.changes)
+        """Print a line about a trial; `text` may have rich's markup."""
+        label = escape(trial.label or describe(trial.changes))
         self.console.print(f"{trial.number:3d}  {label}  {text}", soft_wrap=True)
 
 
@@ -182,7 +183,8 @@ class EventWriter(Callback):
     def _failed(self, entry: TrialRecord, cause: str, reason: str) -> None:
         entry.state, entry.cause = "failed", cause
         entry.reason = reason if cause == "other" else f"{cause}: {reason}"
-        self._search.show(entry, f"[red]failed[/red]: {entry.reason}")
+        # Messages of libraries may contain [brackets].
+        self._search.show(entry, f"[red]failed[/red]: {escape(entry.reason)}")
 
     def _end(self, entry: TrialRecord) -> None:
         entry.seconds += time.monotonic() - self._since.pop(entry.name, time.monotonic())

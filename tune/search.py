@@ -56,10 +56,11 @@ def search(config: SearchConfig, command: str = "", *, console: "Console") -> Se
     config = _with_absolute_paths(config, tracking_uri(config.train.tracking))
     space = build(config.space, config.vary, config.base())
     with exclusive(config.folder):
-        record = _open_record(config, command)
+        record = _open_record(config, command, space)
         started = time.monotonic()
         total = len(space.points) or config.trials
-        if left := total - sum(trial.ended for trial in record.trials):
+        left = total - sum(trial.ended for trial in record.trials)
+        if left > 0:
             from distributed.internals import ray_tune
 
             check(config.base())
@@ -89,7 +90,7 @@ def _with_absolute_paths(config: SearchConfig, uri: str) -> SearchConfig:
     return dataclasses.replace(config, train=dataclasses.replace(train, tracking=tracking))
 
 
-def _open_record(config: SearchConfig, command: str) -> SearchRecord:
+def _open_record(config: SearchConfig, command: str, space: Space) -> SearchRecord:
     """The record of the folder, or a new one.
 
     Raises:
@@ -109,12 +110,16 @@ def _open_record(config: SearchConfig, command: str) -> SearchRecord:
             budget=config.budget,
             cost=config.cost,
             validation_data=data,
+            space=space.as_dict(),
             folder=config.folder,
         )
     fixed = {"train.every.validation_pictures"}
     changed = changed_fields(record.config, config, fixed=fixed)
     if data != record.validation_data:
         changed.append(f"other validation pictures ({config.train.data.validation})")
+    if record.space not in (None, space.as_dict()):
+        changed.append(f"other ranges ({', '.join((*config.space, *config.vary))})")
+    record.space = space.as_dict()
     if changed:
         raise ValueError(
             f"{config.folder} was started with {'; '.join(changed)}. "

@@ -9,6 +9,8 @@
 A range is `2..8`, `0.1..0.9`, `log 1e-6..1e-2`, or the choices `16,24,32`.
 """
 
+import dataclasses
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +140,18 @@ class Space:
                 replace_dotted(base, self._cut(changes, base))
         for point in self.points:
             replace_dotted(base, point.changes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain data, for the record of the search."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Space":
+        """From what `as_dict` gave."""
+        rows = [row | {"choices": tuple(row["choices"])} for row in data["parameters"]]
+        points = tuple(Point(**row) for row in data["points"])
+        return cls(tuple(Parameter(**row) for row in rows), points)
 
     def first(self, base: TrainConfig) -> Changes:
         """Trial 0: the paper's N, K and lambda where they are searched, else the values of

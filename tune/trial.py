@@ -36,6 +36,8 @@ POLL_S = 0.5
 """Seconds between two checks for a validation."""
 STOP_S = 600.0
 """Seconds that a stop may take at most; usually the run's own limit ends it earlier."""
+TRIES = 5
+"""Times that a checkpoint is looked for while its run replaces it by the next one."""
 LOCK_WAIT_S = 60.0
 """Seconds to wait for a trial's last actor, which may still write a checkpoint."""
 
@@ -222,18 +224,24 @@ def take_over(donor: str, name: str, config: TrainConfig) -> checkpoints.Checkpo
     Raises:
         ValueError: the donor has no complete checkpoint.
     """
-    named = [c for c in checkpoints.listed(donor) if c.name == name and c.problem() is None]
-    found = named[0] if named else checkpoints.newest_complete(donor)
-    if found is None:
-        raise ValueError(f"{donor} has no complete checkpoint to take over")
+    for _ in range(TRIES):
+        named = [c for c in checkpoints.listed(donor) if c.name == name and c.problem() is None]
+        found = named[0] if named else checkpoints.newest_complete(donor)
+        if found is None:
+            raise ValueError(f"{donor} has no complete checkpoint to take over")
+        with contextlib.suppress(FileNotFoundError):  # the donor has just replaced it
+            state = found.state()
+            tensors = [found.tensors(kind) for kind in ("weights", "ema", "optimizer")]
+            break
+    else:
+        raise ValueError(f"{donor} replaced each of {TRIES} checkpoints while it was read")
     own = checkpoints.listed(config.folder)
-    state = found.state()
     changed: dict[str, Any] = {"config": to_dict(config), "best": None, "finished": False}
     if own:
         changed["mlflow_run_id"] = own[-1].state().mlflow_run_id
     taken = checkpoints.Snapshot(
         dataclasses.replace(state, **changed),
-        *(found.tensors(k) for k in ("weights", "ema", "optimizer")),
+        *tensors,
     ).write(config.folder)
     for checkpoint in own:
         checkpoint.remove()

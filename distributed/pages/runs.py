@@ -60,6 +60,8 @@ class Shown(NamedTuple):
 class Restorations:
     """What a run's network did with the pictures."""
 
+    data: str = ""
+    """Folder or URI of the pictures."""
     images: dict[tuple[str, str], Image.Image] = field(default_factory=dict)
     """(Degradation, name) -> restored."""
     scores: dict[tuple[str, str], Score] = field(default_factory=dict)
@@ -111,7 +113,7 @@ class RunPage:
         scores = sorted(self.restored.scores.values())
         if not scores:
             return {}
-        data = self.state.config["data"]["validation"]
+        data = self.restored.data
         return EvaluationReport(data, FIELD, scores, held_by(data)).as_dict()
 
     @property
@@ -325,6 +327,7 @@ def show_pictures(
         model.load_state_dict(run.checkpoint.tensors("ema"))
         model.to(device).eval()
         say(f"{run.name}: restores pictures of {uri}")
+        run.restored.data = uri
         if run.model not in tilings:
             tilings[run.model] = choose_tiling(model, overlap=OVERLAP)
         with views.looking(model) as look:
