@@ -217,8 +217,12 @@ def correlate(
         query, key = convolve(q_bhwc, q_kernel), convolve(k_bhwc, k_kernel)
         whole = weight_gradient(query, key, per_picture=True)
         blocks = whole.view(batch, heads, head, heads, head).diagonal(dim1=1, dim2=3)
-        squared = [one.float().square().sum((1, 2)) for one in (query, key)]
-        return Correlation(blocks.permute(0, 3, 1, 2).contiguous(), torch.stack(squared, 1))
+        with autocast_off(query):
+            norms = [
+                torch.linalg.vector_norm(one, dim=(1, 2), dtype=torch.float32)
+                for one in (query, key)
+            ]
+        return Correlation(blocks.permute(0, 3, 1, 2).contiguous(), torch.stack(norms, 1).square())
     parts = _tiles(q_bhwc)
     gram = q_bhwc.new_empty(parts, batch, heads, head, head, dtype=torch.float32)
     squares = q_bhwc.new_empty(parts, batch, 2, channels, dtype=torch.float32)
@@ -255,10 +259,13 @@ def correlate_back(
         whole = gradient.gram.new_zeros(batch, heads, head, heads, head)
         whole.diagonal(dim1=1, dim2=3).copy_(gradient.gram.permute(0, 2, 3, 1))
         matrix = whole.view(batch, heads * head, heads * head).to(query.dtype)
-        of_squares = 2.0 * gradient.squares[:, :, None, None]
-        own = [one * of_squares[:, n] for n, one in enumerate((query, key))]
-        multiply(key, matrix, residual=own[0].to(query.dtype), out=of_q)
-        multiply(query, matrix.transpose(1, 2), residual=own[1].to(key.dtype), out=of_k)
+        factors = (2.0 * gradient.squares[:, :, None, None]).unbind(1)
+        own = [
+            torch.mul(one, factor, out=torch.empty_like(one))  # rounded once
+            for one, factor in zip((query, key), factors, strict=True)
+        ]
+        multiply(key, matrix, residual=own[0], out=of_q)
+        multiply(query, matrix.transpose(1, 2), residual=own[1], out=of_k)
         return
     to = (*gradient, of_q, of_k)
     _launch_correlate(planes, gradient, to, heads, of_q.stride(2), back=True)
