@@ -345,7 +345,7 @@ CONTENT: dict[str, tuple[list[tarfile.TarInfo | tuple[str, bytes]], str]] = {
     ),
     "16 bit": (
         [("2.gt.png", deep_photo())],
-        r"2\.gt\.png at byte \d+ cannot be decoded \(the picture has mode I;16; convert it",
+        r"2\.gt\.png at byte \d+ cannot be decoded \(the picture has 16 bits per channel; convert",
     ),
 }
 
