@@ -348,7 +348,7 @@ class Session:
     # ---- parts -----------------------------------------------------------------------------------
 
     def _crossed(self, interval: int) -> bool:
-        """Whether the last step and what is left out behind it passed a multiple of it."""
+        """Whether the step and the samples left out behind it passed a multiple of `interval`."""
         return self._behind // interval > self._before // interval
 
     @property

@@ -9,14 +9,14 @@ import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import tifffile
 from PIL import ExifTags, Image, ImageCms
 
 from measnet import png16
-from measnet.pictures import WHITE, Picture, PictureError
+from measnet.pictures import WHITE, Picture, PictureError, as_stored
 
 MEGAPIXELS = 300
 """Larger pictures are refused by default, by their header: a small file can claim any size."""
@@ -259,23 +259,18 @@ def _exif(load: Callable[[], Image.Exif], notes: list[str]) -> tuple[bytes, int]
         orientation = source.get(ExifTags.Base.Orientation, 1)
         for tag in KEPT_TAGS:
             if tag in source:
-                kept[tag] = _as_stored(source[tag])
+                kept[tag] = as_stored(source[tag])
         for part in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
             if inner := dict(source.get_ifd(part)):
                 for size in (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight):
                     inner.pop(size, None)
                 inner.pop(ExifTags.IFD.Interop, None)
-                kept[part] = {tag: _as_stored(value) for tag, value in inner.items()}
+                kept[part] = {tag: as_stored(value) for tag, value in inner.items()}
         block = kept.tobytes() if len(kept) else b""
     except Exception as error:  # wrong types and offsets; the pixels may be intact
         notes.append(f"its EXIF is damaged and not kept ({type(error).__name__}: {error})")
         block = b""
     return block, orientation if orientation in range(1, 9) else 1
-
-
-def _as_stored(value: Any) -> Any:
-    """A text as its bytes: Pillow reads any as Latin-1, and would write question marks."""
-    return value.encode("latin-1", "replace") if isinstance(value, str) else value
 
 
 def _upright(picture: Picture, orientation: int) -> Picture:

@@ -158,6 +158,15 @@ def export_folder(
     (folder / CARD).write_text(card)
 
 
+def _run_of(source: Path) -> Path | None:
+    """The folder of the run that the weights are from; None where they are from no run."""
+    if source.is_dir():
+        return source
+    marks = ("checkpoints", "config.yaml", "outcome.json")
+    is_run = source.exists() and any((source.parent / mark).exists() for mark in marks)
+    return source.parent if is_run else None
+
+
 def _need(*packages: str) -> None:
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
@@ -207,12 +216,7 @@ def _export(given: Arguments) -> str:
         raise FileNotFoundError(f"--evaluation is {given.evaluation}, but there is no such file")
     model = load_weights(given.model)
     if not kind:
-        # Facts about the training are in a run's folder; other files and names have none.
-        source = Path(given.model)
-        run: Path | None = source if source.is_dir() else source.parent
-        marks = ("checkpoints", "config.yaml", "outcome.json")
-        if not source.exists() or not any((source.parent / mark).exists() for mark in marks):
-            run = source if source.is_dir() else None
+        run = _run_of(Path(given.model))
         export_folder(model, given.out, run=run, evaluation=given.evaluation)
         return f"{given.out}: {CONFIG}, {WEIGHTS}, {CARD}; upload it as it is"
     if kind == ".pt2":

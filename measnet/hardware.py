@@ -175,7 +175,7 @@ def choose_device(asked: DeviceChoice, machine: Machine) -> Decision:
 def free_memory(device: "torch.device") -> int:
     """Bytes that this process can still allocate on `device`, including torch's free cache.
 
-    Memory of a CUDA graph is not free, also where no tensor of Python lies in it.
+    The memory pool of a CUDA graph does not count: only the graph can use it.
     """
     if device.type == "cuda":
         import torch

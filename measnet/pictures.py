@@ -208,13 +208,21 @@ def _encode(picture: Picture, format: Format, file: IO[bytes]) -> None:
         _encode_deep_tiff(pixels, picture, file)
 
 
+def as_stored(value: Any) -> Any:
+    """The value of a tag, a text as the bytes of its file.
+
+    Pillow decodes each text as Latin-1. When it writes a text, letters other than ASCII become
+    question marks; bytes are written as they are.
+    """
+    return value.encode("latin-1", "replace") if isinstance(value, str) else value
+
+
 def _in_bytes(exif: bytes) -> Image.Exif:
-    """The tags with texts as bytes; in a text, Pillow would replace letters other than ASCII."""
+    """The tags of a block, see `as_stored`."""
     tags = Image.Exif()
     tags.load(exif)
     for tag, value in list(tags.items()):
-        if isinstance(value, str):
-            tags[tag] = value.encode("latin-1", "replace")  # as Pillow has decoded it
+        tags[tag] = as_stored(value)
     return tags
 
 

@@ -73,13 +73,11 @@ def register_champion(
     gain = best.gain()
     decision = decide(config.register, new, champion, above_noise=gain is not None and gain[1])
     if decision.choice == "no":
-        mlflow_tracker.finish(run, "FINISHED")  # `prepare` has opened it again
         record.registration = f"{best.name} was not registered as {model}: {decision.reason}"
     elif mlflow_model.log_model(run, weights) and mlflow_model.register(
         run, config.model_name, ALIAS, card, new
     ):
-        mlflow_tracker.finish(run, "FINISHED")
         record.registration = f"{best.name} is {model} now: {decision.reason}"
     else:
-        mlflow_tracker.finish(run, "FINISHED")
         record.registration = "MLflow did not accept the model; the same command tries again"
+    mlflow_tracker.finish(run, "FINISHED")  # `prepare` has opened it again
