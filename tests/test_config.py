@@ -21,6 +21,14 @@ def test_presets_survive_yaml(name: str) -> None:
     assert f"distributed.train {name}" in (PRESETS[name].__doc__ or "")
 
 
+@pytest.mark.parametrize("name", ["local-4090", "paper-3task", "paper-5task"])
+def test_improved_presets_change_the_recipe_only(name: str) -> None:
+    paper, improved = PRESETS[name](), PRESETS[f"{name}-improved"]()
+    assert improved.recipe.optimizer == "muon" and improved.recipe.frequency_weight == 0.1
+    assert improved.recipe.samples == paper.recipe.samples
+    assert dataclasses.replace(improved, name=name, recipe=paper.recipe) == paper
+
+
 def test_paper_presets_draw_what_the_paper_draws() -> None:
     assert PRESETS["paper-5task"]().recipe.samples == 150 * 162_646
     assert PRESETS["paper-3task"]().recipe.samples == 150 * 142_431
