@@ -213,7 +213,7 @@ def _show_summary(record: SearchRecord, console: "Console") -> None:
     console.print(f"{record.state}: {record.counts}")
     if record.best is not None:
         label = record.best.label or describe(record.best.changes)
-        console.print(f"  best      {label}: {record.best.title}", soft_wrap=True)
+        console.print(f"  best      {label}: {record.best.title}", soft_wrap=True, markup=False)
         if noise := noise_warning(record.best):
             console.print(f"  [yellow]warning[/yellow]   {noise}", soft_wrap=True)
         console.print(f"  in full   {record.best_command}", soft_wrap=True)
