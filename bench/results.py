@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 RESULTS = ROOT / "results"
+TITLES = {"network": "Networks", "recipe": "Recipes"}
+"""Folders of `bench/compare.py` -> their headings."""
 KEPT = ("protocol", "held", "degradations", "arithmetic")
 
 
@@ -120,8 +122,8 @@ def page() -> Iterator[str]:
         records = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
         if folder.name == "speedrun":
             yield from _speed_runs(records)
-        elif folder.name == "recipe":
-            yield from _recipes(records)
+        elif folder.name in TITLES:
+            yield from _compared(folder.name, records)
         elif records:
             yield from _weights(folder.name, records)
 
@@ -201,19 +203,22 @@ def draw_speed_runs(records: Mapping[str, Mapping[str, Any]], path: Path) -> Non
     figure.savefig(path, metadata={"Software": None})
 
 
-def _recipes(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """A row per recipe, over its seeds; only what was trained and tested alike is compared."""
+def _compared(what: str, records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A row per recipe or network, over its seeds.
+
+    Only what was trained and tested alike is compared.
+    """
     if not records:
         return
-    yield from ("", "## Recipes", "")
-    about = RESULTS / "recipe" / "about.md"
+    yield from ("", f"## {TITLES[what]}", "")
+    about = RESULTS / what / "about.md"
     if about.is_file():
         yield from (about.read_text().rstrip(), "")
     groups: dict[tuple[Any, ...], dict[str, list[Mapping[str, Any]]]] = {}
     for record in records.values():
         same = (record["samples"], record["crop"], *sorted(record["pictures"].items()))
-        groups.setdefault(same, {}).setdefault(record["recipe"], []).append(record)
-    for (samples, crop, *pictures), recipes in groups.items():
+        groups.setdefault(same, {}).setdefault(record["name"], []).append(record)
+    for (samples, crop, *pictures), rows in groups.items():
         tested = ", ".join(f"{name} {count}" for name, count in pictures)
         degradations = [name for name, _ in pictures]
         yield (
@@ -221,10 +226,11 @@ def _recipes(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             f"pictures of {tested}:"
         )
         yield ""
-        yield _row("recipe", "seeds", *degradations, "mean PSNR", "least - most")
+        yield _row(what, "seeds", *degradations, "mean PSNR", "least - most")
         yield "|---" * (len(degradations) + 4) + "|"
-        for name, runs in recipes.items():
-            means = [run["mean_psnr"] for run in runs]
+        means_of = {name: [run["mean_psnr"] for run in runs] for name, runs in rows.items()}
+        for name, means in sorted(means_of.items(), key=lambda row: fmean(row[1])):
+            runs = rows[name]
             gains = (fmean(run["gain"][one] for run in runs) for one in degradations)
             spread = f"{min(means):.2f} - {max(means):.2f}"
             seeds = ", ".join(str(run["seed"]) for run in runs)
@@ -233,11 +239,11 @@ def _recipes(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             )
         yield ""
     first = next(iter(records.values()))
-    names = " ".join(dict.fromkeys(one["recipe"] for one in records.values()))
+    names = " ".join(dict.fromkeys(one["name"] for one in records.values()))
     seeds = " ".join(map(str, sorted({one["seed"] for one in records.values()})))
-    command = "python bench/recipe.py --train SHARDS --test SHARDS"
+    command = f"python bench/compare.py {what} --train SHARDS --test SHARDS"
     yield (
-        f"`{command} --recipes {names} --seeds {seeds}`, {first['date']}, {first['machine']}, "
+        f"`{command} --names {names} --seeds {seeds}`, {first['date']}, {first['machine']}, "
         f"commit {first['commit']}"
     )
 

@@ -233,10 +233,10 @@ def every_step_at_full_width() -> None:
     step_at_full_width(torch.float32, (48, 96))
 
 
-def test_kernels_compile_for_three_cards() -> None:
-    assert_fits(compiled("tests.test_gpu_experts:step_at_full_width", 80, 89, 90))
+def test_kernels_compile_for_a_card() -> None:
+    assert_fits(compiled("tests.test_gpu_experts:step_at_full_width", 89))
 
 
 @pytest.mark.slow
-def test_kernels_of_both_types_compile() -> None:
+def test_kernels_of_both_types_compile_for_three_cards() -> None:
     assert_fits(compiled("tests.test_gpu_experts:every_step_at_full_width", 80, 89, 90))

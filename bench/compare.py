@@ -1,10 +1,12 @@
-"""The field's recipe against ours: same network, same samples, several seeds.
+"""Recipes, or networks, against each other: same data, same samples, several seeds.
 
-    python bench/recipe.py --train SHARDS --test SHARDS [--recipes field muon …] [--seeds 0 1 2]
+    python bench/compare.py recipe --train SHARDS --test SHARDS [--names NAME …] [--seeds 0 1 2]
+    python bench/compare.py network --train SHARDS --test SHARDS
 
-Each recipe trains the network of the preset `small` on five tasks, in runs/recipe/NAME-SEED (a
-finished run is not trained again, an interrupted one resumes), and is evaluated on real benchmark
-pictures. Writes results/recipe/NAME-SEED.json; `python bench/results.py` makes the table.
+`recipe` compares the field's recipe with ours; `network` the six rows of Table VI and the authors'
+program. Each run starts from the preset `small` on five tasks, in runs/WHAT/NAME-SEED (a finished
+run is not trained again, an interrupted one resumes), and is evaluated on real benchmark pictures.
+Writes results/WHAT/NAME-SEED.json; `python bench/results.py` makes the tables.
 """
 
 import json
@@ -14,46 +16,61 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Literal
 
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.results import RESULTS, ROOT, origin
+from measnet.config import ABLATION
 
+MUON_FFT = {"recipe.frequency-weight": "0.1"}
 RECIPES: dict[str, dict[str, str]] = {
     # Adam 2e-4 without warm-up, clipping or average. The field's cosine ends above zero, this one
     # at zero.
     "field": {
-        "optimizer": "adam",
-        "lr": "2e-4",
-        "beta2": "0.999",
-        "warmup-samples": "0",
-        "clip": "0",
-        "ema-decay": "0",
-        "balance-weight": "1e-4",
+        "recipe.optimizer": "adam",
+        "recipe.lr": "2e-4",
+        "recipe.beta2": "0.999",
+        "recipe.warmup-samples": "0",
+        "recipe.clip": "0",
+        "recipe.ema-decay": "0",
+        "recipe.balance-weight": "1e-4",
     },
     # Adam with the rate of this size, warm-up, clipping and average.
-    "adam": {"optimizer": "adam", "lr": "3e-3"},
+    "adam": {"recipe.optimizer": "adam", "recipe.lr": "3e-3"},
     "muon": {},
-    "muon-fft": {"frequency-weight": "0.1"},
-    "muon-0.02": {"muon-lr": "0.02"},
+    "muon-fft": MUON_FFT,
+    "muon-0.02": {"recipe.muon-lr": "0.02"},
 }
-"""Name -> what differs from the preset `small`, as options of `--recipe`."""
-OURS = {"warmup-samples": "160", "ema-decay": "0.98"}
+NETWORKS: dict[str, dict[str, str]] = {
+    **{
+        name: MUON_FFT
+        | {f"model.no-{p}": "" for p in ("tspg", "mese", "fd", "mee") if not getattr(make(), p)}
+        for name, make in ABLATION.items()
+    },
+    "official": MUON_FFT | {"model.variant": "official"},
+}
+"""The rows of Table VI, from the backbone to the whole network, and the authors' program."""
+SUBJECTS = {"recipe": RECIPES, "network": NETWORKS}
+"""What can be compared: name -> what differs from the preset `small`, as options."""
+OURS = {"recipe.warmup-samples": "160", "recipe.ema-decay": "0.98"}
 """For a run as short as these; a recipe may say otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Train with several recipes and seeds, and evaluate."""
+    """Train with several recipes or networks, and seeds, and evaluate."""
 
+    what: tyro.conf.Positional[Literal["recipe", "network"]]
+    """What is compared."""
     train: str
     """Packed shards of all five tasks."""
     test: str
     """Packed shards of real benchmark pictures."""
-    recipes: tuple[str, ...] = ("field", "adam", "muon", "muon-fft")
-    """Of `RECIPES`."""
+    names: tuple[str, ...] = ()
+    """Of `SUBJECTS`; default: all."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the weights and of the order of samples."""
     samples: int = 2_400
@@ -68,15 +85,14 @@ class Arguments:
 
 def main() -> int:
     """Exit code."""
-    given = tyro.cli(Arguments, prog="python bench/recipe.py")
-    unknown = [name for name in given.recipes if name not in RECIPES]
-    if unknown:
-        print(
-            f"error: --recipes names {unknown[0]!r}; known: {', '.join(RECIPES)}", file=sys.stderr
-        )
-        return 2
+    given = tyro.cli(Arguments, prog="python bench/compare.py")
+    known = SUBJECTS[given.what]
+    for name in given.names:
+        if name not in known:
+            print(f"error: --names has {name!r}; known: {', '.join(known)}", file=sys.stderr)
+            return 2
     for seed in given.seeds:
-        for name in given.recipes:
+        for name in given.names or known:
             code = _one(given, name, seed)
             if code:
                 return code
@@ -85,13 +101,13 @@ def main() -> int:
 
 
 def _one(given: Arguments, name: str, seed: int) -> int:
-    run = Path("runs", "recipe", f"{name}-{seed}")
+    run = Path("runs", given.what, f"{name}-{seed}")
     start = origin()
-    recipe = OURS | RECIPES[name] | {"samples": str(given.samples)}
+    options = OURS | SUBJECTS[given.what][name] | {"recipe.samples": str(given.samples)}
     command = ["distributed.train", "small", "--name", run.name, "--storage", str(run.parent)]
     command += ["--seed", str(seed), "--data.train", given.train, "--data.validation", given.test]
     command += ["--data.crop", str(given.crop), "--scaling.workers", given.workers]
-    command += [part for key, value in recipe.items() for part in (f"--recipe.{key}", value)]
+    command += [part for key, value in options.items() for part in (f"--{key}", value) if part]
     # Validation is the evaluation at the end.
     command += ["--every.validate", str(given.samples), "--every.validation-pictures", "1"]
     began = time.monotonic()
@@ -109,9 +125,9 @@ def _one(given: Arguments, name: str, seed: int) -> int:
     gains = {key: row["restored_psnr"] - row["input_psnr"] for key, row in rows.items()}
     record = {
         **start,
-        "recipe": name,
+        "name": name,
         "seed": seed,
-        "options": recipe,
+        "options": options,
         "samples": given.samples,
         "crop": given.crop,
         "seconds": round(seconds),
@@ -120,7 +136,7 @@ def _one(given: Arguments, name: str, seed: int) -> int:
         "gain": {key: round(gain, 3) for key, gain in gains.items()},
         "mean_psnr": round(fmean(row["restored_psnr"] for row in rows.values()), 3),
     }
-    target = RESULTS / "recipe" / f"{name}-{seed}.json"
+    target = RESULTS / given.what / f"{name}-{seed}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{name}, seed {seed}: mean PSNR {record['mean_psnr']:.2f} dB; {target}")
