@@ -122,7 +122,7 @@ class Reader:
 
     def locate(self, task: str, number: int) -> Location:
         """Where sample `number` of a task is; opens its shard."""
-        slot = int(np.searchsorted(self._ends[task], number, side="right"))
+        slot = int(self._ends[task].searchsorted(number, "right"))
         shard = self.shards[task][slot]
         row = number - (int(self._ends[task][slot]) - shard.samples)
         table = self._opened(shard).table
@@ -130,7 +130,7 @@ class Reader:
 
     def shard_of(self, task: str, number: int) -> Shard:
         """The shard of a sample, without opening it."""
-        return self.shards[task][int(np.searchsorted(self._ends[task], number, side="right"))]
+        return self.shards[task][int(self._ends[task].searchsorted(number, "right"))]
 
     def key(self, location: Location) -> str:
         """The sample's name in its tar.
