@@ -134,6 +134,23 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack_photographs(tmp_path_factory.mktemp("packed"))
 
 
+@pytest.fixture()
+def pairs(tmp_path: Path) -> Path:
+    """Two tars of six samples each, as `ShardWriter` names them; keys have folders and long
+    names."""
+    import webdataset
+
+    from tests.webdataset_tars import pair
+
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    with webdataset.ShardWriter(str(folder / "%06d.tar"), maxcount=6, verbose=0) as writer:
+        for number in range(12):
+            long = "long" * 40 if number % 5 == 0 else "b"
+            writer.write({"__key__": f"a/{long}/{number:04d}", **pair(number)})
+    return folder
+
+
 @pytest.fixture(scope="session")
 def moto_server() -> Iterator[str]:
     """The address of an S3-compatible server on loopback."""

@@ -28,7 +28,7 @@ from measnet.tiling import Tiling
 from shards.packing import pack
 from shards.storage import finite
 from shards.stream import Picture, pictures
-from tests.test_official import Golden
+from tests.official_reference import Golden
 
 WHOLE = Tiling(at_once=10**9)
 

@@ -1,19 +1,14 @@
 """The variant official against outputs of the authors' program; the import of its checkpoints."""
 
-import importlib.util
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from bench import plain
-from measnet.config import ModelConfig, replace_dotted
+from measnet.config import replace_dotted
 from measnet.frequency import FrequencySplit
 from measnet.losses import restoration_loss
 from measnet.network import MEASNet
@@ -21,47 +16,18 @@ from measnet.official import network as official
 from measnet.official import weights
 from measnet.prompts import TaskPrompt
 from measnet.transformer import TransformerBlock
+from tests.official_reference import (
+    BLOCK,
+    GRADIENT,
+    LARGE,
+    NETWORK,
+    SMALL,
+    WORST,
+    Golden,
+    assert_near,
+)
 
-# Largest difference over the reference's maximum.
-BLOCK, NETWORK, LARGE, GRADIENT = 2e-5, 5e-5, 2e-4, 1e-3
-WORST: dict[float, float] = {}
-"""Tolerance -> largest difference that was compared with it."""
-SMALL = ModelConfig(variant="official", dim=16, num_blocks=(1, 2, 1, 2), num_refinement_blocks=1)
 Converter = Callable[[weights._Entries], dict[str, Tensor]]
-
-
-class Golden:
-    """Reference outputs, and the rules by which their weights and inputs were made."""
-
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        """All tensors are on `device`."""
-        spec = importlib.util.spec_from_file_location("golden_rules", folder / "rules.py")
-        assert spec and spec.loader
-        self.rules = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(self.rules)
-        self.folder, self.device = folder, device
-        self.outputs: dict[str, Tensor] = {}
-        for name in ("model", "modules", "train"):
-            with np.load(folder / f"golden_{name}.npz") as file:
-                prefix = "train/" if name == "train" else ""
-                self.outputs |= {prefix + key: self.tensor(file[key]) for key in file.files}
-        self.meta = json.loads((folder / "meta.json").read_text())
-
-    def tensor(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.device)
-
-    def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self.rules.det_normal(name, shape).to(self.device)
-
-    def image(self, name: str, height: int, width: int, batch: int = 1) -> Tensor:
-        return self.rules.det_image(name, height, width, batch).to(self.device)
-
-    def entries(self, size: str, at: str = "", changed: dict[str, tuple[int, ...]] | None = None):
-        """Filled entries of the tiny or full network, or of its block `at` by names within it."""
-        shapes = json.loads((self.folder / f"keys_{size}.json").read_text())["entries"]
-        shapes = {k.removeprefix(at): s for k, (_, _, s) in shapes.items() if k.startswith(at)}
-        shapes |= changed or {}
-        return {k: self.tensor(self.rules.fill_value(k, s)) for k, s in shapes.items()}
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +46,6 @@ def bhwc(x_bchw: Tensor) -> Tensor:
 
 def bchw(x_bhwc: Tensor) -> Tensor:
     return x_bhwc.permute(0, 3, 1, 2)
-
-
-def assert_near(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
-    assert ours.shape == theirs.shape
-    error = ((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12)).item()
-    WORST[tolerance] = max(error, WORST.get(tolerance, 0.0))
-    assert error < tolerance, f"relative error {error:.2e}, tolerance {tolerance:.0e}"
 
 
 def filled(module: nn.Module, entries: dict[str, Tensor], convert: Converter) -> nn.Module:
@@ -411,119 +370,3 @@ def test_log_ensemble_neither_overflows_nor_vanishes(
     torch.testing.assert_close(out, torch.full((10, 8), expected))
     out.sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in bank.parameters() if p.grad is not None)
-
-
-# --- Checkpoints ---
-
-
-class Recorder(weights._Entries):
-    """Makes each entry that the importer asks for, so that any size of the program can be had."""
-
-    def __init__(self) -> None:
-        super().__init__({})
-        self.made: dict[str, Tensor] = {}
-        self.unused: set[str] = set()
-
-    def take(self, key: str, *shape: int) -> Tensor:
-        assert key not in self.made
-        self.made[key] = torch.randn(shape) / max(1, torch.Size(shape[1:]).numel()) ** 0.5
-        if key.endswith("running_var"):
-            self.made[key].abs_()
-        return self.made[key]
-
-    def drop(self, *keys: str) -> None:
-        self.unused |= set(keys)
-
-
-def record(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    recorder = Recorder()
-    with monkeypatch.context() as patch:
-        patch.setattr(weights, "_Entries", lambda entries: recorder)
-        weights.convert({}, config)
-    return recorder
-
-
-FULL = ModelConfig(variant="official", num_blocks=(4, 4, 6, 8))
-OTHER = ModelConfig(
-    variant="official",
-    dim=24,
-    num_blocks=(2, 1, 1, 2),
-    num_refinement_blocks=2,
-    heads=(1, 2, 2, 4),
-    ffn_expansion=2.0,
-    prompts=16,
-    prompt_dim=96,
-    pixel_experts=4,
-    image_experts=3,
-)
-
-
-@pytest.mark.parametrize(("size", "config"), [("tiny", SMALL), ("dim48", FULL)])
-def test_names_and_shapes_are_the_programs(
-    reference: Golden, monkeypatch: pytest.MonkeyPatch, size: str, config: ModelConfig
-) -> None:
-    recorder, entries = record(config, monkeypatch), reference.entries(size)
-    assert set(recorder.made) | recorder.unused == set(entries)
-    for key, value in recorder.made.items():
-        assert value.squeeze().shape == entries[key].squeeze().shape, key
-    assert weights.infer_config(entries) == config
-
-
-@pytest.mark.parametrize("suffix", [".ckpt", ".pth", ".safetensors"])
-def test_load_other_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
-    recorder = record(OTHER, monkeypatch)
-    entries = {f"net.{key}" if suffix == ".ckpt" else key: v for key, v in recorder.made.items()}
-    path = tmp_path / f"weights{suffix}"
-    if suffix == ".safetensors":
-        save_file(entries, path)
-    else:
-        lightning = {"state_dict": entries, "epoch": 3, "pytorch-lightning_version": "2.0.1"}
-        torch.save(lightning if suffix == ".ckpt" else entries, path)
-    model = weights.load(path)
-    assert model.config == OTHER and not model.training
-    image = torch.rand(2, 3, 64, 72)
-    with torch.no_grad():
-        assert_near(model(image).image, plain.forward(model, image).image, NETWORK)
-
-
-@pytest.mark.slow
-def test_full_width_equals_the_plain_reading() -> None:
-    model, image = MEASNet(FULL).eval(), torch.rand(2, 3, 72, 64)
-    for block in model.extra.values():
-        nn.init.normal_(block.alpha)
-    with torch.no_grad():
-        assert_near(model(image).image, plain.forward(model, image).image, NETWORK)
-
-
-def test_load_refuses_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    entries = record(OTHER, monkeypatch).made
-    first = "encoder_level2.0.attn.qkv.weight"
-
-    def message(changed: dict[str, Tensor]) -> str:
-        path = tmp_path / "changed.pth"
-        torch.save(changed, path)
-        with pytest.raises(ValueError) as caught:
-            weights.load(path)
-        return str(caught.value)
-
-    assert first in message({k: v for k, v in entries.items() if k != first})
-    assert first in message(entries | {first: torch.zeros(3, 3)})
-    assert "head.weight" in message(entries | {"head.weight": torch.zeros(1)})
-    assert "latent.0.ffn.dwconv.weight" in message(
-        entries | {"latent.0.ffn.dwconv.weight": torch.zeros(2, 1, 3, 3)}
-    )
-    assert "patch_embed" in message({"other.weight": torch.zeros(2)})
-    assert "entries that are not tensors: note" in message(entries | {"note": "text"})  # type: ignore[dict-item]
-
-
-class Harmful:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return (print, ("code in a checkpoint ran",))
-
-
-def test_load_runs_no_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "harmful.ckpt"
-    torch.save({"state_dict": {}, "callbacks": Harmful()}, path)
-    with pytest.raises(ValueError, match="safely"):
-        weights.load(path)
-    assert "ran" not in capsys.readouterr().out

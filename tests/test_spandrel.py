@@ -37,7 +37,7 @@ def test_weights_of_this_program(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "net.", "module."])
 def test_a_checkpoint_of_the_authors(prefix: str, golden: Path, tmp_path: Path) -> None:
-    from tests.test_official import Golden
+    from tests.official_reference import Golden
 
     entries = Golden(golden, torch.device("cpu")).entries("tiny")
     torch.save({"state_dict": {prefix + k: v for k, v in entries.items()}}, tmp_path / "a.ckpt")
