@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.results import RESULTS, ROOT, origin
 from measnet.config import ABLATION
 
-MUON_FFT = {"recipe.frequency-weight": "0.1"}
 RECIPES: dict[str, dict[str, str]] = {
     # Adam 2e-4 without warm-up, clipping or average. The field's cosine ends above zero, this one
     # at zero.
@@ -37,20 +36,20 @@ RECIPES: dict[str, dict[str, str]] = {
         "recipe.clip": "0",
         "recipe.ema-decay": "0",
         "recipe.balance-weight": "1e-4",
+        "recipe.frequency-weight": "0",
     },
     # Adam with the rate of this size, warm-up, clipping and average.
-    "adam": {"recipe.optimizer": "adam", "recipe.lr": "3e-3"},
-    "muon": {},
-    "muon-fft": MUON_FFT,
-    "muon-0.02": {"recipe.muon-lr": "0.02"},
+    "adam": {"recipe.optimizer": "adam", "recipe.lr": "3e-3", "recipe.frequency-weight": "0"},
+    "muon": {"recipe.frequency-weight": "0"},
+    "muon-fft": {},
+    "muon-0.02": {"recipe.frequency-weight": "0", "recipe.muon-lr": "0.02"},
 }
 NETWORKS: dict[str, dict[str, str]] = {
     **{
-        name: MUON_FFT
-        | {f"model.no-{p}": "" for p in ("tspg", "mese", "fd", "mee") if not getattr(make(), p)}
+        name: {f"model.no-{p}": "" for p in ("tspg", "mese", "fd", "mee") if not getattr(make(), p)}
         for name, make in ABLATION.items()
     },
-    "official": MUON_FFT | {"model.variant": "official"},
+    "official": {"model.variant": "official"},
 }
 """The rows of Table VI, from the backbone to the whole network, and the authors' program."""
 SUBJECTS = {"recipe": RECIPES, "network": NETWORKS}

@@ -42,6 +42,8 @@ VALIDATION = ("hopper",)
 """Packaged photographs that validate while training; `tune.search demo` chooses by them."""
 SCALES = tuple(round(1.0 - 0.5 * step / 14, 2) for step in range(15))
 """Each training photograph is packed at these scales, 1 to 0.5, each with its own degradations."""
+TEST_SCALES = (1.0, 0.75, 0.5)
+"""The same for test photographs: two in one exposure each say little about low light."""
 MOST_PICTURES, MOST_TEST, LONGEST, SHORTEST = 24, 2, 768, 96
 """Limits with --pictures: number of pictures, of those to test on, longest and shortest side."""
 
@@ -244,16 +246,25 @@ def _start_from_nothing() -> None:
 
 
 def _write_pictures(pictures: Mapping[str, Mapping[str, np.ndarray]], names: Split) -> None:
-    """Write PNGs: training pictures at several scales, the others as they are."""
+    """Write PNGs: training and test pictures at several scales, the others as they are."""
     for side, own in names._asdict().items():
         folder = DATA / "pictures" / side
         folder.mkdir(parents=True, exist_ok=True)
         for name in own:
-            if side != "train":
-                _save(folder / name, pictures[name])
-                continue
-            for scale in SCALES:
-                _save(folder / f"{name}_{round(100 * scale):03d}", pictures[name], scale)
+            for file, scale in _copies(side, name, min(pictures[name]["picture"].shape[:2])):
+                _save(folder / file, pictures[name], scale)
+
+
+def _copies(side: str, name: str, shorter: int) -> Iterator[tuple[str, float]]:
+    """Name and scale of each copy of a picture; a test picture has at least `SHORTEST` pixels."""
+    if side == "train":
+        yield from ((f"{name}_{round(100 * scale):03d}", scale) for scale in SCALES)
+        return
+    yield name, 1.0
+    if side == "test":
+        for scale in TEST_SCALES[1:]:
+            if scale * shorter >= SHORTEST:
+                yield f"{name}_{round(100 * scale):03d}", scale
 
 
 def _save(path: Path, picture: Mapping[str, np.ndarray], scale: float = 1.0) -> None:
