@@ -256,7 +256,11 @@ def _write_pictures(pictures: Mapping[str, Mapping[str, np.ndarray]], names: Spl
 
 
 def _copies(side: str, name: str, shorter: int) -> Iterator[tuple[str, float]]:
-    """Name and scale of each copy of a picture; a test picture has at least `SHORTEST` pixels."""
+    """Name and scale of each copy of a picture whose shorter side is `shorter`.
+
+    Test pictures have at least `SHORTEST` pixels, and come first in their own size: grids of a few
+    rows then show different ones.
+    """
     if side == "train":
         yield from ((f"{name}_{round(100 * scale):03d}", scale) for scale in SCALES)
         return
@@ -264,7 +268,7 @@ def _copies(side: str, name: str, shorter: int) -> Iterator[tuple[str, float]]:
     if side == "test":
         for scale in TEST_SCALES[1:]:
             if scale * shorter >= SHORTEST:
-                yield f"{name}_{round(100 * scale):03d}", scale
+                yield f"scaled_{round(100 * scale):03d}_{name}", scale
 
 
 def _save(path: Path, picture: Mapping[str, np.ndarray], scale: float = 1.0) -> None:
@@ -319,7 +323,8 @@ def _log_evaluation(config: TrainConfig, outcome: Any, report: Any) -> None:
 
 
 def _result(tasks: Mapping[str, Any], names: Split) -> Table:
-    view = Table(title=f"held-out pictures: {', '.join(names.test)}")
+    scales = ", ".join(f"{scale:g}" for scale in TEST_SCALES)
+    view = Table(title=f"held-out pictures at scales {scales}: {', '.join(names.test)}")
     view.add_column("task")
     view.add_column("input PSNR -> restored PSNR", justify="right")
     view.add_column("gain in dB", justify="right")
