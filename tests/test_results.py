@@ -112,7 +112,7 @@ def test_a_recipe_is_the_mean_of_its_seeds_and_only_equal_runs_are_compared(
             "date": "2026-11-27",
             "commit": "abc",
             "machine": "a card",
-            "recipe": name,
+            "name": name,
             "seed": seed,
             "samples": samples,
             "crop": 48,
