@@ -228,9 +228,8 @@ def _compared(what: str, records: Mapping[str, Mapping[str, Any]]) -> Iterator[s
         yield ""
         yield _row(what, "seeds", *degradations, "mean PSNR", "least - most")
         yield "|---" * (len(degradations) + 4) + "|"
-        means_of = {name: [run["mean_psnr"] for run in runs] for name, runs in rows.items()}
-        for name, means in sorted(means_of.items(), key=lambda row: fmean(row[1])):
-            runs = rows[name]
+        for name, runs in sorted(rows.items(), key=lambda row: fmean(_means(row[1]))):
+            means = _means(runs)
             gains = (fmean(run["gain"][one] for run in runs) for one in degradations)
             spread = f"{min(means):.2f} - {max(means):.2f}"
             seeds = ", ".join(str(run["seed"]) for run in runs)
@@ -246,6 +245,10 @@ def _compared(what: str, records: Mapping[str, Mapping[str, Any]]) -> Iterator[s
         f"`{command} --names {names} --seeds {seeds}`, {first['date']}, {first['machine']}, "
         f"commit {first['commit']}"
     )
+
+
+def _means(runs: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [run["mean_psnr"] for run in runs]
 
 
 def _row(*cells: object) -> str:

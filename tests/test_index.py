@@ -1,4 +1,4 @@
-"""Tars that another program wrote: indexed in place, streamed exactly, refused where damaged."""
+"""Tars that another program wrote: indexed in place and streamed exactly."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The variant official against outputs of the authors' program; the import of its checkpoints."""
+"""The variant official against outputs of the authors' program."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
