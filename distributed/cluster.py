@@ -4,13 +4,14 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from distributed.config import ScalingConfig, TrainConfig
+from distributed.internals.ray_train import LEAVE_S, PREEMPTION_WATCHER, configure
 from shards.storage import open_folder
 
 if TYPE_CHECKING:
@@ -20,24 +21,19 @@ PLACEMENT_S = 2.0
 """Seconds to wait for workers if their number is a range. Their resources are reserved, so they
 start at once. If they do not, a node was lost, and Ray must count the resources again."""
 
-LEAVE_S = "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S"
-"""Environment variable: seconds that the workers' process group may take to shut down. A hung
-worker never does; by default Ray waits 30 s before it replaces it."""
-
 LOCAL_ENVIRONMENT = {
     "GOMP_SPINCOUNT": "20000",
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    PREEMPTION_WATCHER: "0",
 }
 """Environment of a local Ray; variables that the caller has set are kept.
 
 GOMP_SPINCOUNT: threads that wait for work stay awake for a fraction of a millisecond. That is
 longer than the time between two operations, and short enough to leave the core to the loader.
 MALLOC_*: memory of a step is kept for the next one, so its pages are not zeroed again. All three
-are set, because one alone switches off the automatic adjustment of the others. Pre-emption watcher:
-a process that a local machine does not need."""
+are set, because one alone switches off the automatic adjustment of the others."""
 
 GPU_ENVIRONMENT = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 """Environment of workers on GPUs. Expandable segments waste less memory when sizes change, as
@@ -60,34 +56,56 @@ def ray_cluster(config: TrainConfig, console: Console) -> Iterator[None]:
     The local one listens on 127.0.0.1 only and refuses requests without its token, which is in the
     environment of this process.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage reports
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it prints each line twice
-    # How often Ray Train checks its workers: the lower, the sooner a lost one is replaced.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault(LEAVE_S, "5")
-    patience = config.scaling.start_timeout_s
+    start_s = config.scaling.start_timeout_s
     if config.scaling.elastic:
-        patience = min(patience, PLACEMENT_S)
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(patience)
+        start_s = min(start_s, PLACEMENT_S)
+    configure(start_s, config.scaling.health_timeout_s)
     if is_local() and "ray" not in sys.modules:
         _require_token()
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.scaling.health_timeout_s)
+    if not is_local():
+        console.print(f"connecting to the Ray cluster at {os.environ['RAY_ADDRESS']}")
+    # Allow more workers than cores: slow, but it lets you try a cluster's run on one machine.
+    wanted = config.scaling.bounds[1] * cpus_per_worker(config, local=True, use_gpu=False)
+    with connected(wanted, {LEAVE_S: os.environ[LEAVE_S]}):
+        yield
+
+
+@contextmanager
+def connected(cpus: int, worker_environment: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Use the Ray that this process has, else the cluster of RAY_ADDRESS, else a local one.
+
+    A connection that is made here ends with the block.
+
+    Args:
+        cpus: that a local Ray offers, or as many as this machine has if that is more.
+        worker_environment: variables of the processes on a cluster.
+    """
     import ray
 
     if ray.is_initialized():
         yield
         return
-    if not is_local():
-        console.print(f"connecting to the Ray cluster at {os.environ['RAY_ADDRESS']}")
-        ray.init(runtime_env={"env_vars": {LEAVE_S: os.environ[LEAVE_S]}}, **_QUIET)
+    if is_local():
+        start_local_ray(num_cpus=max(os.cpu_count() or 1, cpus))
     else:
-        # Allow more workers than cores: slow, but it lets you try a cluster's run on one machine.
-        wanted = config.scaling.bounds[1] * cpus_per_worker(config, local=True, use_gpu=False)
-        start_local_ray(num_cpus=max(os.cpu_count() or 1, wanted))
+        join_cluster({"env_vars": dict(worker_environment)} if worker_environment else None)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def join_cluster(runtime_environment: dict[str, Any] | None = None) -> None:
+    """Connect to the cluster of RAY_ADDRESS; Ray sends no usage reports.
+
+    Raises:
+        OSError: its head does not answer.
+        RuntimeError: the cluster has another version of Ray or Python.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    ray.init(runtime_env=runtime_environment, **_QUIET)
 
 
 def is_local() -> bool:
@@ -113,7 +131,7 @@ def _require_token() -> None:
 
 def start_local_ray(**options: Any) -> None:
     """Start a local Ray that listens on 127.0.0.1 only."""
-    for name, value in LOCAL_ENVIRONMENT.items():
+    for name, value in (LOCAL_ENVIRONMENT | {"RAY_USAGE_STATS_ENABLED": "0"}).items():
         os.environ.setdefault(name, value)
     from distributed.internals.ray import init_on_loopback
 

@@ -19,6 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from distributed.cluster import join_cluster
 from distributed.config import TrackingConfig
 from distributed.node import Node, Probe, Targets, inspect_node
 from shards import storage
@@ -279,7 +280,7 @@ def inspect_cluster(targets: Targets) -> list[Node]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     try:
-        ray.init(logging_level="ERROR", log_to_driver=False)
+        join_cluster()
     except RuntimeError as error:  # another version of Ray or Python
         raise OSError(f"this process cannot join the cluster: {_first_line(error)}") from error
     try:

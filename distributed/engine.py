@@ -13,7 +13,7 @@ from torch import nn
 
 from distributed.config import TrainConfig
 from distributed.decisions import Decisions, choose_precision, decide
-from distributed.internals.deepspeed import light_deepspeed, reduce_by
+from distributed.internals.deepspeed import light_deepspeed, reduce_by, reduce_nothing
 from distributed.optimizer import build_optimizer, clips_itself
 from distributed.reduction import GradientReduction
 from measnet.hardware import Card, card_of
@@ -138,8 +138,7 @@ def initialize(
     if config.engine.zero_stage > 0:
         return engine
     if dist.get_world_size() == 1:
-        # Alone there is nothing to add up; DeepSpeed would still copy all gradients twice.
-        engine.enable_backward_allreduce = False
+        reduce_nothing(engine)
     elif overlap:
         trained = [p for p in model.parameters() if p.requires_grad]
         reduction = GradientReduction(trained, engine.is_gradient_accumulation_boundary)

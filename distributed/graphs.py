@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distributed.config import TrainConfig
 from distributed.decisions import Decisions
-from distributed.internals.torch import end_failed_capture
+from distributed.internals.torch import end_failed_capture, foreach_add_, foreach_zero_
 from measnet.hardware import Decision
 from measnet.losses import Losses, restoration_loss
 from measnet.network import MEASNet, Restoration
@@ -102,7 +102,7 @@ class MicroBatchGraph:
             raise GraphError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
         finally:
             statistics.restore()
-            torch._foreach_zero_(self._gradients)
+            foreach_zero_(self._gradients)
             for parameter, held in zip(self._parameters, before, strict=True):
                 parameter.grad = held
         if not abs(found - expected) <= AGREES * expected:
@@ -155,7 +155,7 @@ class MicroBatchGraph:
         loss = losses.total * self._loss_weight
         gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         self._used = [i for i, one in enumerate(gradients) if one is not None]
-        torch._foreach_add_(
+        foreach_add_(
             [self._gradients[i] for i in self._used], [one for one in gradients if one is not None]
         )
         detached = Losses(*(one.detach() for one in losses))
@@ -165,7 +165,7 @@ class MicroBatchGraph:
         """Eager passes, of which the last one's gradients are left."""
         with side_stream(device):
             for _ in range(WARM_UP):
-                torch._foreach_zero_(self._gradients)
+                foreach_zero_(self._gradients)
                 self._draw(WARM_UP)
                 self._pass()
         return self._used
@@ -176,7 +176,7 @@ class MicroBatchGraph:
             self._noise.manual_seed(seed)
 
     def _start_at_zero(self) -> None:
-        torch._foreach_zero_(self._gradients)
+        foreach_zero_(self._gradients)
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
 

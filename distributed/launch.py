@@ -347,6 +347,7 @@ class _Fit:
 
         from distributed.environment import driver_process
         from distributed.internals.ray import RecountBeforeStart, ShardTrainer
+        from distributed.internals.ray_train import forget_listed_checkpoints
         from distributed.restarts import EndWithoutProgress
         from distributed.worker import train_loop
         from measnet.config import to_dict
@@ -356,7 +357,7 @@ class _Fit:
         device = training_device(scaling, ray.cluster_resources().get("GPU", 0), self.machine)
         use_gpu = device == "cuda"
         cpus = cpus_per_worker(config, local=is_local(), use_gpu=use_gpu)
-        _forget_listed_checkpoints(config)
+        forget_listed_checkpoints(*open_folder(config.folder))
         samples = self.newest.samples if self.newest else 0
         trainer = ShardTrainer(
             train_loop,
@@ -417,18 +418,6 @@ def _outcome(config: TrainConfig, ended: dict[str, Any], signals: list[str]) -> 
         samples=result["samples"],
         validation=result["validation"],
     )
-
-
-def _forget_listed_checkpoints(config: TrainConfig) -> None:
-    """Remove Ray's own list of checkpoints of an earlier launch.
-
-    Ray refuses to start if its list names a checkpoint that is gone. This program does not use the
-    list: it reads the folder and verifies what it finds.
-    """
-    fs, root = open_folder(config.folder)
-    snapshot = f"{root}/checkpoint_manager_snapshot.json"
-    if fs.exists(snapshot):
-        fs.rm(snapshot)
 
 
 def _show_plan(console: Console, config: TrainConfig, plan: Plan) -> None:

@@ -1,6 +1,5 @@
 """The optimizers: Adam and Muon with a guard around their step, and how a recipe names them."""
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +8,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distributed.config import Recipe
+from distributed.internals.torch import (
+    FastStartAdam,
+    foreach_add_,
+    foreach_lerp,
+    foreach_mul_,
+    foreach_sub,
+    foreach_sub_,
+)
 
 MUON_MOMENTUM = 0.95
 """Decay of Muon's momentum (Jordan et al., "Muon", 2024)."""
@@ -28,7 +35,7 @@ def clips_itself(zero_stage: int, device_type: str) -> bool:
     return zero_stage == 0 and device_type == "cuda"
 
 
-class GuardedAdam(torch.optim.Adam):
+class GuardedAdam(FastStartAdam):
     """Adam that skips the update on all ranks where any rank holds a gradient that is not finite.
 
     Not every ZeRO stage and precision of DeepSpeed looks for that; a NaN would stay in the moments
@@ -58,14 +65,6 @@ class GuardedAdam(torch.optim.Adam):
         self._clip, self._equal, self._fused = clip, equal, fused
         self.applied = torch.ones(())
         """1 where the last step updated the weights, 0 where it was skipped; on the device."""
-
-    # As torch has them, but for wrappers that keep its compiler out of them. To say so they import
-    # all of the compiler: two seconds of every start, of a run that lost a worker too.
-    add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
-    zero_grad = inspect.unwrap(torch.optim.Adam.zero_grad)
-    state_dict = inspect.unwrap(torch.optim.Adam.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.Adam.load_state_dict)
-    _update = inspect.unwrap(torch.optim.Adam.step)
 
     @property
     def updates(self) -> int:
@@ -103,12 +102,8 @@ class GuardedAdam(torch.optim.Adam):
         self.applied = norm.isfinite().float()
         if not self._equal and dist.is_initialized():
             dist.all_reduce(self.applied, op=dist.ReduceOp.MIN)
-        # The fused kernel divides the gradients by the one, and does nothing where the other is 1.
-        self.grad_scale = (
-            (norm / self._clip).clamp_min(1.0) if self._clip else torch.ones_like(norm)
-        )
-        self.found_inf = 1.0 - self.applied
-        self._update()
+        divisor = (norm / self._clip).clamp_min(1.0) if self._clip else torch.ones_like(norm)
+        self.scale_and_update(divisor, 1.0 - self.applied)
 
 
 class GuardedMuon(GuardedAdam):
@@ -139,7 +134,8 @@ class GuardedMuon(GuardedAdam):
         groups = [{"params": others}, {"params": matrices, "lr_scale": scale}]
         super().__init__(groups, **options)
         self._world = dist.get_world_size() if dist.is_initialized() else 1
-        # By count not worth it on a GPU: `paper` needs 0.23 TFLOP in bf16, but 0.1 GB to be sent.
+        # Not shared on a GPU: to send `paper`'s 0.1 GB is estimated to take longer than to compute
+        # its 0.23 TFLOP in bf16.
         self._shared = self._equal and self._world > 1 and not self._fused
 
     def _update(self, closure: Any = None) -> None:
@@ -162,11 +158,11 @@ class GuardedMuon(GuardedAdam):
         for p, direction in zip(parameters, directions, strict=True):
             _, rows, columns = as_matrices(p).shape
             updates.append((direction.mT if rows > columns else direction).reshape(p.shape))
-        torch._foreach_mul_(updates, [_relative_rate(p) for p in parameters])
-        torch._foreach_mul_(updates, group["lr"] * self.applied)
+        foreach_mul_(updates, [_relative_rate(p) for p in parameters])
+        foreach_mul_(updates, group["lr"] * self.applied)
         weights = [p.detach() for p in parameters]
-        torch._foreach_mul_(weights, 1.0 - group["lr"] * group["weight_decay"] * self.applied)
-        torch._foreach_sub_(weights, updates)
+        foreach_mul_(weights, 1.0 - group["lr"] * group["weight_decay"] * self.applied)
+        foreach_sub_(weights, updates)
 
     def _directions(self, wide: list[Tensor]) -> list[Tensor]:
         """Each stack of matrices orthogonalised, those of one shape together.
@@ -212,11 +208,11 @@ class GuardedMuon(GuardedAdam):
             gradients = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
         averages = [one["exp_avg"] for one in held]
         # A list, because torch would read a single tensor on the host.
-        torch._foreach_add_([one["step"] for one in held], [self.applied] * len(held))
-        apart = torch._foreach_sub(gradients, averages)
-        torch._foreach_mul_(apart, (1.0 - MUON_MOMENTUM) * self.applied)
-        torch._foreach_add_(averages, apart)
-        return torch._foreach_lerp(gradients, averages, MUON_MOMENTUM)
+        foreach_add_([one["step"] for one in held], [self.applied] * len(held))
+        apart = foreach_sub(gradients, averages)
+        foreach_mul_(apart, (1.0 - MUON_MOMENTUM) * self.applied)
+        foreach_add_(averages, apart)
+        return foreach_lerp(gradients, averages, MUON_MOMENTUM)
 
 
 def share(costs: Sequence[float], ranks: int) -> list[int]:

@@ -8,9 +8,10 @@ bucket is all-reduced in the background.
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from distributed.internals.torch import foreach_mul_, foreach_zero_
 
 BUCKETS = 8
 """Buckets of a large network. The last one is complete only when the backward pass ends, so it
@@ -97,14 +98,14 @@ class GradientReduction:
             assert bucket.work is not None
             bucket.work.wait()
             bucket.work, bucket.missing = None, bucket.count
-        torch._foreach_mul_(self._flats, 1.0 / dist.get_world_size())
+        foreach_mul_(self._flats, 1.0 / dist.get_world_size())
         if self._first:
             self._agree_on_order()
         self._arrived, self._started, self._first = [], 0, False
 
     def zero(self) -> None:
         """Start the next step; also after one whose gradients were not finite."""
-        torch._foreach_zero_(self._flats)
+        foreach_zero_(self._flats)
 
     def _arrive(self, bucket: _Bucket, _parameter: Tensor) -> None:
         """A gradient is complete on this rank: start all that now can."""

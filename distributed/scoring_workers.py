@@ -6,7 +6,6 @@ one process: so are the scores, on machines of one kind. A worker that dies is s
 its chunks are computed again.
 """
 
-import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distributed import iqa
-from distributed.cluster import is_local, start_local_ray
+from distributed.cluster import connected
 from distributed.iqa import Name
 from distributed.scores import Score
 from distributed.scoring import Seen, ahead, network_scorer
@@ -220,19 +219,12 @@ def ray_workers(count: Count, device: DeviceChoice) -> Iterator[Workers]:
     Raises:
         ValueError: the cluster has no room for them.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
     from ray.util import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     threads = torch.get_num_threads()
-    own = not ray.is_initialized()
-    if own and is_local():
-        wanted = 1 if count == "all" else count
-        start_local_ray(num_cpus=max(os.cpu_count() or 1, wanted * threads))
-    elif own:
-        ray.init(logging_level="ERROR", log_to_driver=False)
-    try:
+    with connected((1 if count == "all" else count) * threads):
         each, number = room(ray.cluster_resources(), count, device, threads)
         group = placement_group([each] * number)
         try:
@@ -252,9 +244,6 @@ def ray_workers(count: Count, device: DeviceChoice) -> Iterator[Workers]:
             yield Workers([actor.remote(kind, threads) for _ in range(number)], kind)
         finally:
             remove_placement_group(group)
-    finally:
-        if own:
-            ray.shutdown()
 
 
 def room(

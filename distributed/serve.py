@@ -116,7 +116,6 @@ def start(given: Arguments, token: str) -> Any:
     Raises:
         ValueError, OSError: no such checkpoint, the port is taken, or Ray Serve is not installed.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     from distributed.evaluate import load
 
     load(given.checkpoint, "cpu")  # a wrong one is an error here, not in a log of a replica
@@ -131,7 +130,7 @@ def start(given: Arguments, token: str) -> Any:
             'install it: pip install "measnet-ray[serve]"'
         ) from error
 
-    from distributed.cluster import is_local, start_local_ray
+    from distributed.cluster import is_local, join_cluster, start_local_ray
     from distributed.serve_app import Limits, application
 
     device: DeviceChoice
@@ -144,7 +143,7 @@ def start(given: Arguments, token: str) -> Any:
             start_local_ray(num_cpus=max(os.cpu_count() or 1, replicas + 1))
     else:
         if not ray.is_initialized():
-            ray.init(logging_level="ERROR")
+            join_cluster()
         cards = int(ray.cluster_resources().get("GPU", 0))
         asked = given.device
         device = "cuda" if asked == "cuda" or (asked == "auto" and cards) else "cpu"

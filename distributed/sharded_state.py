@@ -4,6 +4,7 @@ The state that a checkpoint holds does not depend on the ranks. So any ZeRO stag
 workers reads what any other wrote.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distributed.internals.deepspeed import parts
+from distributed.internals.deepspeed import held_part, parts, whole_shape
+from distributed.internals.torch import foreach_add_, foreach_lerp_, foreach_mul_, foreach_sub
 from distributed.optimizer import GuardedAdam, guarded_optimizer
+from measnet.internals import is_sharded
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The tensors that Adam keeps for each parameter."""
@@ -23,7 +26,7 @@ def weights(engine: Any) -> dict[str, Tensor]:
     """The whole state dict on the CPU, on every rank; a collective call."""
     import deepspeed
 
-    sharded = [p for p in engine.module.parameters() if hasattr(p, "ds_id")]
+    sharded = [p for p in engine.module.parameters() if is_sharded(p)]
     with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
         return {k: v.detach().to("cpu", copy=True) for k, v in engine.module.state_dict().items()}
 
@@ -36,8 +39,8 @@ def optimizer_state(engine: Any) -> dict[str, Tensor]:
     """
     optimizer = guarded_optimizer(engine)
     held_parts = list(parts(engine))
-    sizes = {n: _numel(p) for n, p in engine.module.named_parameters() if p.requires_grad}
-    shapes = {n: _shape(p) for n, p in engine.module.named_parameters() if p.requires_grad}
+    shapes = {n: whole_shape(p) for n, p in engine.module.named_parameters() if p.requires_grad}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     offsets = dict(zip(sizes, _running_sum(sizes.values()), strict=True))
     if not any(optimizer.state.values()):
         return {}
@@ -90,14 +93,6 @@ def load_optimizer_state(engine: Any, state: Mapping[str, Tensor], updates: int)
             held[moment].flatten()[part.flat_start : part.flat_start + numel].copy_(value)
 
 
-def _numel(parameter: Tensor) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-def _shape(parameter: Tensor) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
 def _running_sum(sizes: Any) -> list[int]:
     total, sums = 0, []
     for size in sizes:
@@ -116,14 +111,14 @@ class WeightAverage:
     def __init__(self, engine: Any, decay: float) -> None:
         """Start at the engine's present weights; a decay of 0 follows them without lag."""
         self._engine, self._decay = engine, decay
-        self._held = [_held(p) for p in engine.module.parameters() if p.requires_grad]
+        self._held = [held_part(p) for p in engine.module.parameters() if p.requires_grad]
         self._average = [p.detach().clone() for p in self._held]
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """Move the average towards the weights, after update number `updates` (from 1)."""
         decay = min(self._decay, (1 + updates) / (10 + updates))
-        torch._foreach_lerp_(self._average, self._held, 1.0 - decay)
+        foreach_lerp_(self._average, self._held, 1.0 - decay)
 
     @torch.no_grad()
     def update_on_device(self, optimizer: GuardedAdam) -> None:
@@ -131,9 +126,9 @@ class WeightAverage:
         nothing."""
         made = optimizer.device_updates
         decay = ((1 + made) / (10 + made)).clamp_max(self._decay)
-        apart = torch._foreach_sub(self._held, self._average)
-        torch._foreach_mul_(apart, (1.0 - decay) * optimizer.applied)
-        torch._foreach_add_(self._average, apart)
+        apart = foreach_sub(self._held, self._average)
+        foreach_mul_(apart, (1.0 - decay) * optimizer.applied)
+        foreach_add_(self._average, apart)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -151,7 +146,7 @@ class WeightAverage:
         trained = [(n, p) for n, p in self._engine.module.named_parameters() if p.requires_grad]
         for average, (name, parameter) in zip(self._average, trained, strict=True):
             value = state[name].to(average.device)
-            if hasattr(parameter, "ds_id"):
+            if is_sharded(parameter):
                 padded = torch.zeros(average.numel() * world, device=average.device)
                 padded[: value.numel()] = value.flatten()
                 value = padded[rank * average.numel() : (rank + 1) * average.numel()]
@@ -163,8 +158,3 @@ class WeightAverage:
             kept = held.clone()
             held.copy_(average)
             average.copy_(kept)
-
-
-def _held(parameter: Any) -> Tensor:
-    """The storage that this rank keeps of a parameter: its part under ZeRO-3, else the whole."""
-    return parameter.ds_tensor if hasattr(parameter, "ds_id") else parameter.data

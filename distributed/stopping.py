@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from distributed.internals.ray_train import JOB, JOB_STOP_DEFAULT_S, JOB_STOP_S
+
 FIRST_S = 30.0
 """Seconds for a last checkpoint if none was written yet."""
 STEPS = 2
@@ -17,10 +19,6 @@ MARGIN_S = 10.0
 """Seconds to gather tensors from the workers and to end them."""
 RESERVE_S = 2.0
 """Seconds of the platform's time that are left to this command to end itself."""
-JOB, JOB_STOP_S = "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_JOB_STOP_WAIT_TIME_S"
-"""Environment of a job of `ray job submit`; after `ray job stop` Ray waits so many seconds."""
-JOB_STOP_DEFAULT_S = 3.0
-"""Ray's own value where the head sets none."""
 
 
 class StopLimit(NamedTuple):

@@ -7,4 +7,5 @@ the authors'    official/: what only their program computes, and its checkpoints
 restoring       restore; decoding, pictures, png16; tiling, windows, features, ensemble
 measuring       metrics, complexity, memory, routing
 weights         weights, hub, export, spandrel, card; files
+libraries       internals: the private parts of torch and DeepSpeed that are used
 """

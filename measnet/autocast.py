@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+
+from measnet.internals import tree_leaves, tree_map
 
 
 def _names(text: str) -> frozenset[str]:

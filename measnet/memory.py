@@ -13,13 +13,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from measnet.autocast import CudaAutocast
 from measnet.config import ModelConfig, replace_dotted
 from measnet.experts import resolve_path
 from measnet.hardware import Card
+from measnet.internals import TorchDispatchMode, storage_key, tree_leaves, tree_map
 from measnet.losses import restoration_loss
 from measnet.network import MEASNet
 from measnet.ops import gpu_library
@@ -49,7 +48,7 @@ class _Live(TorchDispatchMode):
     def __init__(self, besides: Iterable[Tensor]) -> None:
         super().__init__()
         self.bytes = self.peak = 0
-        self._state = {tensor.untyped_storage()._cdata for tensor in besides}
+        self._state = {storage_key(tensor.untyped_storage()) for tensor in besides}
         self._living: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(  # type: ignore[no-untyped-def]
@@ -65,7 +64,7 @@ class _Live(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key, size = storage_key(storage), storage.nbytes()
         if key in self._state or key in self._living:
             return
 
@@ -107,8 +106,10 @@ def _described(value: Any) -> Any:
 
 def _shares(out: Any, inputs: Sequence[Any]) -> bool:
     """Whether `out` is a view of one of `inputs`, or was written in place."""
-    before = {one.untyped_storage()._cdata for one in inputs if isinstance(one, Tensor)}
-    after = {one.untyped_storage()._cdata for one in tree_leaves(out) if isinstance(one, Tensor)}
+    before, after = (
+        {storage_key(one.untyped_storage()) for one in values if isinstance(one, Tensor)}
+        for values in (inputs, tree_leaves(out))
+    )
     return bool(before & after)
 
 

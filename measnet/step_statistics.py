@@ -36,13 +36,12 @@ class StepStatistics(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StepStatistics":
         """Move with the model, but keep the types of the statistics when the model is cast."""
-        exact = dict(self._buffers)
+        exact = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, value in exact.items():
-            moved = self._buffers[name]
-            assert value is not None and moved is not None
+            moved = self.get_buffer(name)
             if moved.dtype != value.dtype:
-                self._buffers[name] = value.to(moved.device)
+                setattr(self, name, value.to(moved.device))
         return self
 
 
@@ -58,7 +57,7 @@ def commit_statistics(model: nn.Module, reduce: Callable[[Tensor], Any] | None =
     parts = [
         module
         for module in model.modules()
-        if isinstance(module, StepStatistics) and "moments" in module._buffers
+        if isinstance(module, StepStatistics) and hasattr(module, "moments")
     ]
     if not parts:
         return

@@ -18,3 +18,22 @@ def test_the_installed_versions_are_the_tested_ones() -> None:
     from distributed.internals import deepspeed, ray
 
     assert ray.version_warning() == deepspeed.version_warning() == ""
+
+
+def test_ray_knows_the_variables() -> None:
+    """Ray would ignore one that it has renamed."""
+    from ray._private.runtime_env import constants as jobs
+    from ray.train import constants
+    from ray.train.v2._internal import constants as v2
+
+    from distributed.internals import ray_train
+
+    known = {
+        value
+        for module in (jobs, constants, v2)
+        for value in vars(module).values()
+        if isinstance(value, str)
+    }
+    ours = {*ray_train.ENVIRONMENT, ray_train.START_S, ray_train.HEALTH_S, ray_train.JOB}
+    ours |= {ray_train.PREEMPTION_WATCHER, ray_train.LISTED_CHECKPOINTS}
+    assert ours <= known, sorted(ours - known)

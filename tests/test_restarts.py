@@ -8,8 +8,9 @@ from ray.exceptions import RayActorError
 
 from distributed.goodput import Attempt, Launch, Launches, goodput
 from distributed.guard import cause_of
+from distributed.internals.ray_train import JOB, JOB_STOP_S
 from distributed.restarts import EndWithoutProgress, NoProgressError, RestartBudget
-from distributed.stopping import JOB, JOB_STOP_S, platform_limit, stop_limit
+from distributed.stopping import platform_limit, stop_limit
 from tests.test_checkpoint import write
 
 

@@ -1,6 +1,7 @@
 """What training needs of DeepSpeed beyond its documented interface. Tested with DeepSpeed 0.19."""
 
 import importlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distributed.internals.versions import untested
+from measnet.internals import is_sharded
 
 TESTED = "0.19"
 """DeepSpeed's version that everything here was tested with."""
@@ -69,6 +71,31 @@ def reduce_by(engine: Any, finish: Callable[[], None], zero: Callable[[], None])
     engine.zero_grad = zero
 
 
+def reduce_nothing(engine: Any) -> None:
+    """Let an engine of ZeRO stage 0 leave its gradients as they are, because there is one rank.
+
+    DeepSpeed would copy all gradients twice to add up nothing. No option prevents it.
+    test_reduction.py::test_a_single_rank_has_no_buckets.
+    """
+    engine.enable_backward_allreduce = False
+
+
+# A parameter that ZeRO-3 keeps in parts is empty outside of its module's forward pass. Its own
+# tensor and its size are in attributes of DeepSpeed, which has no functions for them.
+# test_engine.py::test_resume_is_bit_identical_in_every_stage.
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of the whole parameter, whatever part of it this rank keeps."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def held_part(parameter: Any) -> Tensor:
+    """What this rank keeps of a parameter: its flat part under ZeRO-3, else the whole."""
+    part: Tensor = parameter.ds_tensor if is_sharded(parameter) else parameter.data
+    return part
+
+
 class Part(NamedTuple):
     """One rank's part of one parameter: its flattened elements [start, start + numel)."""
 
@@ -112,7 +139,9 @@ def parts(engine: Any) -> Iterator[Part]:
             ]
             flat = engine.optimizer.fp32_partitioned_groups_flat[group]
             start = rank * numel
-            numel = max(0, min(numel, parameter.ds_numel - start))  # the last part may be padded
+            numel = max(
+                0, min(numel, math.prod(whole_shape(parameter)) - start)
+            )  # the last part may be padded
             if numel:
                 yield Part(
                     name, start, flat.data[flat_start : flat_start + numel], flat, flat_start

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from measnet.hardware import Decision
+from measnet.internals import is_sharded
 from measnet.ops.choice import acceleration_allowed
 
 
@@ -83,7 +84,7 @@ def fits(x: Tensor, *weights: Tensor | None, heads: int = 1, out: int | None = N
 
 def _is_whole(weight: Tensor) -> bool:
     """DeepSpeed's ZeRO-3 keeps a parameter in parts, except in the forward of its own module."""
-    return weight.dtype == torch.float32 and not hasattr(weight, "ds_id")
+    return weight.dtype == torch.float32 and not is_sharded(weight)
 
 
 def widest_lanes(channels: int, heads: int = 1, out: int | None = None) -> int:

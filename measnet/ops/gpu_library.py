@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from measnet.hardware import Decision
+from measnet.internals import is_sharded
 from measnet.ops.choice import acceleration_allowed
 
 MULTIPLE = 16
@@ -205,4 +206,4 @@ def power_of_two(n: int, least: int = MULTIPLE) -> int:
 
 def _is_complete(weight: Tensor) -> bool:
     """DeepSpeed's ZeRO-3 keeps a parameter in parts, except in the forward of its own module."""
-    return weight.is_floating_point() and not hasattr(weight, "ds_id")
+    return weight.is_floating_point() and not is_sharded(weight)
