@@ -6,7 +6,7 @@ each worker     worker is the loop; session the state of the run; schedule, exch
                 guard, validation, preemption, speed, profiling
 the engine      decisions, engine, optimizer, reduction, sharded_state, graphs, compilation
 what is kept    checkpoint, checkpoint_writer, run_log, environment
-what is shown   progress, hang, mlflow_tracker, mlflow_model, served
+what is shown   progress, hang, mlflow_tracker, mlflow_model, mlflow_restorer
 evaluation      evaluate, sources, scoring, scoring_workers, scores, iqa; compare, baselines,
                 routing; tables, published, figures
 pages           report, pages/

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from shards import manifest
-from shards.storage import exists, join, open_binary, open_folder
+from shards.storage import exists, is_local, join, open_binary, open_folder
 
 T = TypeVar("T")
 ANSWER_S = 10.0
@@ -34,7 +34,7 @@ def check_storage(uri: str) -> None:
     def use() -> None:
         fs, root = open_folder(uri)
         path = f"{root}/.access-{socket.gethostname()}-{os.getpid()}-{told[:4].hex()}"
-        if "file" in fs.protocol:
+        if is_local(fs):
             fs.makedirs(root, exist_ok=True)
         fs.pipe_file(path, told)
         try:

@@ -38,7 +38,7 @@ from distributed.config import TrainConfig
 from distributed.lease import exclusive
 from measnet.config import from_dict
 from shards.patience import retrying
-from shards.storage import open_folder, read_json, write_whole
+from shards.storage import is_local, open_folder, read_json, write_whole
 from shards.wording import counted
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ class Snapshot:
             "files": listed,
         }
         fs.pipe_file(f"{path}/{MARKER}", json.dumps(marker, indent=2).encode())
-        if "file" not in fs.protocol:
+        if not is_local(fs):
             fs.pipe_file(f"{root}/checkpoints/{NEWEST}", PurePosixPath(path).name.encode())
         return Checkpoint(fs, path, marker)
 
@@ -270,7 +270,7 @@ def _folders(fs: fsspec.AbstractFileSystem, root: str) -> list[str]:
     if fs.exists(folder):
         entries = fs.ls(folder, detail=True)
         paths = [entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory"]
-    if "file" not in fs.protocol and fs.exists(f"{folder}/{NEWEST}"):
+    if not is_local(fs) and fs.exists(f"{folder}/{NEWEST}"):
         newest = f"{folder}/{fs.cat_file(f'{folder}/{NEWEST}').decode()}"
         if newest not in paths and fs.exists(f"{newest}/{MARKER}"):
             paths.append(newest)
@@ -303,7 +303,7 @@ def _flaw(marker: Any) -> str | None:
 
 
 def _sha256(fs: fsspec.AbstractFileSystem, path: str) -> str:
-    if "file" in fs.protocol:
+    if is_local(fs):
         return _digest(fs, path)
     return retrying("reading", fs.unstrip_protocol(path), lambda: _digest(fs, path))
 

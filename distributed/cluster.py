@@ -141,7 +141,7 @@ def start_local_ray(**options: Any) -> None:
 def wait_for_resources(
     workers: Sequence[dict[str, float]],
     wanted: str,
-    patience: ScalingConfig,
+    limits: ScalingConfig,
     console: Console,
     over: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -153,7 +153,7 @@ def wait_for_resources(
     Args:
         workers: resources of each worker.
         wanted: the same in words, for messages.
-        patience: how long to wait (`give_up_s`), and how often to say so (`start_timeout_s`).
+        limits: how long to wait (`give_up_s`), and how often to say so (`start_timeout_s`).
         console: for messages.
         over: whether the user no longer wants it; asked twice a second.
 
@@ -169,14 +169,14 @@ def wait_for_resources(
     try:
         while not over() and not group.wait(0.5):
             now = time.monotonic()
-            if now - started > patience.give_up_s:
+            if now - started > limits.give_up_s:
                 raise TimeoutError(
-                    f"no room for {wanted} within {patience.give_up_s:.0f} s (scaling.give_up_s); "
+                    f"no room for {wanted} within {limits.give_up_s:.0f} s (scaling.give_up_s); "
                     "`ray status` shows which nodes are requested; the same command tries again"
                 )
-            if now - said > patience.start_timeout_s:
+            if now - said > limits.start_timeout_s:
                 said = now
-                line = waiting_line("the search", wanted, now - started, patience)
+                line = waiting_line("the search", wanted, now - started, limits)
                 console.print(line, highlight=False, markup=False, soft_wrap=True)
     finally:
         remove_placement_group(group)

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from measnet.errors import typed
 from measnet.hardware import Decision
 from measnet.transformer import TransformerBlock
 
@@ -24,10 +25,9 @@ def compile_blocks(model: nn.Module, device: torch.device) -> Decision:
         trial = torch.compile(_trial, dynamic=False)
         trial(torch.ones(8, device=device, requires_grad=True)).backward()
     except Exception as error:  # compilers, headers and drivers fail in many ways; eager works
-        lines = str(error).strip().splitlines() or [""]
         return Decision(
             "off",
-            f"torch.compile cannot build here ({type(error).__name__}: {lines[0]}); training "
+            f"torch.compile cannot build here ({typed(error)}); training "
             "continues without it. It needs a C compiler and Python's headers (apt-get install gcc "
             "python3-dev)",
         )

@@ -66,6 +66,11 @@ class Recipe:
         """Micro-batches in one global batch."""
         return self.global_batch // self.micro_batch
 
+    @property
+    def worker_counts(self) -> list[int]:
+        """Numbers of workers that can share the micro-batches evenly."""
+        return [n for n in range(1, self.micro_batches + 1) if self.micro_batches % n == 0]
+
     def __post_init__(self) -> None:
         """Refuse values out of range, and batches that do not divide evenly."""
         for name in ("samples", "global_batch", "micro_batch"):
@@ -317,16 +322,12 @@ class TrainConfig:
                 )
         workers, _ = self.scaling.bounds
         if not self.scaling.elastic and self.recipe.micro_batches % workers:
-            fits = [
-                n
-                for n in range(1, self.recipe.micro_batches + 1)
-                if self.recipe.micro_batches % n == 0
-            ]
             raise ValueError(
                 f"recipe.global_batch {self.recipe.global_batch} is {self.recipe.micro_batches} "
                 f"micro-batches of {self.recipe.micro_batch}, which scaling.workers {workers} "
                 "cannot share evenly; "
-                f"use {', '.join(map(str, fits))} workers, or change recipe.global_batch"
+                f"use {', '.join(map(str, self.recipe.worker_counts))} workers, or change "
+                "recipe.global_batch"
             )
 
     @property

@@ -64,6 +64,7 @@ def measure(config: TrainConfig, steps: int) -> Rate:
     CUDA graph where training takes one, and with its part of an update."""
     import torch
 
+    from distributed.decisions import accumulation_steps
     from distributed.engine import decide_for
     from distributed.graphs import graph_micro_batches
     from distributed.optimizer import build_optimizer
@@ -78,7 +79,9 @@ def measure(config: TrainConfig, steps: int) -> Rate:
     optimizer = build_optimizer(model, config.recipe)
     shape = (config.recipe.micro_batch, 3, config.data.crop, config.data.crop)
     pictures = torch.rand(shape, device=device)
-    graph, _ = graph_micro_batches(SimpleNamespace(module=model), config, decisions, 1.0)
+    accumulated = accumulation_steps(config.recipe, 1)
+    engine = SimpleNamespace(module=model)
+    graph, _ = graph_micro_batches(engine, config, decisions, 1.0 / accumulated)
     weights = config.recipe.balance_weight, config.recipe.frequency_weight
 
     def one_pass() -> None:
@@ -105,7 +108,7 @@ def measure(config: TrainConfig, steps: int) -> Rate:
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     return rate_of(
-        a_pass + an_update / int(decisions.accumulation.choice),
+        a_pass + an_update / accumulated,
         config,
         f"measured on {name}, {decisions.precision.choice}",
         cpu=not on_gpu,
@@ -140,12 +143,6 @@ def choose_rate(config: TrainConfig, machine: Machine, steps: int) -> Rate:
     )
 
 
-def worker_counts(config: TrainConfig, most: int = 64) -> list[int]:
-    """Numbers of workers that can share the global batch evenly."""
-    micro_batches = config.recipe.micro_batches
-    return [n for n in range(1, min(micro_batches, most) + 1) if micro_batches % n == 0]
-
-
 def span(low: float, high: float, show: Callable[[float], str]) -> str:
     """`low to high`; one number if both are shown alike."""
     ends = list(dict.fromkeys((show(low), show(high))))
@@ -166,10 +163,14 @@ def amount(price: float) -> str:
     return f"{price:.2f}" if price >= 0.1 or price == 0 else f"{price:.2g}"
 
 
+MOST_WORKERS = 64
+"""Largest number of workers that the table shows."""
+
+
 def rows(config: TrainConfig, rate: Rate, price: float) -> list[tuple[str, ...]]:
     """Per number of workers: it, samples/s, duration, hours to pay, price."""
     found: list[tuple[str, ...]] = []
-    for workers in worker_counts(config):
+    for workers in (n for n in config.recipe.worker_counts if n <= MOST_WORKERS):
         paid = 1 if rate.cpu else workers  # GPUs, or the one machine
         low, high = rate.low * paid, rate.high * paid
         long, short = (work(config) / one / 3600 for one in (low, high))

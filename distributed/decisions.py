@@ -73,7 +73,7 @@ def sharing_workers(recipe: Recipe, world: int) -> int:
     Only a run whose number of workers changes has idle ones: with 8 micro-batches, 5 workers are
     no faster than 4 however the work is divided.
     """
-    return max(n for n in range(1, world + 1) if recipe.micro_batches % n == 0)
+    return max(n for n in recipe.worker_counts if n <= world)
 
 
 def choose_precision(asked: str, card: Card | None) -> Decision:
@@ -104,7 +104,11 @@ def choose_compile(asked: str) -> Decision:
     """Whether each transformer block is compiled; never by itself."""
     if asked == "on":
         return Decision("on", "engine.compile asks for it; the first step takes about a minute")
-    reason = "engine.compile asks for it" if asked == "off" else "starts faster; engine.compile on"
+    reason = (
+        "engine.compile asks for it"
+        if asked == "off"
+        else "the default, which starts faster; --engine.compile on compiles"
+    )
     return Decision("off", reason)
 
 
@@ -127,22 +131,27 @@ def choose_checkpointing(asked: str, micro_batch: int, predicted: "Fit | None") 
     if predicted.checkpointing is False:
         return Decision("off", needs)
     if predicted.checkpointing is True:
-        return Decision("on", f"{needs} with it, and not to fit without")
+        return Decision("on", f"{needs} with checkpointing; without it, it does not fit")
     return Decision(
         "on",
-        f"{needs} even with it: where memory runs out, lower recipe.micro_batch to "
+        f"{needs} even with checkpointing: where memory runs out, lower recipe.micro_batch to "
         f"{predicted.largest}"
         if predicted.largest
-        else f"{needs} even with it: use a larger GPU",
+        else f"{needs} even with checkpointing: use a larger GPU",
     )
 
 
-def choose_accumulation(recipe: Recipe, world: int) -> Decision:
+def accumulation_steps(recipe: Recipe, world: int) -> int:
     """Micro-batches that each sharing worker computes per optimizer step."""
+    return recipe.micro_batches // sharing_workers(recipe, world)
+
+
+def choose_accumulation(recipe: Recipe, world: int) -> Decision:
+    """The same, with its reason."""
     sharing = sharing_workers(recipe, world)
     idle = f", {world - sharing} more are idle" if sharing < world else ""
     return Decision(
-        f"{recipe.micro_batches // sharing}",
+        f"{accumulation_steps(recipe, world)}",
         f"global batch {recipe.global_batch} / {sharing} workers / micro-batch "
         f"{recipe.micro_batch}{idle}",
     )
@@ -152,7 +161,9 @@ def choose_deterministic(engine: EngineConfig) -> Decision:
     """Whether the device may only use algorithms that repeat to the bit."""
     if engine.deterministic == "on":
         return Decision("on", "engine.deterministic asks for it; steps are slower on a GPU")
-    return Decision("off", "a GPU may round differently each time; engine.deterministic on")
+    return Decision(
+        "off", "the default; --engine.deterministic on repeats exactly on a GPU, but is slower"
+    )
 
 
 def choose_graphs(
@@ -193,7 +204,7 @@ def choose_graphs(
     for reason, hinders in hindrances.items():
         if hinders:
             return Decision("off", reason)
-    return Decision("on", "the host starts a micro-batch at once; engine.cuda_graphs off")
+    return Decision("on", "one launch per micro-batch; --engine.cuda_graphs off does without")
 
 
 def choose_reduction(zero_stage: int, world: int, graphs: Decision) -> Decision:

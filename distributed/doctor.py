@@ -21,7 +21,9 @@ from rich.table import Table
 
 from distributed.cluster import join_cluster
 from distributed.config import TrackingConfig
+from distributed.environment import NOT_INSTALLED
 from distributed.node import Node, Probe, Targets, inspect_node
+from measnet.errors import first_line
 from shards import storage
 from shards.config import DataConfig
 
@@ -114,7 +116,7 @@ def software(node: Node, first: Node) -> list[Finding]:
     )
     for name, version in node.versions.items():
         expected = first.versions[name]
-        if version == "not installed" and name != "measnet-ray":
+        if version == NOT_INSTALLED and name != "measnet-ray":
             then = "pip install -c constraints.txt ."
             findings.append(Finding(node.host, name, version, "wrong", then))
         elif _public(version) != _public(expected):
@@ -282,7 +284,7 @@ def inspect_cluster(targets: Targets) -> list[Node]:
     try:
         join_cluster()
     except RuntimeError as error:  # another version of Ray or Python
-        raise OSError(f"this process cannot join the cluster: {_first_line(error)}") from error
+        raise OSError(f"this process cannot join the cluster: {first_line(error)}") from error
     try:
         own = ray.get_runtime_context().get_node_id()
         ids = sorted((n["NodeID"] for n in ray.nodes() if n["Alive"]), key=lambda i: i != own)
@@ -310,14 +312,9 @@ def inspect_cluster(targets: Targets) -> list[Node]:
             )
         return nodes
     except RayError as error:  # a node without this program, for example
-        raise OSError(f"a node could not be checked: {_first_line(error)}") from error
+        raise OSError(f"a node could not be checked: {first_line(error)}") from error
     finally:
         ray.shutdown()
-
-
-def _first_line(error: Exception) -> str:
-    """What it says, in one line."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def examine(arguments: Arguments) -> list[Finding]:

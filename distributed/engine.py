@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from distributed.config import TrainConfig
-from distributed.decisions import Decisions, choose_precision, decide
+from distributed.decisions import Decisions, accumulation_steps, choose_precision, decide
 from distributed.internals.deepspeed import light_deepspeed, reduce_by, reduce_nothing
 from distributed.optimizer import build_optimizer, clips_itself
 from distributed.reduction import GradientReduction
@@ -35,7 +35,7 @@ def decide_for(device: torch.device, config: TrainConfig, world: int) -> Decisio
     """
     card = card_of(device)
     kernels = gpu_library.choice(device) if card else cpu_library.choice()
-    # It counts for seconds what a step takes: only where something depends on it.
+    # The prediction takes seconds, so it is made only where a choice depends on it.
     asked = card if config.engine.activation_checkpointing == "auto" else None
     fused = kernels.choice == "triton"
     predicted = predict_fit(config, world, asked, kernels=fused) if asked else None
@@ -46,19 +46,18 @@ def decide_for(device: torch.device, config: TrainConfig, world: int) -> Decisio
 
 
 def deepspeed_config(
-    config: TrainConfig, decisions: Decisions, device_type: str = "cpu"
+    config: TrainConfig, decisions: Decisions, world: int, device_type: str = "cpu"
 ) -> dict[str, Any]:
-    """The DeepSpeed configuration, a pure function; nothing is left to DeepSpeed's defaults that
-    matters.
+    """The DeepSpeed configuration, a pure function, with every value that matters.
 
-    `gradient_clipping` is always written, for DeepSpeed's own default is 1.0. bf16 comes by
+    `gradient_clipping` is always written, because DeepSpeed's own default is 1.0. bf16 comes by
     autocast: casting the module makes stage 0 train wrongly (its optimizer starts with an empty
     step). Gradients are exchanged in fp32 also under autocast: no module is named as safe for a
     lower precision.
     """
     return {
         "train_micro_batch_size_per_gpu": config.recipe.micro_batch,
-        "gradient_accumulation_steps": int(decisions.accumulation.choice),
+        "gradient_accumulation_steps": accumulation_steps(config.recipe, world),
         "gradient_clipping": 0.0
         if clips_itself(config.engine.zero_stage, device_type)
         else config.recipe.clip,
@@ -132,7 +131,9 @@ def initialize(
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=build_optimizer(model, config.recipe, config.engine.zero_stage),
-            config=deepspeed_config(config, decisions, os.environ["DS_ACCELERATOR"]),
+            config=deepspeed_config(
+                config, decisions, dist.get_world_size(), os.environ["DS_ACCELERATOR"]
+            ),
             dist_init_required=False,
         )
     if config.engine.zero_stage > 0:

@@ -154,12 +154,16 @@ def requirement(distribution: str) -> str:
     return f"{distribution}=={installed_version(distribution).split('+')[0]}"
 
 
+NOT_INSTALLED = "not installed"
+"""Stands for the version of a distribution that is not there."""
+
+
 def installed_version(distribution: str) -> str:
-    """The version of an installed distribution, or `not installed`."""
+    """The version of an installed distribution, or `NOT_INSTALLED`."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED
 
 
 class SystemMetrics:

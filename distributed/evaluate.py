@@ -52,6 +52,7 @@ from measnet.routing import mean_gates
 from measnet.tiling import ARITHMETIC, Restored, Tiling, choose_tiling
 from measnet.weights import load_weights
 from shards import manifest, stream
+from shards.storage import is_remote, local_path
 from shards.stream import Picture
 from shards.tasks import DEGRADATIONS
 
@@ -364,11 +365,11 @@ def _classical(name: str) -> Restore:
 
 def _beside(checkpoint: str) -> Path:
     """Default folder of results: in the run's folder, or beside the file."""
-    if "://" in checkpoint:
+    if is_remote(checkpoint):
         raise ValueError(
             f"{checkpoint} is not a local folder; set a folder for the results with --out"
         )
-    path = Path(checkpoint)
+    path = Path(local_path(checkpoint))
     if checkpoint == SMALL and not path.exists():
         return Path("evaluation")
     return (path.parent if path.is_file() else path) / "evaluation"

@@ -101,7 +101,8 @@ def run(given: Arguments, console: Console) -> int:
 
 
 def split(photos: Path) -> Split:
-    """A fifth of the photographs tests, one in ten validates, at least one each; evenly spread.
+    """Evenly spread: a fifth of the photographs for testing, a tenth for validation, at least one
+    each.
 
     Raises:
         ValueError: no such folder, or too few pictures.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from distributed.config import TrainConfig
 from distributed.decisions import Decisions
 from distributed.internals.torch import end_failed_capture, foreach_add_, foreach_zero_
+from measnet.errors import typed
 from measnet.hardware import Decision
 from measnet.losses import Losses, restoration_loss
 from measnet.network import MEASNet, Restoration
@@ -99,7 +100,7 @@ class MicroBatchGraph:
             self._replay()
             found = self._norm()
         except RuntimeError as error:  # also torch's errors of a device
-            raise GraphError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+            raise GraphError(typed(error)) from error
         finally:
             statistics.restore()
             foreach_zero_(self._gradients)
@@ -208,10 +209,14 @@ def side_stream(device: torch.device) -> Iterator[None]:
 def capture(
     function: Callable[[], Any], noise: torch.Generator | None = None
 ) -> tuple[Callable[[], None], Any]:
-    """Run nothing now; what starts `function`'s kernels once more, and its results, which each
-    start writes anew.
+    """Capture the kernels of `function` without running them.
 
-    `noise`: the source of its random numbers; a start goes on from the source's state.
+    Args:
+        function: uses only the current stream and tensors that stay where they are.
+        noise: the source of its random numbers; each replay continues from the source's state.
+
+    Returns:
+        The function that replays the kernels, and the results, which each replay overwrites.
     """
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     if noise is not None:
@@ -237,7 +242,7 @@ def graph_micro_batches(
         engine: see `MicroBatchGraph`.
         config: of the run.
         decisions: of the run.
-        loss_weight: of this rank's micro-batches in their sum over the step.
+        loss_weight: of one micro-batch in the loss of the step.
         samples: where the run stands.
     """
     if decisions.graphs.choice == "off":
@@ -250,7 +255,7 @@ def graph_micro_batches(
             bf16=decisions.precision.choice == "bf16",
             balance_weight=config.recipe.balance_weight,
             frequency_weight=config.recipe.frequency_weight,
-            loss_weight=loss_weight / int(decisions.accumulation.choice),
+            loss_weight=loss_weight,
         )
     except GraphError as error:
         return None, Decision(

@@ -106,15 +106,15 @@ class SkipCounter:
         """Spans [first, end) of samples that are left out, in order and apart; `end` is not part of
         the span."""
 
-    def behind(self, samples: int) -> int:
-        """The position after `samples` samples, or the end of the span left out that it is in."""
+    def after_skipped(self, samples: int) -> int:
+        """`samples`; if that is in a span that is left out, the end of that span."""
         for first, last in self.spans:
             if first <= samples < last:
                 samples = last
         return samples
 
-    def after_step(self, first: int, last: int, *, skipped: bool) -> bool:
-        """Count the step over samples [first, last); True if the run has to go back."""
+    def after_step(self, first: int, *, skipped: bool) -> bool:
+        """Count the step whose first sample is `first`; True if the run has to go back."""
         if not skipped:
             self.in_a_row, self._since = 0, None
             return False
@@ -211,8 +211,9 @@ class StepGuard:
         micro_batches = sums.losses[3] - before[3]
         loss = (sums.losses[0] - before[0]) / micro_batches if micro_batches else math.nan
         spike = self._spikes.is_spike(loss)
+        first = step.samples - self._config.recipe.global_batch
         if sums.updated and not spike:
-            self.skips.after_step(0, 0, skipped=False)
+            self.skips.after_step(first, skipped=False)
             return
         gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(gathered, step.keys)
@@ -225,8 +226,7 @@ class StepGuard:
             f"update skipped on all ranks at {step.samples:,} samples, a gradient is not finite: "
             f"{named}"
         )
-        first = step.samples - self._config.recipe.global_batch
-        if self.skips.after_step(first, step.samples, skipped=True):
+        if self.skips.after_step(first, skipped=True):
             self._go_back(step.samples)
 
     def _warn(self, step: Step) -> None:

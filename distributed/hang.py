@@ -39,7 +39,7 @@ class Activity:
     """Line of code that its training thread executes; empty if not looked up."""
 
 
-def find_hang(activities: Mapping[int, Activity], world: int, patience: ScalingConfig) -> str:
+def find_hang(activities: Mapping[int, Activity], world: int, limits: ScalingConfig) -> str:
     """Why the run counts as hung, as a message; empty if it is not hung.
 
     The run is hung if every rank is over its limit:
@@ -52,29 +52,29 @@ def find_hang(activities: Mapping[int, Activity], world: int, patience: ScalingC
     Args:
         activities: rank -> what it does, for the ranks that have sent a message.
         world: number of ranks.
-        patience: the limits.
+        limits: how long each activity may take.
     """
     ranks = [activities[rank] for rank in range(world) if rank in activities]
     if len(ranks) < world:
         return ""  # a rank without a message is still starting
-    step_s = step_limit(ranks, patience)
-    limits = set()
+    step_s = step_limit(ranks, limits)
+    passed = set()
     for rank in ranks:
-        name, limit_s, spent_s = "not heard", patience.health_timeout_s, rank.silent_s
+        name, limit_s, spent_s = "not heard", limits.health_timeout_s, rank.silent_s
         if spent_s <= limit_s:
             name, spent_s = rank.phase, rank.idle_s
-            limit_s = step_s if name == "step" else patience.collective_timeout_s
+            limit_s = step_s if name == "step" else limits.collective_timeout_s
         if spent_s <= limit_s:
             return ""
-        limits.add(f"{name} {limit_s:.0f} s")
+        passed.add(f"{name} {limit_s:.0f} s")
     return (
-        f"hung: no rank makes progress; {describe(activities, world, patience)}. Limits: "
-        f"{', '.join(sorted(limits))} (scaling.health_timeout_s, scaling.collective_timeout_s). "
+        f"hung: no rank makes progress; {describe(activities, world, limits)}. Limits: "
+        f"{', '.join(sorted(passed))} (scaling.health_timeout_s, scaling.collective_timeout_s). "
         "Ending the workers; new ones start from the last checkpoint"
     )
 
 
-def step_limit(ranks: Iterable[Activity], patience: ScalingConfig) -> float:
+def step_limit(ranks: Iterable[Activity], limits: ScalingConfig) -> float:
     """Seconds without progress that a step may take.
 
     The first steps after a start may compile and tune, so the limit is `collective_timeout_s` until
@@ -83,19 +83,19 @@ def step_limit(ranks: Iterable[Activity], patience: ScalingConfig) -> float:
     measured = [rank.step_s for rank in ranks]
     known = [seconds for seconds in measured if seconds is not None]
     if len(known) < len(measured):
-        return patience.collective_timeout_s
-    return patience.health_timeout_s + STEPS_OF_PATIENCE * max(known)
+        return limits.collective_timeout_s
+    return limits.health_timeout_s + STEPS_OF_PATIENCE * max(known)
 
 
-def describe(activities: Mapping[int, Activity], world: int, patience: ScalingConfig) -> str:
+def describe(activities: Mapping[int, Activity], world: int, limits: ScalingConfig) -> str:
     """`rank 1: in step 120 for 43 s (distributed/session.py:316)`, the first `SHOWN` ranks."""
-    lines = [f"rank {rank}: {_words(activities[rank], patience)}" for rank in range(world)]
+    lines = [f"rank {rank}: {_words(activities[rank], limits)}" for rank in range(world)]
     more = [f"and {world - SHOWN} more"] if world > SHOWN else []
     return ", ".join(lines[:SHOWN] + more)
 
 
-def _words(rank: Activity, patience: ScalingConfig) -> str:
-    if rank.silent_s > patience.health_timeout_s:
+def _words(rank: Activity, limits: ScalingConfig) -> str:
+    if rank.silent_s > limits.health_timeout_s:
         return f"not heard for {rank.silent_s:.0f} s"
     at = {
         "start": "setting up the run",

@@ -33,6 +33,7 @@ from distributed.initial import check_architecture
 from distributed.lease import DEAD_S, InUseError, Lease, exclusive
 from distributed.run_log import join_parts
 from distributed.stopping import on_signal, platform_limit, stop_limit
+from measnet.errors import last_line
 from measnet.hardware import Machine, this_machine
 from measnet.hub import SMALL
 from shards import patience
@@ -216,7 +217,7 @@ def _train(fit: "_Fit", callbacks: Sequence[Any], signals: list[str]) -> Outcome
 def _already_finished(
     config: TrainConfig, newest: Checkpoint, console: Console, *, export: bool
 ) -> Outcome:
-    """Report it; also export the model if the last command was ended before that."""
+    """Say that the run is finished; export the model if an earlier command was ended before."""
     from distributed import mlflow_tracker
 
     key = mlflow_tracker.run_key(config.folder)
@@ -313,8 +314,7 @@ class _Fit:
             )
         if self.lease.lost:
             ended["error"] = InUseError(
-                f"this command did not reach the storage for {DEAD_S:.0f} s, and {self.lease.lost} "
-                "trains the run now"
+                f"this command did not reach the storage for {DEAD_S:.0f} s, and {self.lease.lost}"
             )
         return dataclasses.replace(_outcome(config, ended, signals), goodput=spent)
 
@@ -407,7 +407,9 @@ def _outcome(config: TrainConfig, ended: dict[str, Any], signals: list[str]) -> 
             from distributed.guard import cause_of
 
             error = ended["error"]
-            return Outcome("failed", config.folder, _one_line(error), cause_of(error), samples)
+            return Outcome(
+                "failed", config.folder, _cause_in_a_line(error), cause_of(error), samples
+            )
         return Outcome("stopped", config.folder, signals[0] if signals else "", samples=samples)
     result = ended["result"].return_value
     status = "finished" if result["finished"] else "stopped"
@@ -470,9 +472,8 @@ def _export(config: TrainConfig, run: Any) -> None:
         mlflow_model.log_model(run, weights)
 
 
-def _one_line(error: BaseException) -> str:
+def _cause_in_a_line(error: BaseException) -> str:
     """The cause of a failure: the last line of the first failed worker's exception."""
     failures = getattr(error, "worker_failures", None) or {}
     cause = next(iter(failures.values()), error)
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return last_line(cause)

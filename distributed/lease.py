@@ -31,7 +31,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from shards.patience import http_status, reason
-from shards.storage import open_folder, read_json
+from shards.storage import is_local, open_folder, read_json
 
 OWNER = "owner.json"
 """File of a folder: who owns it now."""
@@ -130,7 +130,7 @@ def exclusive(
         InUseError: another process still works there; says which, since when, and what to do.
     """
     fs, root = open_folder(folder)
-    lock = _locked if "file" in fs.protocol else _leased
+    lock = _locked if is_local(fs) else _leased
     with lock(fs, root, Lease(folder, this_process()), wait_s, say) as lease:
         yield lease
 
@@ -148,7 +148,7 @@ class Lease:
 def in_use(folder: str) -> bool:
     """Whether a process works in `folder` now; in a store, whether one did a moment ago."""
     fs, root = open_folder(folder)
-    if "file" not in fs.protocol:
+    if not is_local(fs):
         there = _read(fs, f"{root}/{OWNER}")
         return there is not None and not there[0].is_gone
     if not (Path(root) / LOCK).exists():
@@ -191,7 +191,7 @@ def _locked(
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(path, timeout=wait_s):
-            # Not in the lock's own file, which waiting empties.
+            # In another file than the lock, because a process that waits empties the lock's file.
             holder.write_text(json.dumps(dataclasses.asdict(lease.owner)))
             try:
                 yield lease
@@ -216,7 +216,7 @@ def _leased(
     path = f"{root}/{OWNER}"
     claim = _Claim(fs, path, lease.folder, say)
     version = _acquire(claim, lease, wait_s, say)
-    # A heartbeat that comes late is no heartbeat.
+    # A renewal is retried for `BEAT_S` only: a later one would be useless.
     claim.fs = open_folder(lease.folder, patience_s=BEAT_S)[0]
     stop = threading.Event()
     beating = threading.Thread(
@@ -246,7 +246,7 @@ def _acquire(claim: "_Claim", lease: Lease, wait_s: float, say: Callable[[str], 
             continue
         owner, version = there
         if version != seen:
-            # Its first version proves nothing: the owner may have died since.
+            # The first read does not show that the owner is alive: it may have died since.
             if seen and time.monotonic() >= deadline:
                 raise refusal(lease.folder, owner)
             if not seen and not owner.is_gone:
@@ -289,7 +289,7 @@ def _beat(
         elif there and there[0].token == lease.owner.token:
             version = there[1]  # the answer to an earlier write was lost
         else:
-            lease.lost = str(there[0]) if there else "nobody: owner.json was removed"
+            lease.lost = f"{there[0]} owns the run now" if there else f"{OWNER} was removed"
             return
 
 
@@ -385,7 +385,7 @@ class _Claim:
 def _read(fs: fsspec.AbstractFileSystem, path: str) -> tuple[Owner, str] | None:
     """The owner, and the version of the object that names it; None where there is none."""
     try:
-        version = "" if "file" in fs.protocol else _version(fs, path)
+        version = "" if is_local(fs) else _version(fs, path)
     except FileNotFoundError:
         return None
     try:

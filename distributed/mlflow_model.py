@@ -43,7 +43,7 @@ def save_model(weights: Path, folder: Path) -> None:
     with warnings.catch_warnings(record=True):  # MLflow warns if there is no input example
         pyfunc.save_model(
             path=str(folder),
-            python_model=str(here / "served.py"),
+            python_model=str(here / "mlflow_restorer.py"),
             artifacts={"weights": str(weights)},
             code_paths=[str(here.parent / "measnet")],
             pip_requirements=[requirement(name) for name in _MODEL_NEEDS],

@@ -29,6 +29,7 @@ from PIL import Image
 from distributed.config import TrackingConfig, TrainConfig, flat_fields, to_yaml
 from distributed.environment import SystemMetrics, code_version, installed_packages
 from distributed.run_log import EVENTS, METRICS, RunLog, complete_lines, read, records
+from measnet.errors import typed
 from shards.storage import open_folder, write_whole
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def prepare(
         log.warning(
             "MLflow at %s does not answer (%s); %s keeps the metrics, they are sent later",
             run.uri,
-            _first_line(error),
+            typed(error),
             METRICS,
         )
         return run
@@ -346,10 +347,8 @@ class Tracker:
             self._send_artifacts(client, self._run.id)
         except Exception as error:  # no error of MLflow may stop training
             if self.problem is None:
-                log.warning(
-                    "MLflow did not accept a batch, trying again later: %s", _first_line(error)
-                )
-            self.problem = _first_line(error)
+                log.warning("MLflow did not accept a batch, trying again later: %s", typed(error))
+            self.problem = typed(error)
             return False
         self.problem = None
         return True
@@ -433,7 +432,7 @@ def attempt(run: Run, what: str, send: Any) -> bool:
         run = open_run(run)
         send(client_of(run), run)
     except Exception as error:  # MLflow raises its own, SQLAlchemy's and requests' errors
-        log.warning("MLflow at %s did not accept %s: %s", run.uri, what, _first_line(error))
+        log.warning("MLflow at %s did not accept %s: %s", run.uri, what, typed(error))
         return False
     return True
 
@@ -493,8 +492,3 @@ def _send_artifact(client: "MlflowClient", run_id: str, path: Path, folder: str)
         client.log_artifacts(run_id, str(path), folder or None)
     else:
         client.log_artifact(run_id, str(path), folder or None)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

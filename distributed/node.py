@@ -18,6 +18,7 @@ from typing import Any
 from distributed import access
 from distributed.environment import COMPILED, importable, installed_version
 from shards import patience
+from shards.storage import absolute, is_remote
 
 CHECK_S = 20.0
 """Seconds that a check of a store or a server may take."""
@@ -108,7 +109,9 @@ def inspect_node(targets: Targets) -> Node:
 
 def _disks(targets: Targets) -> tuple[tuple[str, int, int], ...]:
     """The disks of the working folder, Ray's files, the cache and a local storage, each once."""
-    local = [targets.storage] if targets.storage and "://" not in targets.storage else []
+    local = (
+        [absolute(targets.storage)] if targets.storage and not is_remote(targets.storage) else []
+    )
     found: dict[int, tuple[str, int, int]] = {}
     for wanted in (*local, os.path.expanduser(targets.cache), tempfile.gettempdir(), os.getcwd()):
         path = Path(wanted).absolute()

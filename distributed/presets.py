@@ -25,6 +25,7 @@ def demo() -> TrainConfig:
     """All five tasks at tiny width, on the photographs that `make demo` packs.
 
     Command: `make demo`, or `python -m distributed.train demo` on shards that are already there.
+    Cost: 7 to 10 minutes on two CPU cores. Result: README.md.
     """
     repeats = {"derain": 3, "dehaze": 4, "deblur": 6, "lowlight": 4}
     return TrainConfig(
@@ -60,7 +61,8 @@ def small() -> TrainConfig:
     """All five tasks at tiny width on a few hundred pictures: the weights named `small`.
 
     Command: `python -m distributed.train small --init runs/speedrun`, on the shards that
-    results/README.md names.
+    results/README.md names. Cost: a quarter of an hour on two CPU cores. Result: one of several
+    runs behind the weights in results/README.md.
     """
     return TrainConfig(
         name="small",
@@ -142,7 +144,7 @@ def paper_3task() -> TrainConfig:
     """Noise, rain and haze with the paper's recipe: Adam, 2e-4, cosine, 150 epochs, crops of 128.
 
     Command: `python -m distributed.train paper-3task`. The paper reports 32.85 dB on average (Table
-    I).
+    I). Cost: `python -m distributed.cost paper-3task`. Result here: not measured yet.
     """
     repeats = {
         name: uses for name, uses in PAPER_REPEATS.items() if name not in ("deblur", "lowlight")
@@ -156,7 +158,7 @@ def paper_5task() -> TrainConfig:
     """All five tasks with the paper's recipe.
 
     Command: `python -m distributed.train paper-5task`. The paper reports 30.64 dB on average (Table
-    II).
+    II). Cost: `python -m distributed.cost paper-5task`. Result here: not measured yet.
     """
     return TrainConfig()
 
@@ -179,7 +181,8 @@ def _paper_single(task: str) -> Callable[[], TrainConfig]:
 
     preset.__doc__ = (
         f"The paper's recipe on {task} alone (Fig. 8).\n\n"
-        f"Command: `python -m distributed.train paper-single-{task}`."
+        f"Command: `python -m distributed.train paper-single-{task}`. Cost: `python -m "
+        f"distributed.cost paper-single-{task}`. Result: not measured yet."
     )
     return preset
 

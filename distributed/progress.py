@@ -82,10 +82,10 @@ class Answer:
 class Monitor:
     """The actor: holds the latest progress, the lines to show, and the reason to stop."""
 
-    def __init__(self, patience: ScalingConfig) -> None:
-        """Start without messages; `patience` has the limits for a hang."""
-        self._patience = patience
-        self._least_limit_s = min(patience.health_timeout_s, patience.collective_timeout_s)
+    def __init__(self, limits: ScalingConfig) -> None:
+        """Start without messages; `limits` has the limits for a hang."""
+        self._limits = limits
+        self._least_limit_s = min(limits.health_timeout_s, limits.collective_timeout_s)
         self._progress: dict[str, Any] = {}
         self._lines: list[str] = []
         self._stop = ""
@@ -112,7 +112,7 @@ class Monitor:
             activity, silent_s = message.activity, now - heard
             idle_s = activity.idle_s + silent_s
             activities[rank] = replace(activity, idle_s=idle_s, silent_s=silent_s)
-        reason = find_hang(activities, world, self._patience)
+        reason = find_hang(activities, world, self._limits)
         if reason:
             self._lines.append(reason)
             # All of these workers end, even one that has just continued, because Ray restarts the
@@ -138,13 +138,13 @@ class Monitor:
         return self._progress, self._lines[shown:], time.monotonic() - self._heard
 
 
-def start_monitor(patience: ScalingConfig) -> Any:
+def start_monitor(limits: ScalingConfig) -> Any:
     """Start the actor; it ends with the process that started it.
 
     It runs on that process's node. On another node it could be lost while the run continues.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(Monitor).remote(patience)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Monitor).remote(limits)
 
 
 class Reporter:
@@ -282,7 +282,7 @@ class Reporter:
 def where(thread: int) -> str:
     """The innermost line of this project that a thread executes; empty if there is none.
 
-    For example `distributed/session.py:316, _agree`.
+    For example `distributed/session.py:316, _agree_on_checkpoint`.
     """
     frame = sys._current_frames().get(thread)
     for entry in reversed(traceback.extract_stack(frame) if frame else []):
@@ -297,16 +297,16 @@ class Display:
     of progress every `PLAIN_INTERVAL_S` instead."""
 
     def __init__(
-        self, monitor: Any, console: Console, total: int, patience: ScalingConfig, wanted: str
+        self, monitor: Any, console: Console, total: int, limits: ScalingConfig, wanted: str
     ) -> None:
         """Show a run of `total` samples; `wanted`: the resources of its workers, as text."""
         self._monitor, self._console, self._total = monitor, console, total
-        self._patience, self._wanted = patience, wanted
+        self._limits, self._wanted = limits, wanted
         self._shown = 0
         self._plain_at = time.monotonic() + PLAIN_INTERVAL_S
         self._silent_s = 0.0
         self._heard = time.monotonic()
-        self._complain_after_s = patience.start_timeout_s
+        self._complain_after_s = limits.start_timeout_s
         self._bar = Progress(
             TextColumn("[bold]train"),
             BarColumn(),
@@ -329,7 +329,7 @@ class Display:
     @property
     def given_up(self) -> bool:
         """Whether no worker has sent a message for longer than `scaling.give_up_s`."""
-        return self._silent_s > self._patience.give_up_s
+        return self._silent_s > self._limits.give_up_s
 
     def _due(self) -> bool:
         now = time.monotonic()
@@ -353,25 +353,25 @@ class Display:
         if progress:
             text = progress_line(progress, self._total)
             self._bar.update(task, completed=progress["samples"], text=text)
-            heard = self._silent_s < self._patience.start_timeout_s
+            heard = self._silent_s < self._limits.start_timeout_s
             if plain and heard and not self._console.is_terminal:
                 self._print(text)
         if self._silent_s > self._complain_after_s:
-            self._complain_after_s += self._patience.start_timeout_s
+            self._complain_after_s += self._limits.start_timeout_s
             self._print(
                 f"no message from a worker for {self._silent_s:.0f} s; "
-                + waiting_line("the run", self._wanted, self._silent_s, self._patience)
+                + waiting_line("the run", self._wanted, self._silent_s, self._limits)
             )
-        elif self._silent_s < self._patience.start_timeout_s:
-            self._complain_after_s = self._patience.start_timeout_s
+        elif self._silent_s < self._limits.start_timeout_s:
+            self._complain_after_s = self._limits.start_timeout_s
 
     def _print(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def waiting_line(who: str, wanted: str, waited_s: float, patience: ScalingConfig) -> str:
+def waiting_line(who: str, wanted: str, waited_s: float, limits: ScalingConfig) -> str:
     """What is waited for, what the cluster has, and when `who` gives up."""
-    left = max(0.0, patience.give_up_s - waited_s)
+    left = max(0.0, limits.give_up_s - waited_s)
     return (
         f"waiting for {wanted}; the cluster has {free_resources()}; {who} fails in {left:.0f} s "
         "(scaling.give_up_s)"

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import fsspec
 
 from shards.patience import PAUSE_S, say
-from shards.storage import is_remote, open_folder, write_whole
+from shards.storage import is_local, is_remote, open_folder, write_whole
 
 METRICS, CONSUMED, EVENTS = "metrics.jsonl", "consumed.jsonl", "events.log"
 LOG = "log"
@@ -266,7 +266,7 @@ def join_parts(run: str) -> None:
 
 def _parts(fs: fsspec.AbstractFileSystem, root: str, name: str) -> list[Part]:
     """Parts of a file in the order of their names; none in a local folder."""
-    if "file" in fs.protocol:
+    if is_local(fs):
         return []
     folder, started = f"{root}/{LOG}/{name}", time.monotonic()
     last = fs.cat_file(f"{folder}{LAST}").decode() if fs.exists(f"{folder}{LAST}") else ""

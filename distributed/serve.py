@@ -18,8 +18,10 @@ from typing import Any
 
 import tyro
 
+from measnet.errors import first_line
 from measnet.hardware import DeviceChoice, choose_device, this_machine
 from measnet.hub import SMALL
+from shards.storage import absolute
 
 TOKEN = "MEASNET_SERVE_TOKEN"
 """Environment variable with the token that requests need."""
@@ -174,7 +176,7 @@ def start(given: Arguments, token: str) -> Any:
         ) from error
     except RuntimeError as error:  # a replica could not be made
         raise OSError(
-            f"Ray Serve could not start the service: {str(error).strip().splitlines()[0]}; see the "
+            f"Ray Serve could not start the service: {first_line(error)}; see the "
             "logs in /tmp/ray/session_latest/logs/serve"
         ) from error
 
@@ -198,7 +200,7 @@ def replicas_on(device: str, asked: int, cards: int) -> int:
 def path_for_replicas(checkpoint: str) -> str:
     """The checkpoint as replicas find it, which run in other folders."""
     shipped = checkpoint == SMALL and not os.path.exists(SMALL)
-    return checkpoint if shipped or "://" in checkpoint else os.path.abspath(checkpoint)
+    return checkpoint if shipped else absolute(checkpoint)
 
 
 def stop() -> None:

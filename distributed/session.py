@@ -20,7 +20,7 @@ from distributed.checkpoint_writer import CheckpointWriter
 from distributed.cluster import own_device
 from distributed.compilation import compile_blocks
 from distributed.config import TrainConfig
-from distributed.decisions import choose_reduction, sharing_workers
+from distributed.decisions import accumulation_steps, choose_reduction, sharing_workers
 from distributed.engine import decide_for, initialize
 from distributed.environment import keep_environment, record_environment
 from distributed.exchange import Exchange, Step, StepSums, curve_point
@@ -92,7 +92,7 @@ class Session:
 
         card = card_of(self.device)
         decisions = decide_for(self.device, self.config, self.world)
-        self._accumulation = int(decisions.accumulation.choice)
+        self._accumulation = accumulation_steps(self.config.recipe, self.world)
         # An idle worker computes what another one computes, with a weight of 0: DeepSpeed's
         # collective calls need all ranks.
         self._sharing = sharing_workers(self.config.recipe, self.world)
@@ -119,7 +119,7 @@ class Session:
             self.engine,
             self.config,
             decisions,
-            self.loss_weight,
+            self.loss_weight / self._accumulation,
             state.samples if state else 0,
         )
         reduction = choose_reduction(self.config.engine.zero_stage, self.world, graphs)
@@ -132,7 +132,7 @@ class Session:
             self.average.load(found.tensors("ema"))
         optimizer = guarded_optimizer(self.engine)
         self._guard = StepGuard(self.config, optimizer, name_unused, self.note)
-        self.samples = self._guard.skips.behind(state.samples if state else 0)
+        self.samples = self._guard.skips.after_skipped(state.samples if state else 0)
         self._before = self.samples
         self._shape = torch.Size()
         self.updates = state.updates if state else 0
@@ -273,7 +273,7 @@ class Session:
         self._start_exchange(lr)
         self._reporter.step_made()
         every = self.config.every
-        needed = self._behind >= self._end or any(
+        needed = self._after_skipped >= self._end or any(
             interval and self._crossed(interval) for interval in (every.validate, every.checkpoint)
         )
         for step, sums in self._exchange.finished(everything=needed):
@@ -325,7 +325,7 @@ class Session:
 
     def skip_left_out_samples(self) -> None:
         """Continue after samples that earlier skipped updates left out."""
-        self.samples = self._behind
+        self.samples = self._after_skipped
 
     def finish(self) -> dict[str, Any]:
         """Hand over what is still to be sent, and say how the run ended."""
@@ -348,13 +348,13 @@ class Session:
     # ---- parts -----------------------------------------------------------------------------------
 
     def _crossed(self, interval: int) -> bool:
-        """Whether the step and the samples left out behind it passed a multiple of `interval`."""
-        return self._behind // interval > self._before // interval
+        """Whether the step, or the samples left out after it, passed a multiple of `interval`."""
+        return self._after_skipped // interval > self._before // interval
 
     @property
-    def _behind(self) -> int:
-        """Where the run stands, behind the samples that are left out there."""
-        return self._guard.skips.behind(self.samples)
+    def _after_skipped(self) -> int:
+        """The position of the run; if it is in a span that is left out, the end of that span."""
+        return self._guard.skips.after_skipped(self.samples)
 
     def _agree_on_checkpoint(self) -> Checkpoint | None:
         found = [newest_complete(self._folder, self.note) if self.rank == 0 else None]

@@ -6,6 +6,6 @@ operations      ops/: each in torch, in C for CPUs, in Triton for GPUs; autocast
 the authors'    official/: what only their program computes, and its checkpoints
 restoring       restore; decoding, pictures, png16; tiling, windows, features, ensemble
 measuring       metrics, complexity, memory, routing
-weights         weights, hub, export, spandrel, card; files
+weights         weights, hub, export, spandrel, card; files, errors
 libraries       internals: the private parts of torch and DeepSpeed that are used
 """

@@ -14,6 +14,7 @@ import yaml
 
 from measnet import config as configs
 from measnet.config import ModelConfig
+from measnet.errors import first_line
 
 PAPER = "https://arxiv.org/abs/2407.19139"
 UNKNOWN = "unknown"
@@ -75,8 +76,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())  # JSON is YAML
     except yaml.YAMLError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is neither YAML nor JSON: {reason}") from error
+        raise ValueError(f"{path} is neither YAML nor JSON: {first_line(error)}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no mapping, but {type(content).__name__}")
     return content

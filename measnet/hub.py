@@ -7,6 +7,8 @@ import re
 from os import PathLike
 from pathlib import Path
 
+from measnet.errors import first_line
+
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 CARD = "README.md"
@@ -54,8 +56,7 @@ def _download(name: str, revision: str | None) -> str:
     try:
         return hf_hub_download(name, WEIGHTS, revision=revision)
     except (EntryNotFoundError, RepositoryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
             f"there is no file {name}, and on the Hugging Face hub no {WEIGHTS} of that name: "
-            f"{reason}"
+            f"{first_line(error)}"
         ) from error

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from measnet import decoding, pictures
 from measnet.ensemble import TURNS, self_ensemble
+from measnet.errors import first_line
 from measnet.hardware import DeviceChoice, choose_device, this_machine
 from measnet.hub import SMALL
 from measnet.memory import RESERVE
@@ -388,8 +389,7 @@ def _failure(job: Job, error: Exception) -> str:
     """Which file failed and why, in one line."""
     if isinstance(error, pictures.PictureError):
         return _shown(str(error))
-    lines = str(error).strip().splitlines()
-    reason = lines[0] if lines else type(error).__name__
+    reason = first_line(error)
     if isinstance(error, MemoryError | RuntimeError):  # torch raises the latter on a CPU
         reason = f"{reason}; if memory ran out, use a smaller --tile"
     return _shown(f"{job.source} could not be restored: {reason}")

@@ -211,7 +211,11 @@ def listen(listener: Callable[[str], object] | None) -> None:
 
 
 def say(place: str, line: str, *, always: bool = False) -> bool:
-    """Say a line, unless there was one about this store a moment ago; whether it was said."""
+    """Say a line, unless there was one about this store a moment ago.
+
+    Returns:
+        Whether it was said.
+    """
     store, now = "/".join(place.split("/")[:3]), time.monotonic()
     with _lock:
         if not always and now - _said.get(store, -SAY_EVERY_S) < SAY_EVERY_S:

@@ -43,6 +43,16 @@ def is_remote(uri: str | os.PathLike[str]) -> bool:
     return "://" in str(uri) and not str(uri).startswith("file://")
 
 
+def is_local(fs: fsspec.AbstractFileSystem) -> bool:
+    """Whether a file system is that of this machine."""
+    return "file" in fs.protocol
+
+
+def local_path(uri: str | os.PathLike[str]) -> str:
+    """The path of a place that is not remote: without `file://`, and with `~` replaced."""
+    return os.path.expanduser(str(uri).removeprefix("file://"))
+
+
 def checked(uri: str | os.PathLike[str]) -> str:
     """The place as a string, without a trailing slash.
 
@@ -66,7 +76,7 @@ def join(uri: str, name: str) -> str:
 
 def absolute(uri: str) -> str:
     """The same place, named so that processes with another working directory find it."""
-    return uri if "://" in uri else str(Path(uri).expanduser().resolve())
+    return uri if is_remote(uri) else str(Path(local_path(uri)).resolve())
 
 
 def open_folder(uri: str, patience_s: float | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -82,7 +92,7 @@ def open_folder(uri: str, patience_s: float | None = None) -> tuple[fsspec.Abstr
     Raises:
         ValueError: no file system is installed for the URI's scheme.
     """
-    place = uri if "://" in uri else str(Path(uri).expanduser())
+    place = uri if is_remote(uri) else local_path(uri)
     options: dict[str, Any] = _S3 if place.startswith("s3://") else {}
     try:
         fs, path = fsspec.core.url_to_fs(place, use_listings_cache=False, **options)
@@ -94,7 +104,7 @@ def open_folder(uri: str, patience_s: float | None = None) -> tuple[fsspec.Abstr
 def exists(uri: str) -> bool:
     """Whether there is such a file."""
     if not is_remote(uri):
-        return os.path.exists(uri)
+        return os.path.exists(local_path(uri))
     fs, path = open_folder(uri)
     return bool(fs.exists(path))
 
@@ -102,7 +112,8 @@ def exists(uri: str) -> bool:
 def list_names(uri: str) -> list[str]:
     """Sorted names of the files and folders directly in a folder; [] where there is no folder."""
     if not is_remote(uri):
-        return sorted(entry.name for entry in os.scandir(uri)) if os.path.isdir(uri) else []
+        folder = local_path(uri)
+        return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     fs, path = open_folder(uri)
     if not fs.exists(path):
         return []
@@ -124,14 +135,14 @@ def find(pattern: str) -> dict[str, int]:
 def read(uri: str) -> bytes:
     """All bytes of a file; FileNotFoundError where there is none."""
     if not is_remote(uri):
-        return Path(uri).read_bytes()
+        return Path(local_path(uri)).read_bytes()
     fs, path = open_folder(uri)
     return bytes(fs.cat_file(path))
 
 
 def read_json(fs: fsspec.AbstractFileSystem, path: str) -> Any:
     """Reads one JSON file; FileNotFoundError where there is none."""
-    if "file" in fs.protocol:
+    if is_local(fs):
         return json.loads(Path(path).read_bytes())
     return json.loads(fs.cat_file(path))
 
@@ -147,7 +158,7 @@ def write_whole(fs: fsspec.AbstractFileSystem, path: str, data: bytes) -> None:
     A local file is written aside, synchronised to the disk and renamed. Object stores show an
     object only when it is complete.
     """
-    if "file" not in fs.protocol:
+    if not is_local(fs):
         fs.pipe_file(path, data)
         return
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
@@ -202,7 +213,7 @@ def remove_unfinished(folder: str, pattern: str = "*") -> None:
     Only for a process that alone may write these files.
     """
     if not is_remote(folder):
-        for left in Path(folder).glob(f".{pattern}.part"):
+        for left in Path(local_path(folder)).glob(f".{pattern}.part"):
             left.unlink(missing_ok=True)
 
 
@@ -216,7 +227,7 @@ def upload(local: str, uri: str) -> None:
 def local_copy(uri: str) -> Iterator[Path]:
     """A file as a path on this machine; one of a store is copied for the time of the block."""
     if not is_remote(uri):
-        yield Path(uri)
+        yield Path(local_path(uri))
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / uri.rsplit("/", 1)[-1]
@@ -231,7 +242,7 @@ def remove(uri: str) -> None:
             fs, path = open_folder(uri)
             fs.rm_file(path)
         else:
-            os.unlink(uri)
+            os.unlink(local_path(uri))
 
 
 def size_and_sha256(uri: str) -> tuple[int, str]:
@@ -263,7 +274,7 @@ def _measure(uri: str, target: BinaryIO | None) -> tuple[int, str]:
 def open_binary(uri: str) -> AbstractContextManager[BinaryIO]:
     """A file, local or remote, to be read from its beginning to its end."""
     if not is_remote(uri):
-        return open(uri, "rb")
+        return open(local_path(uri), "rb")
     fs, path = open_folder(uri)
     try:
         opened: AbstractContextManager[BinaryIO] = fs.open(path, "rb", cache_type="readahead")

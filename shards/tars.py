@@ -91,7 +91,7 @@ def find(places: Sequence[str]) -> Tars:
 def absolute(place: str) -> str:
     """The same place with an absolute path; links stay links, because names matter."""
     place = storage.checked(place)
-    return place if "://" in place else os.path.abspath(os.path.expanduser(place))
+    return place if storage.is_remote(place) else os.path.abspath(storage.local_path(place))
 
 
 def _pattern(place: str) -> str:

@@ -10,7 +10,6 @@ from distributed.cost import (
     main,
     rows,
     work,
-    worker_counts,
 )
 from distributed.presets import PRESETS
 from measnet.config import replace_dotted
@@ -104,7 +103,7 @@ def test_prices_keep_two_digits(price: float, shown: str) -> None:
 
 
 def test_workers_share_the_batch_evenly() -> None:
-    assert worker_counts(PRESETS["paper-5task"]()) == [1, 2, 4, 8]
+    assert PRESETS["paper-5task"]().recipe.worker_counts == [1, 2, 4, 8]
 
 
 @pytest.mark.parametrize("wrong", [["nonsense"], ["demo", "--steps", "0"], ["demo", "--price=-1"]])

@@ -98,7 +98,7 @@ NEVER = Fit(checkpointing=None, needed=30e9, usable=23e9, largest=40)
     [
         ("auto", None, "off", "the device is a CPU"),
         ("auto", WITHOUT, "off", "14.0 of 21.4 GiB"),
-        ("auto", WITH, "on", "not to fit without"),
+        ("auto", WITH, "on", "without it, it does not fit"),
         ("auto", NEVER, "on", "lower recipe.micro_batch to 40"),
         ("auto", NEVER._replace(largest=0), "on", "use a larger GPU"),
         ("off", WITH, "off", "asks for it"),

@@ -36,7 +36,7 @@ def test_learning_rate_warms_up_from_above_zero_and_falls_to_zero() -> None:
 
 def test_nothing_is_left_to_deepspeeds_defaults() -> None:
     config = TrainConfig(recipe=RECIPE, engine=EngineConfig(precision="bf16"))
-    settings = engines.deepspeed_config(config, decide(config, 2, None))
+    settings = engines.deepspeed_config(config, decide(config, 2, None), 2)
     assert settings["gradient_accumulation_steps"] == 2
     assert settings["gradient_clipping"] == RECIPE.clip
     # Named as safe for bf16, a module's gradients would be reduced in bf16, with a second bucket.
@@ -260,6 +260,6 @@ def test_the_host_reads_nothing_to_clip_and_skip_on_the_device(fused: bool, expe
 def test_clipping_is_left_to_the_fused_optimizer_on_a_gpu_alone() -> None:
     for stage, device, ours in ((0, "cuda", True), (0, "cpu", False), (1, "cuda", False)):
         config = TrainConfig(recipe=RECIPE, engine=EngineConfig(zero_stage=stage))
-        settings = engines.deepspeed_config(config, decide(config, 1, None), device)
+        settings = engines.deepspeed_config(config, decide(config, 1, None), 1, device)
         assert settings["gradient_clipping"] == (0.0 if ours else RECIPE.clip)
         assert settings["timers"]["throughput"]["enabled"] is False

@@ -42,14 +42,14 @@ def test_a_loss_that_stands_out_is_noticed_and_noise_is_not() -> None:
 
 def test_skips_in_a_row_lead_back_and_their_samples_are_passed_over(tmp_path: Path) -> None:
     counter = SkipCounter(str(tmp_path), limit=2)
-    assert not counter.after_step(0, 8, skipped=True)
-    assert not counter.after_step(8, 16, skipped=False)
-    assert not counter.after_step(16, 24, skipped=True)
-    assert counter.after_step(24, 32, skipped=True)
+    assert not counter.after_step(0, skipped=True)
+    assert not counter.after_step(8, skipped=False)
+    assert not counter.after_step(16, skipped=True)
+    assert counter.after_step(24, skipped=True)
     assert counter.pass_over(32) == [16, 32]
     assert json.loads((tmp_path / PASSED_OVER).read_text()) == [[16, 32]]
     again = SkipCounter(str(tmp_path), limit=2)
-    assert [again.behind(s) for s in (8, 16, 24, 32)] == [8, 32, 32, 32]
+    assert [again.after_skipped(s) for s in (8, 16, 24, 32)] == [8, 32, 32, 32]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,12 @@ def test_spans_that_overlap_are_one(
     counter = SkipCounter(str(tmp_path), limit=2)
     assert counter.spans == apart
     for first, end in apart:
-        assert counter.behind(first) == counter.behind(end - 1) == counter.behind(end) == end
+        assert (
+            counter.after_skipped(first)
+            == counter.after_skipped(end - 1)
+            == counter.after_skipped(end)
+            == end
+        )
 
 
 def test_a_run_goes_back_after_skips_in_a_row_and_names_their_samples(tmp_path: Path) -> None:

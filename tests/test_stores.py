@@ -15,6 +15,7 @@ from distributed.mlflow_tracker import run_key
 from distributed.presets import PRESETS
 from measnet.config import to_dict
 from measnet.network import MEASNet
+from shards import storage
 from shards.storage import list_names, read
 from tune.config import parse
 from tune.record import SearchRecord, TrialRecord
@@ -109,3 +110,14 @@ def test_a_search_in_a_store_has_a_report_a_champion_and_its_model(
     # The same command from another process makes the same report again.
     main = "import sys; from tune.report import main; sys.exit(main(sys.argv[1:]))"
     assert elsewhere(main, config.folder).strip() == f"{config.folder}/report.html"
+
+
+def test_a_local_place_may_be_written_as_a_uri(tmp_path: Path) -> None:
+    place = f"file://{tmp_path}"
+    storage.write(f"{place}/run/a.txt", b"text")
+    assert (tmp_path / "run" / "a.txt").read_bytes() == storage.read(f"{place}/run/a.txt")
+    assert storage.exists(f"{place}/run/a.txt") and storage.list_names(place) == ["run"]
+    assert storage.absolute(place) == str(tmp_path)
+    assert storage.size_and_sha256(f"{place}/run/a.txt")[0] == 4
+    storage.remove(f"{place}/run/a.txt")
+    assert storage.list_names(f"{place}/run") == []

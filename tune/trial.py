@@ -26,7 +26,8 @@ from distributed.guard import cause_of
 from distributed.launch import Outcome, launch
 from distributed.lease import exclusive
 from measnet.config import replace_dotted, to_dict
-from shards.storage import exists, is_remote, join, read, write
+from measnet.errors import last_line
+from shards.storage import exists, is_remote, join, local_path, read, write
 
 SPEC = "trial"
 """Key of a trial in Tune's configuration; its value has `name`, `changes` and known `costs`."""
@@ -82,8 +83,7 @@ class Trial(Trainable):
         try:
             result = self._next_result()
         except Exception as error:  # the search continues and shows the reason
-            lines = str(error).strip().splitlines() or [""]
-            result = self._failure(cause_of(error), f"{type(error).__name__}: {lines[-1]}")
+            result = self._failure(cause_of(error), f"{type(error).__name__}: {last_line(error)}")
         if self._took_over:
             result["took_over"], self._took_over = self._took_over, None
         return result
@@ -204,8 +204,9 @@ class Trial(Trainable):
 def console_log(folder: str) -> Iterator[TextIO]:
     """The file for what a trial's run prints; in a store it appears when the run ends."""
     if not is_remote(folder):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with (Path(folder) / CONSOLE).open("a") as log:
+        path = Path(local_path(folder)) / CONSOLE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as log:
             yield log
         return
     text = io.StringIO()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from measnet.config import ModelConfig
+from measnet.errors import first_line
 from measnet.network import MEASNet
 from measnet.official.network import MINING_HEADS
 
@@ -51,9 +52,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # each format has error types of its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"{path} cannot be read safely as a checkpoint (weights only): {reason}"
+            f"{path} cannot be read safely as a checkpoint (weights only): {first_line(error)}"
         ) from error
     for wrapper in ("state_dict", "params", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):

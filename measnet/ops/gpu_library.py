@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from measnet.errors import typed
 from measnet.hardware import Decision
 from measnet.internals import is_sharded
 from measnet.ops.choice import acceleration_allowed
@@ -81,10 +82,9 @@ def choice(device: torch.device) -> Decision:
     try:
         good = trial.doubles(device)
     except Exception as error:  # compilers, headers and drivers fail in many ways
-        lines = str(error).strip().splitlines() or [""]
         return Decision(
             "torch",
-            f"Triton cannot build here ({type(error).__name__}: {lines[0]}); it needs a C compiler "
+            f"Triton cannot build here ({typed(error)}); it needs a C compiler "
             "and Python's headers (apt-get install gcc python3-dev)",
         )
     if not good:
