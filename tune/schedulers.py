@@ -2,9 +2,9 @@
 
 import random
 from collections.abc import Mapping
-from types import SimpleNamespace
 from typing import Any
 
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import (
     ASHAScheduler,
     FIFOScheduler,
@@ -54,7 +54,7 @@ class ResumableAsha(ASHAScheduler):
         self._curves = {t.name: list(t.curve) for t in record.trials if t.state != "failed"}
         for trial in record.trials:
             if trial.ended and trial.state != "failed":
-                ended = SimpleNamespace(trial_id=trial.name)  # of a trial, ASHA reads its id only
+                ended = Trial(record.name, trial_id=trial.name, stub=True)  # it does not run
                 super().on_trial_add(None, ended)
                 self._replay(None, ended, trial.name)
 
