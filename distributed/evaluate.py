@@ -49,15 +49,13 @@ from measnet.hub import SMALL
 from measnet.metrics import FIELD, Protocol
 from measnet.network import MEASNet
 from measnet.routing import mean_gates
-from measnet.tiling import ARITHMETIC, Restored, Tiling, choose_tiling
+from measnet.tiling import ARITHMETIC, OVERLAP, Restored, Tiling, choose_tiling
 from measnet.weights import load_weights
 from shards import manifest, stream
 from shards.storage import is_remote, local_path
 from shards.stream import Picture
 from shards.tasks import DEGRADATIONS
 
-OVERLAP = 64
-"""Pixels that neighbouring tiles share."""
 WEIGHT_FILES = (".safetensors", ".ckpt", ".pth", ".pt")
 """Suffixes of weights: files of this program, or checkpoints of the authors' program."""
 
@@ -99,9 +97,7 @@ def evaluate(
     panels = Panels(rows)
     device = next(model.parameters()).device.type if workers is None else workers.device
     if tiling is None:
-        tiling = (
-            workers.tiling(model, OVERLAP) if workers else choose_tiling(model, overlap=OVERLAP)
-        )
+        tiling = workers.tiling(model, OVERLAP) if workers else choose_tiling(model)
     start = time.perf_counter()
     pictures = protocol_pictures(data_uri, protocol, limit=limit)
     source = chunks(pictures, batch or (1 if device == "cpu" else GPU_BATCH), tiling.at_once)

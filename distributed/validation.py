@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from distributed.config import TrainConfig
-from distributed.evaluate import OVERLAP, held_by
+from distributed.evaluate import held_by
 from distributed.scores import EvaluationReport, Grids, Score
 from distributed.scoring import Panels, score
 from measnet.metrics import FIELD
@@ -27,7 +27,7 @@ def agree_on_tiling(model: MEASNet, processes: int) -> Tiling:
         model: on this rank's device.
         processes: number of ranks on this machine.
     """
-    own = choose_tiling(model, overlap=OVERLAP, processes=processes)
+    own = choose_tiling(model, processes=processes)
     least = torch.tensor([own.at_once], device=next(model.parameters()).device)
     dist.all_reduce(least, op=dist.ReduceOp.MIN)
     return own._replace(at_once=int(least.item()))

@@ -12,8 +12,10 @@ def last_line(error: BaseException) -> str:
 
 
 def typed(error: BaseException) -> str:
-    """The type and the first line of the text: `OSError: no space left`."""
-    return f"{type(error).__name__}: {first_line(error)}"
+    """The type and the first line of the text: `OSError: no space left`; the type alone if the text
+    is empty."""
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"
 
 
 def _lines(error: BaseException) -> list[str]:

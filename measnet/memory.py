@@ -38,7 +38,7 @@ Precision = Literal["fp32", "bf16"]
 Where = Literal["cpu", "cuda"]
 
 
-class _Live(TorchDispatchMode):
+class _LiveTensors(TorchDispatchMode):
     """Counts the bytes of live tensors and their peak; each storage counts once.
 
     Tensors in `besides` do not count: an in-place operation returns a weight or gradient that
@@ -77,7 +77,7 @@ class _Live(TorchDispatchMode):
         self.peak = max(self.peak, self.bytes)
 
 
-class _LiveOnMeta(_Live):
+class _LiveTensorsOnMeta(_LiveTensors):
     """The same on `meta`, where results depend on the shapes only, so each is computed once.
 
     This saves time: the network repeats its blocks, and torch needs up to a millisecond per shape.
@@ -229,7 +229,9 @@ def _step(
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    as_on_gpu, count = (CudaAutocast(), _LiveOnMeta) if device == "cuda" else (nullcontext(), _Live)
+    as_on_gpu, count = (
+        (CudaAutocast(), _LiveTensorsOnMeta) if device == "cuda" else (nullcontext(), _LiveTensors)
+    )
     computed_by = gpu_library.stand_in("meta") if kernels else nullcontext()
     with computed_by, count([*model.parameters(), *model.buffers(), *gradients]) as live:
         with as_on_gpu, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
@@ -277,7 +279,7 @@ def inference(config: ModelConfig, device_type: str) -> Memory:
 @torch.no_grad()
 def _inference_peak(model: MEASNet, side: int) -> int:
     image = torch.rand(1, 3, side, side, device=model.patch_embed.weight.device)
-    count = _LiveOnMeta if image.is_meta else _Live
+    count = _LiveTensorsOnMeta if image.is_meta else _LiveTensors
     with count(besides=[*model.parameters(), *model.buffers()]) as live:
         model(image)
     return live.peak

@@ -20,7 +20,7 @@ from measnet.memory import (
     RESERVE,
     Memory,
     Precision,
-    _Live,
+    _LiveTensors,
     _step,
     cards_table,
     fit,
@@ -80,7 +80,7 @@ def test_a_gpu_needs_no_other_paths_than_meta_takes() -> None:
         parameter.grad = torch.zeros_like(parameter)
     state = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
     image = torch.rand(2, 3, 64, 64)
-    with torch_only(), _Live([one for one in state if one is not None]) as live:
+    with torch_only(), _LiveTensors([one for one in state if one is not None]) as live:
         restoration_loss(model(image), image, 1e-4).total.backward()
     assert live.peak == pytest.approx(on_meta, rel=0.1)
 
@@ -238,7 +238,7 @@ def test_memory_prediction() -> None:
 
 def test_weights_and_gradients_are_state_and_not_counted_again() -> None:
     weight = torch.zeros(1000)
-    with _Live(besides=[weight]) as live:
+    with _LiveTensors(besides=[weight]) as live:
         weight.add_(1)
         weight.view(10, 100).mul_(2)
         assert live.peak == 0

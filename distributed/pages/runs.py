@@ -17,7 +17,7 @@ from torch import Tensor
 from distributed.checkpoint import Checkpoint, RunState, newest_complete
 from distributed.config import TrackingConfig
 from distributed.cost import amount
-from distributed.evaluate import OVERLAP, held_by
+from distributed.evaluate import held_by
 from distributed.mlflow_tracker import KEY_FILE, Run, read_metrics, tracking_uri
 from distributed.pages import charts, views
 from distributed.scores import EvaluationReport, Score
@@ -329,7 +329,7 @@ def show_pictures(
         say(f"{run.name}: restores pictures of {uri}")
         run.restored.data = uri
         if run.model not in tilings:
-            tilings[run.model] = choose_tiling(model, overlap=OVERLAP)
+            tilings[run.model] = choose_tiling(model)
         with views.looking(model) as look:
             keep = _Keeper(run, look)
             for _ in score(model, pictures(uri, limit=limit), tilings[run.model], seen=keep):
