@@ -1,8 +1,14 @@
-"""torch.compile for training, block by block; off if this machine cannot compile."""
+"""What is compiled before training: blocks by torch.compile, and the Triton kernels in parallel."""
+
+import os
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from distributed.config import TrainConfig
+from distributed.decisions import Decisions
+from measnet.compile_ahead import compile_ahead, kernels_of_a_step
 from measnet.errors import typed
 from measnet.hardware import Decision
 from measnet.transformer import TransformerBlock
@@ -40,3 +46,22 @@ def compile_blocks(model: nn.Module, device: torch.device) -> Decision:
 
 def _trial(x: torch.Tensor) -> torch.Tensor:
     return nn.functional.gelu(2 * x).sum()
+
+
+def compile_kernels(config: TrainConfig, decisions: Decisions, *, first_on_node: bool) -> None:
+    """Compile the Triton kernels of a step in parallel, where they are used; a collective call.
+
+    On each node one rank compiles; the others then find the results in Triton's folder.
+    """
+    if decisions.kernels.choice != "triton" or decisions.compile.choice == "on":
+        return
+    launches = kernels_of_a_step(
+        config.model,
+        micro_batch=config.recipe.micro_batch,
+        crop=config.data.crop,
+        bf16=decisions.precision.choice == "bf16",
+    )
+    for turn in (True, False):
+        if first_on_node == turn:
+            compile_ahead(launches, threads=os.cpu_count() or 1)
+        dist.barrier()

@@ -18,7 +18,7 @@ from distributed.access import check_storage
 from distributed.checkpoint import Checkpoint, RunState, Snapshot, newest_complete
 from distributed.checkpoint_writer import CheckpointWriter
 from distributed.cluster import own_device
-from distributed.compilation import compile_blocks
+from distributed.compilation import compile_blocks, compile_kernels
 from distributed.config import TrainConfig
 from distributed.decisions import accumulation_steps, choose_reduction, sharing_workers
 from distributed.engine import decide_for, initialize
@@ -101,6 +101,7 @@ class Session:
         self._first_micro_batch = self._slice * self._accumulation
         self.loss_weight = 0.0 if self._idle else self.world / self._sharing
 
+        compile_kernels(self.config, decisions, first_on_node=context.get_local_rank() == 0)
         found = self._agree_on_checkpoint()
         state = found.state() if found else None
         torch.manual_seed(self.config.seed)
