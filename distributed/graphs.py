@@ -8,6 +8,7 @@ reduce their gradients when a graph is over: within it, the host does not see wh
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import compress
 from typing import Any
 
 import torch
@@ -156,9 +157,8 @@ class MicroBatchGraph:
         loss = losses.total * self._loss_weight
         gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         self._used = [i for i, one in enumerate(gradients) if one is not None]
-        foreach_add_(
-            [self._gradients[i] for i in self._used], [one for one in gradients if one is not None]
-        )
+        pairs = zip(self._gradients, gradients, strict=True)
+        _add([(kept, one) for kept, one in pairs if one is not None])
         detached = Losses(*(one.detach() for one in losses))
         return detached, restoration._replace(image=restoration.image.detach())
 
@@ -183,6 +183,22 @@ class MicroBatchGraph:
 
     def _norm(self) -> float:
         return torch.nn.utils.get_total_norm(self._gradients).item()
+
+
+def _add(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Add the second of each pair to the first.
+
+    torch adds a list in a few kernels if each pair lies in memory in the same way without gaps. A
+    single pair that does not, such as the gradient of a padded weight, would make it start one
+    kernel for each pair of the list.
+    """
+    together = [all(one.is_contiguous() for one in pair) for pair in pairs]
+    for (kept, one), joined in zip(pairs, together, strict=True):
+        if not joined:
+            kept.add_(one)
+    if any(together):
+        kept_ones, ones = zip(*compress(pairs, together), strict=True)
+        foreach_add_(kept_ones, ones)
 
 
 class _Kept:

@@ -107,6 +107,28 @@ def test_a_graph_adds_up_the_gradients_that_eager_passes_give(engine: SimpleName
             p.grad = None
 
 
+def test_one_gradient_with_gaps_does_not_slow_down_all_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lists: list[int] = []
+    add = torch._foreach_add_
+
+    def counted(kept: list[Tensor], ones: list[Tensor]) -> None:
+        assert all(one.is_contiguous() for one in (*kept, *ones))
+        lists.append(len(kept))
+        add(kept, ones)
+
+    monkeypatch.setattr(torch, "_foreach_add_", counted)
+    padded, turned = torch.ones(4, 16)[:, :10], torch.ones(3, 5).t()
+    ones = [torch.ones(3), padded, turned, torch.ones(2, 2), torch.ones(())]
+    kept = [torch.full(one.shape, 2.0) for one in ones]
+    graphs._add(list(zip(kept, ones, strict=True)))
+    assert all((one == 3.0).all() for one in kept)
+    assert lists == [3]
+    graphs._add([(kept[1], padded)])
+    assert lists == [3]  # an empty list is an error of torch's
+
+
 def test_the_noise_of_the_official_gates_is_that_of_the_seed(engine: SimpleNamespace) -> None:
     torch.manual_seed(0)
     shallow = {"dim": 8, "num_blocks": (1, 1, 1, 1), "variant": "official"}
