@@ -159,8 +159,12 @@ class MicroBatchGraph:
         self._used = [i for i, one in enumerate(gradients) if one is not None]
         pairs = zip(self._gradients, gradients, strict=True)
         _add([(kept, one) for kept, one in pairs if one is not None])
-        detached = Losses(*(one.detach() for one in losses))
-        return detached, restoration._replace(image=restoration.image.detach())
+        # With their history, the results would hold what autograd made of this pass.
+        return Losses(*(one.detach() for one in losses)), restoration._replace(
+            image=restoration.image.detach(),
+            balance_loss=restoration.balance_loss.detach(),
+            z_loss=restoration.z_loss.detach(),
+        )
 
     def _warm_up(self, device: torch.device) -> Sequence[int]:
         """Eager passes, of which the last one's gradients are left."""

@@ -91,6 +91,7 @@ def test_a_graph_adds_up_the_gradients_that_eager_passes_give(engine: SimpleName
         losses, images = [], []
         for degraded, clean in batches(side):
             replayed, restoration = graph(degraded, clean)
+            assert not any(one.requires_grad for one in tree_leaves((replayed, restoration)))
             losses.append(replayed.total.item())
             images.append(restoration.image.clone())
         ours = [p.grad.clone() for p in model.parameters()]
