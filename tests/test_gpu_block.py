@@ -43,6 +43,8 @@ WIDTHS = {
 }
 """Channels, side of the features and heads in the full network at crops of 128. The last blocks of
 the decoder have twice the channels of the first of the encoder, and as few heads."""
+WIDEST = {"768": (768, 16, 8), "1024": (1024, 16, 16)}
+"""The same of networks that are twice as wide, and as wide as `gpu_library.WIDEST`."""
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +193,7 @@ def step_at_full_width(
 ) -> None:
     """Start all kernels of blocks of the full network, forward and backward, on `meta`."""
     for width in widths:
-        channels, side, heads = WIDTHS[width]
+        channels, side, heads = (WIDTHS | WIDEST)[width]
         block = TransformerBlock(channels, heads, 2.66).to("meta")
         shape = (8, side, side, channels)
         x = torch.empty(shape, device="meta", dtype=dtype, requires_grad=True)
@@ -200,9 +202,9 @@ def step_at_full_width(
 
 
 def every_step_at_full_width() -> None:
-    """The same for every width, and in fp32 too."""
+    """The same for every width, and in fp32 too; also for the most channels that kernels take."""
     for dtype in (torch.bfloat16, torch.float32):
-        step_at_full_width(dtype, tuple(WIDTHS))
+        step_at_full_width(dtype, (*WIDTHS, *WIDEST))
 
 
 def test_kernels_compile_for_three_cards() -> None:

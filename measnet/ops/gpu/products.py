@@ -236,6 +236,8 @@ def norm_project_back(
     (count, channels), pixels = matrix.shape, x_bhwc.numel() // x_bhwc.shape[-1]
     block = power_of_two(channels)
     rows = max(16, min(64, 8192 // block))  # 32 sums a thread, of 8 warps
+    # A row of the matrix of 4 KiB, times 32, is more than an RTX 4090 has of shared memory.
+    step = 32 if block * x_bhwc.element_size() <= 2048 else 16
     programs = ceil_div(pixels, rows)
     of_x = torch.empty_like(x_bhwc)
     of_norm = x_bhwc.new_empty(programs, 2, channels, dtype=torch.float32)
@@ -243,7 +245,7 @@ def norm_project_back(
         _norm_project_back,
         (programs,),
         *(gradient, matrix, x_bhwc, *kept, gamma, besides, of_x, of_norm, pixels),
-        **{"C": channels, "N": count, "BM": rows, "BC": block, "BK": 32},
+        **{"C": channels, "N": count, "BM": rows, "BC": block, "BK": step},
         PRECISION=products(x_bhwc.dtype),
         num_warps=8,
         num_stages=2,
