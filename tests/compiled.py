@@ -3,8 +3,9 @@
 `compiled` compiles kernels for cards that are not there, and says what they take of them.
 
 `python -m tests.compiled MODULE:FUNCTION ARCH ...` compiles every kernel that the function starts
-on tensors of `meta`, with what it is started with, and prints one JSON list. It runs in a process
-of its own: Triton's interpreter, which other tests use, can't be switched off again.
+on tensors of `meta`, with what it is started with, and prints one JSON list; without ARCH, a list
+of what would be compiled. It runs in a process of its own: Triton's interpreter, which other tests
+use, can't be switched off again.
 """
 
 import importlib
@@ -27,12 +28,6 @@ from measnet.ops.gpu_library import Launch
 
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Compute capability -> bytes of shared memory that a program may have there."""
-TYPES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
 
 
 class Resources(NamedTuple):
@@ -50,32 +45,36 @@ class Resources(NamedTuple):
     constants: dict[str, Any]
 
 
+def variant(launch: Launch, arch: int) -> tuple[Any, dict[str, Any], list[tuple[str, Any]]]:
+    """Triton's backend, the values of all parameters, and the type and the hint of each.
+
+    Triton's own rules: two starts with the same types and hints share what was compiled.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", arch, 32))
+    bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
+    values, kinds, _ = bind(*launch.arguments, **launch.constants)
+    return backend, values, kinds
+
+
 def resources(launch: Launch, arch: int) -> Resources:
     """Compile what `launch` started for the compute capability `arch`, such as 89."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = launch.kernel.arg_names
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    hints: dict[tuple[int], list[list[Any]]] = {}
-    for at, (name, given) in enumerate(zip(names, launch.arguments, strict=False)):
-        if isinstance(given, Tensor):
-            signature[name] = TYPES[given.dtype]
-            aligned = given.storage_offset() * given.element_size() % 16 == 0
-        elif isinstance(given, float):
-            signature[name], aligned = "fp32", False
-        elif given == 1:  # Triton compiles a kernel of its own for it
-            signature[name], constants[name], aligned = "constexpr", 1, False
-        else:
-            signature[name], aligned = "i32", given % 16 == 0
-        if aligned:
-            hints[(at,)] = [["tt.divisibility", 16]]
-    for name in names[len(launch.arguments) :]:
-        signature[name], constants[name] = "constexpr", launch.constants[name]
-    indexed = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(launch.kernel, signature, constexprs=indexed, attrs=hints)
+    backend, values, kinds = variant(launch, arch)
+    signature = {name: kind for name, (kind, _) in zip(values, kinds, strict=True)}
+    constants, hints = {}, {}
+    for at, (value, (kind, hint)) in enumerate(zip(values.values(), kinds, strict=True)):
+        if kind == "constexpr":
+            constants[at,] = value
+        elif hint:
+            hints[at,] = backend.parse_attr(hint)
+    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=hints)
     options = {k: v for k, v in launch.constants.items() if k in ("num_warps", "num_stages")}
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -94,11 +93,21 @@ def resources(launch: Launch, arch: int) -> Resources:
 
 def compiled(function: str, *archs: int) -> list[Resources]:
     """`resources` of all that `MODULE:FUNCTION` starts, from a process of its own."""
-    command = [sys.executable, "-m", "tests.compiled", function, *map(str, archs)]
+    return [Resources(**one) for one in _listed(function, *map(str, archs))]
+
+
+def variants(function: str) -> set[str]:
+    """What Triton would compile for an RTX 4090 of all that `MODULE:FUNCTION` starts."""
+    return set(_listed(function))
+
+
+def _listed(*arguments: str) -> list[Any]:
+    command = [sys.executable, "-m", "tests.compiled", *arguments]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    return [Resources(**one) for one in json.loads(done.stdout)]
+    listed: list[Any] = json.loads(done.stdout)
+    return listed
 
 
 def assert_fits(found: list[Resources]) -> None:
@@ -138,10 +147,14 @@ def interpret_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def main(function: str, *archs: str) -> None:
-    """Compile each kernel once per set of constants and types."""
+    """Compile each kernel once per set of constants and types; without cards only name them."""
     module, name = function.split(":")
     with gpu_library.stand_in("meta"), gpu_library.counting() as launches:
         getattr(importlib.import_module(module), name)()
+    if not archs:
+        named = {f"{one.name} {variant(one, 89)[2]} {one.constants}" for one in launches}
+        print(json.dumps(sorted(named)))
+        return
     different = {}
     for launch in launches:
         types = [one.dtype for one in launch.arguments if isinstance(one, Tensor)]

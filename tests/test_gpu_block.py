@@ -18,7 +18,7 @@ from measnet.ops import cpu_library, gpu_library
 from measnet.ops.attention import attend_planes
 from measnet.ops.choice import torch_only
 from measnet.transformer import TransformerBlock
-from tests.compiled import assert_fits, compiled, interpret_bf16
+from tests.compiled import assert_fits, compiled, interpret_bf16, variants
 
 pytest.importorskip("triton")
 
@@ -216,13 +216,13 @@ def test_kernels_of_all_widths_and_types_compile() -> None:
     assert_fits(compiled("tests.test_gpu_block:every_step_at_full_width", 80, 89, 90))
 
 
-def whole_networks() -> None:
+def whole_networks(batch: int = 2, height: int = 128, width: int = 128) -> None:
     """Start what both networks start, at full width with one block of each kind, on `meta`."""
     for variant in (configs.paper(), configs.official()):
         shallow = {"num_blocks": (1, 1, 1, 1), "num_refinement_blocks": 1, "expert_path": "dense"}
         with torch.device("meta"):
             network = MEASNet(replace_dotted(variant, shallow)).train()
-        pictures = torch.empty(2, 3, 128, 128, device="meta")
+        pictures = torch.empty(batch, 3, height, width, device="meta")
         for enabled in (True, False):
             with (
                 CudaAutocast(),
@@ -235,6 +235,19 @@ def whole_networks() -> None:
 @pytest.mark.slow
 def test_all_kernels_of_the_full_networks_compile() -> None:
     assert_fits(compiled("tests.test_gpu_block:whole_networks", 80, 89, 90))
+
+
+def whole_networks_of_another_size() -> None:
+    """The same of a picture whose sides no tile divides, at any level."""
+    whole_networks(1, 104, 88)
+
+
+def test_pictures_of_all_sizes_share_what_was_compiled() -> None:
+    """A picture of a new size must not wait for compilers; one kernel of training alone may."""
+    sizes = ("whole_networks", "whole_networks_of_another_size")
+    one, other = (variants(f"tests.test_gpu_block:{size}") for size in sizes)
+    assert {name.split()[0] for name in one ^ other} <= {"_norm_project_back"}
+    assert len(one) > 50
 
 
 def test_a_block_moves_little_memory() -> None:

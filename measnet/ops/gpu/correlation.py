@@ -45,7 +45,7 @@ class Correlation(NamedTuple):
     """Σ q² and Σ k², (B, 2, C)."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "H", "W"])
 def _correlate(
     q, k, q_kernel, k_kernel, gram, squares, of_gram, of_squares, of_q, of_k,
     B, H, W, step, out_step,

@@ -122,7 +122,7 @@ def gelu_slope(x):
     return below + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "W"])
 def _convolve(
     x, kernel, out, H, W, x_step, out_step, mean, rstd, gamma, beta, sums,
     C: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, NORM: tl.constexpr,
@@ -160,7 +160,7 @@ def _convolve(
         tl.store(sums + at + c, tl.sum(total, 0), mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "W"])
 def _gate(
     planes, kernel, out, gradient, of_planes, H, W,
     C: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BACK: tl.constexpr,
@@ -202,7 +202,7 @@ def _gate(
             tl.store(of_planes + at * 2 * C + d[None, :], (wanted * active).to(dtype), mask=made)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "W"])
 def _convolve_back(
     x, kernel, gradient, of_x, of_kernel, H, W, x_step, gradient_step, out_step,
     mean, rstd, gamma, beta,

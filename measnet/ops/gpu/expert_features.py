@@ -18,7 +18,7 @@ from measnet.ops.gpu.products import multiply, through_norm, weight_gradient
 from measnet.ops.gpu_library import ceil_div, feature_dtype, launch, power_of_two, products
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _statistics(x, mean_out, rstd_out, pixels, epsilon,
                 C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):  # fmt: skip
     """Mean and 1 / standard deviation over the channels of each pixel."""
@@ -33,7 +33,7 @@ def _statistics(x, mean_out, rstd_out, pixels, epsilon,
     tl.store(rstd_out + rows, tl.rsqrt(tl.sum(apart * apart, 1) / C + epsilon), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _norm_back(
     gradient, x, mean_in, rstd_in, gamma, of_x, of_norm, pixels,
     C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
@@ -57,7 +57,7 @@ def _norm_back(
     tl.store(of_x + at, wanted.to(of_x.dtype.element_ty), mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "span"])
 def _modulate_back(
     gradient, depth, matrix, of_mean, of_product, of_depth, pixels, span,
     C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,

@@ -79,22 +79,24 @@ def any_chosen(gate):
     return tl.max((gate != 0.0).to(tl.int32), 0) > 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"], do_not_specialize_on_alignment=["span"])
 def _forward(
     x, gates, residual, w_in, b_in, w_out, b_out, starts, out, pixels, span,
     C: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The experts' weighted sum for a tile of pixels, plus the residual."""
+    # Rows after the last are the last once more: they write what it writes, and need no mask,
+    # which would take registers.
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    rows = tl.minimum(rows, pixels - 1)
     c = tl.arange(0, BC)
-    inside = rows < pixels
-    known = inside[:, None] & (c < C)[None, :]
+    known = (c < C)[None, :]
     at = rows[:, None] * C + c[None, :]
     features = tl.load(x + at, mask=known, other=0.0)
     sums = tl.load(residual + at, mask=known, other=0.0).to(tl.float32)
     for n in range(N):
-        gate = tl.load(gates + (rows // span) * N + n, mask=inside, other=0.0)
+        gate = tl.load(gates + (rows // span) * N + n)
         if any_chosen(gate):
             bias = tl.load(b_out + n * C + c, mask=c < C, other=0.0).to(tl.float32)
             sums += gate[:, None] * bias[None, :]
@@ -111,7 +113,7 @@ def _forward(
     tl.store(out + at, sums.to(out.dtype.element_ty), mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"], do_not_specialize_on_alignment=["span"])
 def _backward(
     x, gates, gradient, w_in, b_in, w_out, b_out, starts, of_x, of_gates, pixels, span,
     C: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr,
@@ -119,15 +121,15 @@ def _backward(
 ):  # fmt: skip
     """Gradients of the features and, for each pixel, of the gates."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    rows = tl.minimum(rows, pixels - 1)  # as in `_forward`
     c = tl.arange(0, BC)
-    inside = rows < pixels
-    known = inside[:, None] & (c < C)[None, :]
+    known = (c < C)[None, :]
     at = rows[:, None] * C + c[None, :]
     features = tl.load(x + at, mask=known, other=0.0)
     wanted = tl.load(gradient + at, mask=known, other=0.0)
     sums = tl.zeros([BM, BC], tl.float32)
     for n in range(N):
-        gate = tl.load(gates + (rows // span) * N + n, mask=inside, other=0.0)
+        gate = tl.load(gates + (rows // span) * N + n)
         of_gate = tl.zeros([BM], tl.float32)
         if any_chosen(gate):
             bias = tl.load(b_out + n * C + c, mask=c < C, other=0.0).to(tl.float32)
@@ -147,11 +149,11 @@ def _backward(
                 weight = tl.load(address, mask=(c < C)[None, :], other=0.0)
                 of_hidden = of_hidden.to(features.dtype)
                 sums = tl.dot(of_hidden, weight, sums, input_precision=PRECISION)
-        tl.store(of_gates + rows * N + n, of_gate, mask=inside)
+        tl.store(of_gates + rows * N + n, of_gate)
     tl.store(of_x + at, sums.to(of_x.dtype.element_ty), mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"], do_not_specialize_on_alignment=["span"])
 def _weights_backward(
     x, gates, gradient, w_in, b_in, w_out, owners, of_w_in, of_b_in, of_w_out, pixels, span, part,
     apart,

@@ -48,7 +48,7 @@ def _output(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _log_forward(
     x, log_gates, residual, w_in, b_in, w_out, b_out, starts, out, total, pixels, underflow, floor,
     C: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr,
@@ -79,7 +79,7 @@ def _log_forward(
     tl.store(out + at, result.to(out.dtype.element_ty), mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _log_backward(
     x, log_gates, gradient, total, w_in, b_in, w_out, b_out, starts,
     of_x, of_log_gates, of_outputs, of_b_out, pixels, apart, underflow,

@@ -30,7 +30,7 @@ def _reflect(at, size):
     return tl.where(at >= size, 2 * size - 2 - at, at)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "W"])
 def _low_pass(
     x, taps, low, high, H, W,
     C: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
@@ -81,7 +81,7 @@ def _read_by(row, reads, given, left_tap, middle_tap, right_tap):
     return direct + tl.where(first, left, 0.0) * left_tap + tl.where(last, right, 0.0) * right_tap
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "W"])
 def _low_pass_back(
     x, taps, of_low, of_high, of_x, of_taps, H, W,
     C: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,

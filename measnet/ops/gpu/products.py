@@ -27,13 +27,13 @@ class Normalised(NamedTuple):
     """1 / standard deviation, (P,) fp32."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "tiles"])
 def _norm_project(
-    x, gamma, beta, matrix, out, mean_out, rstd_out, pixels, epsilon,
+    x, gamma, beta, matrix, out, mean_out, rstd_out, pixels, epsilon, tiles,
     C: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
-    TILES: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[p, n] = Σ_c norm(x)[p, c] · matrix[n, c]; each program makes `TILES` tiles of a row."""
+    """out[p, n] = Σ_c norm(x)[p, c] · matrix[n, c]; each program makes `tiles` tiles of a row."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     inside = rows < pixels
     # Relative to the pixel's first channel: a large common mean must not swallow the variance.
@@ -53,8 +53,8 @@ def _norm_project(
     if tl.program_id(1) == 0:
         tl.store(mean_out + rows, mean, mask=inside)
         tl.store(rstd_out + rows, rstd, mask=inside)
-    for t in range(TILES):
-        n = (tl.program_id(1) * TILES + t) * BN + tl.arange(0, BN)
+    for t in range(tiles):
+        n = (tl.program_id(1) * tiles + t) * BN + tl.arange(0, BN)
         sums = tl.zeros([BM, BN], tl.float32)
         for k in range(0, C, BK):
             c = k + tl.arange(0, BK)
@@ -72,7 +72,7 @@ def _norm_project(
         tl.store(address, sums.to(out.dtype.element_ty), mask=known_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _multiply(
     x, matrix, other, out, pixels, x_step, out_step, matrix_picture, matrix_n, matrix_k,
     K: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr,
@@ -115,6 +115,8 @@ def through_norm(gradient, normal, rstd, gamma, C: tl.constexpr):
     return (gradient - common[:, None] - normal * along[:, None]) * rstd[:, None]
 
 
+# Specialised for the number of pixels: at 768 channels in fp32 registers do not suffice without. It
+# runs in training only, where sizes are few.
 @triton.jit
 def _norm_project_back(
     gradient, matrix, x, mean_in, rstd_in, gamma, besides, of_x, of_norm, pixels,
@@ -147,7 +149,7 @@ def _norm_project_back(
     tl.store(of_x + at, sums.to(of_x.dtype.element_ty), mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _weight_gradient(
     gradient, x, mean_in, rstd_in, gamma, beta, out, pixels, gradient_step, x_step, part,
     N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
@@ -206,8 +208,8 @@ def norm_project(
     launch(
         _norm_project,
         (ceil_div(pixels, rows), groups),
-        *(x_bhwc, gamma, beta, matrix, out, *kept, pixels, epsilon),
-        **{"C": channels, "N": count, "BM": rows, "BK": block, "BN": columns, "TILES": tiles},
+        *(x_bhwc, gamma, beta, matrix, out, *kept, pixels, epsilon, tiles),
+        **{"C": channels, "N": count, "BM": rows, "BK": block, "BN": columns},
         PRECISION=products(out.dtype),
         num_warps=4,
         num_stages=2,

@@ -51,7 +51,7 @@ def _probability(
     return tl.where(inside[:, None], power / tl.sum(power, 1)[:, None], 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _route(
     x, weight, prompt, gates, probability_out, counts_out, pixels,
     C: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
@@ -80,7 +80,7 @@ def _route(
     tl.store(counts_out + part, tl.sum(chosen.to(tl.float32), 0), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _route_back(
     x, weight, prompt, gates, of_gates, of_probability, of_x, of_weight, of_prompt, pixels,
     C: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr,
