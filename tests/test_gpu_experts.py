@@ -69,7 +69,10 @@ def test_pixel_experts_agree_with_torch(
     with gpu_library.stand_in("cpu"), gpu_library.counting() as launches:
         ours = trained(module, x, prompt)
     names = {one.name for one in launches}
-    assert names == {"_route", "_route_back", "_forward", "_backward", "_weights_backward"}
+    assert names == {
+        *("_route", "_route_back", "_forward", "_backward", "_weights_backward"),
+        "_weight_gradient",  # of the outputs' biases
+    }
     assert_close(ours, exact, 1e-5)
 
 
@@ -133,10 +136,11 @@ def test_picture_experts_agree_with_torch(channels: int, size: tuple[int, int, i
         exact = trained(copy.deepcopy(module).double(), x.double())
     with gpu_library.stand_in("cpu"), gpu_library.counting() as launches:
         ours = trained(module, x)
+    one_pixel = size[1:] == (1, 1)  # the gates of a picture are those of a pixel
     assert [one.name for one in launches] == [
-        *("_statistics", "_convolve", "_multiply", "_forward"),
-        *("_backward", "_weights_backward", "_modulate_back", "_weight_gradient"),
-        *("_convolve_back", "_norm_back"),
+        *("_statistics", "_convolve", "_multiply", "_forward", "_backward", "_weights_backward"),
+        *(["_weight_gradient"] if one_pixel else []),
+        *("_modulate_back", "_weight_gradient", "_convolve_back", "_norm_back"),
     ]
     assert_close(ours, exact, 1e-5)
 
@@ -156,6 +160,24 @@ def test_picture_experts_under_autocast_agree_with_torch(monkeypatch: pytest.Mon
     for our, theirs, one in zip(ours, plain, exact, strict=True):
         error, usual = ((got.double() - one).norm() for got in (our, theirs))
         assert error <= 1.5 * usual + 0.005 * one.norm()
+
+
+@pytest.mark.parametrize("gates_of", ["pixels", "pictures"])
+def test_gradients_of_the_outputs_biases_are_summed_in_fp32(
+    monkeypatch: pytest.MonkeyPatch, gates_of: str
+) -> None:
+    from measnet.ops.gpu.experts import _bias_gradient
+
+    interpret_bf16(monkeypatch)
+    torch.manual_seed(0)
+    gradient = (1 + torch.rand(2, 5, 60, 16)).bfloat16()
+    gates = torch.rand(600 if gates_of == "pixels" else 2, 3).bfloat16().float()
+    each = gates if gates_of == "pixels" else gates.repeat_interleave(300, 0)
+    exact = each.double().t() @ gradient.flatten(0, -2).double()
+    with gpu_library.stand_in("cpu"):
+        ours = _bias_gradient(gates, gradient)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=0)
 
 
 def test_picture_experts_in_parts_are_those_of_the_whole() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from measnet.ops.gpu.depthwise import gelu, gelu_slope
+from measnet.ops.gpu.products import weight_gradient
 from measnet.ops.gpu_library import ceil_div, feature_dtype, launch, power_of_two, products
 
 HIDDEN = {torch.bfloat16: 32, torch.float32: 16}
@@ -326,8 +327,9 @@ def _bias_gradient(gates: Tensor, gradient: Tensor) -> Tensor:
     if len(gates) != len(flat):
         flat = flat.unflatten(0, (len(gates), -1)).sum(1, dtype=torch.float32)
         return gates.t() @ flat
-    # In the features' type: as exact as that of other weights, and no fp32 copy of the features.
-    return (gates.t().to(flat.dtype) @ flat).float()
+    # Not by torch, which sums products of bf16 over many pixels in bf16, or copies the features.
+    picture = (1, 1, len(flat), -1)
+    return weight_gradient(gates.to(flat.dtype).view(picture), flat.view(picture))
 
 
 def tile_sizes(x: Tensor, experts: int, rows: int) -> dict[str, Any]:
