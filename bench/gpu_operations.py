@@ -1,6 +1,5 @@
 """Operations of the network on a GPU, each beside torch's own, and the kernels that it starts."""
 
-import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distributed.graphs import WARM_UP, capture, side_stream
 from measnet.experts import PixelExperts
 from measnet.frequency import PictureExperts
 from measnet.hardware import peak
@@ -24,6 +24,8 @@ from measnet.transformer import TransformerBlock
 SIZES = {48: (128, 1), 96: (128, 2), 192: (32, 4), 384: (16, 8)}
 """Channels -> side and heads, at crops of 128."""
 BATCH = 8
+FLOOD = 256 * 2**20
+"""Bytes that are written before a kernel is timed: more than the cache for L2 of any card."""
 Step = Callable[[], None]
 
 
@@ -100,13 +102,14 @@ def measure(
     name: str, step: Step, device: torch.device, repeats: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """One of `operations`, and below it the kernels that it starts."""
-    ms = milliseconds(step, repeats, device)
+    ms, timed = milliseconds(step, repeats, device)
     with torch_only():
-        plain = milliseconds(step, repeats, device)
+        plain, plain_timed = milliseconds(step, repeats, device)
     with gpu_library.counting() as launches:
         step()
     moved = sum(one.bytes for one in launches)
-    yield name, {"ms": ms, "plain_ms": plain, **_traffic(moved, ms)}
+    row: dict[str, Any] = {"ms": ms, "timed": timed, "plain_ms": plain, "plain_timed": plain_timed}
+    yield name, row | _traffic(moved, ms)
     if device.type == "cuda":
         yield from _kernels(name, launches, repeats, device)
 
@@ -116,7 +119,7 @@ def _kernels(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The time of each kernel by itself, started again with what it was started with."""
     for number, one in enumerate(launches):
-        ms = milliseconds(lambda one=one: gpu_library.start(one), repeats, device)
+        ms = _kernel_milliseconds(lambda one=one: gpu_library.start(one), repeats, device)
         yield f"{operation} / {number} {one.name.strip('_')}", {"ms": ms, **_traffic(one.bytes, ms)}
 
 
@@ -129,24 +132,75 @@ def _traffic(moved: int, ms: float) -> dict[str, float]:
     return found | ({"share": found["gb_per_s"] / card.gb_per_s} if card else {})
 
 
-def milliseconds(step: Step, repeats: int, device: torch.device) -> float:
-    """Median; on a GPU between two events on the device, with the cache for L2 as it is."""
-    for _ in range(3):
+def milliseconds(step: Step, repeats: int, device: torch.device) -> tuple[float, str]:
+    """Of one step, and how they were taken.
+
+    A step starts dozens of kernels, and the host needs longer to start them than a GPU to run them.
+    So a CUDA graph is started `repeats` times, as in training; the cache for L2 is as it is. Where
+    a step cannot be captured, the time is that of the host, and the row says why.
+
+    Raises:
+        RuntimeError: the step itself cannot run.
+    """
+    if device.type != "cuda":
         step()
+        return _host_milliseconds(step, repeats), "cpu"
+    with side_stream(device):
+        for _ in range(WARM_UP):
+            step()
+    try:
+        again, _ = capture(step)
+    except RuntimeError as error:
+        return _between_events(step, repeats), f"eager, not captured: {first_line(error)}"
+    again()
+    return _between_events(again, repeats), "graph"
+
+
+def _host_milliseconds(step: Step, repeats: int) -> float:
+    """Median."""
     times = []
     for _ in range(repeats):
-        if device.type != "cuda":
-            start = time.perf_counter()
-            step()
-            times.append((time.perf_counter() - start) * 1e3)
-            continue
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        start = time.perf_counter()
         step()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+
+def _between_events(step: Step, repeats: int) -> float:
+    """Mean of steps that follow each other on the device."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(repeats):
+        step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / repeats
+
+
+def _kernel_milliseconds(start: Step, repeats: int, device: torch.device) -> float:
+    """Median of a single kernel that finds nothing in the cache for L2.
+
+    What is written before it empties the cache, and keeps the device busy while the host starts the
+    kernel: so its start is not part of the time.
+    """
+    flood = torch.empty(FLOOD, dtype=torch.int8, device=device)
+    start()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flood.zero_()
+        begin.record()
+        start()
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
     return statistics.median(times)
+
+
+def first_line(error: BaseException) -> str:
+    """Type and first line of an error: what a row of figures has room for."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 CHOICES = {
@@ -159,17 +213,26 @@ CHOICES = {
 
 
 def tune(device: torch.device, repeats: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Milliseconds of a block of 96 channels with each of `CHOICES`, the others as they are."""
+    """Milliseconds of a block of 96 channels with each of `CHOICES`, the others as they are.
+
+    A tile that does not fit into the card gets a reason and no time.
+    """
     from measnet.ops.gpu import correlation, depthwise
 
     block = TransformerBlock(96, 2, 2.66).to(device)
     step = _step(block, block, (BATCH, 128, 128, 96), device)
     for name, values in CHOICES.items():
         usual = getattr(depthwise, name)
+        modules = [one for one in (depthwise, correlation) if hasattr(one, name)]
         for value in values:
-            modules = [one for one in (depthwise, correlation) if hasattr(one, name)]
-            for module in modules:
-                setattr(module, name, value)
-            with contextlib.ExitStack() as stack:
-                stack.callback(lambda: [setattr(m, name, usual) for m in modules])  # noqa: B023
-                yield f"{name} {value}", {"ms": milliseconds(step, repeats, device)}
+            try:
+                for module in modules:
+                    setattr(module, name, value)
+                ms, timed = milliseconds(step, repeats, device)
+                found: dict[str, Any] = {"ms": ms, "timed": timed}
+            except RuntimeError as error:
+                found = {"ms": None, "reason": first_line(error)}
+            finally:
+                for module in modules:
+                    setattr(module, name, usual)
+            yield f"{name} {value}", found

@@ -1,0 +1,73 @@
+"""The benchmark of a GPU: what of it a CPU can show."""
+
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
+
+import pytest
+import torch
+
+from bench import gpu_operations
+
+CPU = torch.device("cpu")
+
+
+def test_a_tile_that_does_not_fit_leaves_the_others_their_figures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton")
+    from measnet.ops.gpu import depthwise
+
+    def milliseconds(*_: Any) -> tuple[float, str]:
+        if depthwise.CHANNELS == 32:
+            raise RuntimeError("the kernel cannot be built")
+        return float(depthwise.ROWS), "graph"
+
+    monkeypatch.setattr(gpu_operations, "milliseconds", milliseconds)
+    monkeypatch.setattr(gpu_operations, "_step", lambda *_: None)
+    before = depthwise.ROWS, depthwise.CHANNELS
+    rows = dict(gpu_operations.tune(CPU, 1))
+    assert before == (depthwise.ROWS, depthwise.CHANNELS)
+    assert rows["ROWS 8"] == {"ms": 8.0, "timed": "graph"}
+    assert rows["CHANNELS 32"] == {"ms": None, "reason": "RuntimeError: the kernel cannot be built"}
+    assert rows["WARPS 8"]["ms"] == before[0]
+    assert len(rows) == sum(len(values) for values in gpu_operations.CHOICES.values())
+
+
+class Events:
+    """Of a card that is not there."""
+
+    def __init__(self, **_: Any) -> None: ...
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: "Events") -> float:
+        return 8.0
+
+
+@pytest.mark.parametrize("captures", [True, False])
+def test_an_operation_is_timed_in_a_graph_where_it_can_be_captured(
+    monkeypatch: pytest.MonkeyPatch, captures: bool
+) -> None:
+    eager, replayed = [], []
+
+    def capture(step: Callable[[], None]) -> tuple[Callable[[], None], None]:
+        if not captures:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return lambda: replayed.append(1), None
+
+    monkeypatch.setattr(gpu_operations, "capture", capture)
+    monkeypatch.setattr(gpu_operations, "side_stream", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", Events)
+    ms, timed = gpu_operations.milliseconds(lambda: eager.append(1), 4, torch.device("cuda"))
+    assert ms == 2.0
+    if captures:
+        assert timed == "graph" and len(replayed) == 5
+    else:
+        assert timed.startswith("eager, not captured: RuntimeError: operation not permitted")
+        assert len(eager) == gpu_operations.WARM_UP + 4
