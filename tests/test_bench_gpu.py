@@ -10,9 +10,16 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are impo
 import pytest
 import torch
 
-from bench import gpu_operations
+from bench import gpu, gpu_operations
 
 CPU = torch.device("cpu")
+
+
+def test_steps_in_training_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(gpu, "_wait", lambda device: done.append("wait"))
+    gpu._mean(lambda: done.append("step"), 3, CPU)
+    assert done == ["wait", "step", "step", "step", "wait"]
 
 
 def test_a_tile_that_does_not_fit_leaves_the_others_their_figures(
