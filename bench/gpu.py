@@ -35,6 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import gpu_counts, gpu_operations
+from bench.gpu_operations import first_line
 from bench.gpu_steps import Training, build
 from measnet import config as configs
 from measnet.network import MEASNet
@@ -45,6 +46,8 @@ Section = Literal["network", "inference", "operations", "system", "counts", "tun
 Found = Iterator[tuple[str, dict[str, Any]]]
 """Names, and the figures of each."""
 GIB = 2**30
+FAILED = "failed"
+"""End of a figure's name: why there is none. Such a row counts among the errors."""
 STARTED = time.perf_counter()
 
 
@@ -107,7 +110,9 @@ def train_case(case: Case, device: torch.device, steps: int) -> Found:
                 )
                 found |= _timed(training, label, graph, steps, device)
             except torch.OutOfMemoryError:
-                found[f"{label}ms"] = None  # does not fit into this card
+                found |= {f"{label}ms": None, f"{label}reason": "does not fit into this card"}
+            except RuntimeError as error:  # the other labels can still be measured
+                found |= {f"{label}ms": None, f"{label}{FAILED}": first_line(error)}
             training = None
             gc.collect()
             if device.type == "cuda":
@@ -248,9 +253,10 @@ class Report:
             for name, found in part():
                 figures[name] = figures.get(name, {}) | found
                 self._line(name, found)
+                failed = {key: one for key, one in found.items() if key.endswith(FAILED)}
+                self.found["errors"] |= {f"{name} {key}": one for key, one in failed.items()}
         except Exception as error:  # a card fails in many ways
-            lines = str(error).strip().splitlines() or [""]
-            self.found["errors"][what] = f"{type(error).__name__}: {lines[0]}"
+            self.found["errors"][what] = first_line(error)
             traceback.print_exc()
             self.title(f"  {what} failed: {self.found['errors'][what]}")
         gc.collect()

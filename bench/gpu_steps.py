@@ -5,14 +5,12 @@ from collections.abc import Callable
 
 import torch
 
+from distributed.graphs import WARM_UP, capture, side_stream
 from measnet import config as configs
 from measnet.config import replace_dotted
 from measnet.losses import restoration_loss
 from measnet.network import MEASNet
 from measnet.ops import gpu_library
-
-WARM_UP = 3
-"""Steps before a CUDA graph is captured: libraries choose and kernels are built in them."""
 
 
 def build(preset: str) -> MEASNet:
@@ -47,17 +45,15 @@ class Training:
         self._adam.zero_grad(set_to_none=True)
 
     def graphed(self) -> Callable[[], None]:
-        """The same step as one CUDA graph."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        """The same step as one CUDA graph.
+
+        Raises:
+            RuntimeError: it cannot be captured; what runs without a graph works as before.
+        """
+        with side_stream(self._image.device):
             for _ in range(WARM_UP):
                 self.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
-        return graph.replay
+        return capture(self.step)[0]
 
 
 def launches(model: MEASNet, batch: int, crop: int) -> list[gpu_library.Launch]:

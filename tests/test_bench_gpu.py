@@ -10,9 +10,32 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are impo
 import pytest
 import torch
 
-from bench import gpu, gpu_operations
+from bench import gpu, gpu_operations, gpu_steps
+from bench.gpu_steps import Training
+from measnet.ops.choice import acceleration_allowed
 
 CPU = torch.device("cpu")
+
+
+def test_a_kind_of_step_that_fails_leaves_the_others_their_figures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Fails:
+        def __init__(self, *_: Any) -> None: ...
+
+        def step(self) -> None:
+            if acceleration_allowed():
+                raise RuntimeError("operation not permitted\nmore")
+
+    monkeypatch.setattr(gpu, "Training", Fails)
+    report = gpu.Report(CPU, beside_json=True)
+    case = gpu.SMALL_CASES[0]
+    report.attempt("cases", case.name, lambda: gpu.train_case(case, CPU, steps=2))
+    row = report.found["cases"][case.name]
+    assert row["eager_ms"] is None
+    assert row["eager_failed"] == "RuntimeError: operation not permitted"
+    assert row["plain_ms"] > 0 and row["plain_alone_ms"] > 0
+    assert list(report.found["errors"]) == [f"{case.name} eager_failed"]
 
 
 def test_steps_in_training_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,3 +101,18 @@ def test_an_operation_is_timed_in_a_graph_where_it_can_be_captured(
     else:
         assert timed.startswith("eager, not captured: RuntimeError: operation not permitted")
         assert len(eager) == gpu_operations.WARM_UP + 4
+
+
+def test_a_step_is_captured_as_that_of_a_run_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = []
+
+    def capture(step: Callable[[], None]) -> tuple[Callable[[], None], None]:
+        captured.append(step)
+        return step, None
+
+    monkeypatch.setattr(gpu_steps, "capture", capture)
+    monkeypatch.setattr(gpu_steps, "side_stream", lambda device: nullcontext())
+    training = Training(gpu.build("tiny"), CPU, 1, 16, "fp32")
+    monkeypatch.setattr(training, "step", lambda: None)
+    assert training.graphed() is training.step
+    assert captured == [training.step]
