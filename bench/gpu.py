@@ -41,6 +41,7 @@ from measnet import config as configs
 from measnet.network import MEASNet
 from measnet.ops import gpu_library
 from measnet.ops.choice import torch_only
+from measnet.tiling import full_precision
 
 Section = Literal["network", "inference", "operations", "system", "counts", "tune"]
 Found = Iterator[tuple[str, dict[str, Any]]]
@@ -156,35 +157,42 @@ def _timed(
     return found
 
 
+PRECISIONS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "fp32": full_precision,
+    "tf32": contextlib.nullcontext,
+    "bf16": contextlib.nullcontext,
+}
+"""How pictures are restored: with fp32 all through, as `measnet.restore` does; with torch's
+defaults, which are TF32 in convolutions; and in autocast."""
+
+
 @torch.no_grad()
 def infer(device: torch.device, side: int, preset: str, steps: int) -> Found:
-    """A whole picture with noise through the network; `small` has trained weights."""
+    """A whole picture with noise through the network; `small` has trained weights.
+
+    The quality is that of the kernels beside torch's own operations in fp32 all through.
+    """
     model = MEASNet.from_pretrained("small") if preset == "small" else build(preset)
     model = model.to(device).eval()
     clean = torch.from_numpy(data.astronaut()[:side, :side] / 255).permute(2, 0, 1)[None].float()
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)) * 25 / 255
     clean, image = clean.to(device), (clean + noise).to(device)
-    exact: Tensor | None = None
-    for precision in ("fp32", "bf16"):
-        times, peaks = {}, {}
+    with torch_only(), full_precision():
+        exact = model(image).image
+    for precision, context in PRECISIONS.items():
+        found: dict[str, Any] = {}
+        run = _inference(model, image, precision)
         for label, accelerated in (("", True), ("plain_", False)):
-            with contextlib.nullcontext() if accelerated else torch_only():
-                run = _inference(model, image, precision)
+            with contextlib.nullcontext() if accelerated else torch_only(), context():
                 restored = run()
                 if device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-                times[label] = _median(run, steps, device)
+                found[f"{label}ms"] = _median(run, steps, device) * 1e3
                 if device.type == "cuda":
-                    peaks[label] = torch.cuda.max_memory_allocated() / GIB
+                    found[f"{label}peak_gib"] = torch.cuda.max_memory_allocated() / GIB
             if accelerated:
-                kept = restored
-            elif precision == "fp32":
-                exact = restored
-        assert exact is not None
-        found = {f"{label}ms": ms * 1e3 for label, ms in times.items()}
-        found |= {f"{label}peak_gib": peak for label, peak in peaks.items()}
-        found["difference"] = (kept - exact).abs().max().item()
-        found["db_from_fp32"] = _psnr(kept, clean) - _psnr(exact, clean)
+                found["difference"] = (restored - exact).abs().max().item()
+                found["db_from_fp32"] = _psnr(restored, clean) - _psnr(exact, clean)
         yield f"{preset} infer {side}x{side} {precision}", found
 
 

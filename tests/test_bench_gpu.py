@@ -45,6 +45,27 @@ def test_steps_in_training_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -
     assert done == ["wait", "step", "step", "step", "wait"]
 
 
+def test_quality_is_measured_against_fp32_all_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    precisions: list[tuple[bool, str]] = []
+    network = gpu.build("tiny")
+    forward = network.forward
+
+    def watched(image: torch.Tensor) -> Any:
+        exact = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+        precisions.append((acceleration_allowed(), exact))
+        return forward(image)
+
+    monkeypatch.setattr(network, "forward", watched)
+    monkeypatch.setattr(gpu, "build", lambda preset: network)
+    rows = dict(gpu.infer(CPU, 32, "tiny", steps=1))
+    assert list(rows) == [f"tiny infer 32x32 {one}" for one in ("fp32", "tf32", "bf16")]
+    assert precisions[0] == (False, "ieee")
+    usual = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    assert {exact for _, exact in precisions[-4:]} == {usual}
+    fp32, _, bf16 = rows.values()
+    assert fp32["difference"] < 1e-4 < bf16["difference"]
+
+
 def test_a_tile_that_does_not_fit_leaves_the_others_their_figures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
