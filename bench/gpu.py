@@ -15,6 +15,7 @@ import contextlib
 import gc
 import json
 import math
+import os
 import signal
 import statistics
 import sys
@@ -35,9 +36,10 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import gpu_counts, gpu_operations
-from bench.gpu_operations import first_line
 from bench.gpu_steps import Training, build
 from measnet import config as configs
+from measnet.compile_ahead import compile_ahead, kernels_of_a_step
+from measnet.errors import typed
 from measnet.network import MEASNet
 from measnet.ops import gpu_library
 from measnet.ops.choice import torch_only
@@ -94,9 +96,14 @@ def train_case(case: Case, device: torch.device, steps: int) -> Found:
     """Milliseconds and memory of one step: fused with a CUDA graph, fused without, and torch's.
 
     `ms`: steps that follow each other, as in training; `alone_ms`: the median of steps that the
-    host waits for, with their start.
+    host waits for, with their start; `compile_s`: compiling the kernels, as training does first.
     """
     found: dict[str, Any] = {}
+    if device.type == "cuda" and gpu_library.choice(device).choice == "triton":
+        started = time.perf_counter()
+        wanted = {"micro_batch": case.batch, "crop": case.crop, "bf16": case.precision == "bf16"}
+        compile_ahead(kernels_of_a_step(build(case.preset).config, **wanted), os.cpu_count() or 1)
+        found["compile_s"] = time.perf_counter() - started
     for label, graph, accelerated in (
         ("", True, True),
         ("eager_", False, True),
@@ -113,7 +120,7 @@ def train_case(case: Case, device: torch.device, steps: int) -> Found:
             except torch.OutOfMemoryError:
                 found |= {f"{label}ms": None, f"{label}reason": "does not fit into this card"}
             except RuntimeError as error:  # the other labels can still be measured
-                found |= {f"{label}ms": None, f"{label}{FAILED}": first_line(error)}
+                found |= {f"{label}ms": None, f"{label}{FAILED}": typed(error)}
             training = None
             gc.collect()
             if device.type == "cuda":
@@ -264,7 +271,7 @@ class Report:
                 failed = {key: one for key, one in found.items() if key.endswith(FAILED)}
                 self.found["errors"] |= {f"{name} {key}": one for key, one in failed.items()}
         except Exception as error:  # a card fails in many ways
-            self.found["errors"][what] = first_line(error)
+            self.found["errors"][what] = typed(error)
             traceback.print_exc()
             self.title(f"  {what} failed: {self.found['errors'][what]}")
         gc.collect()

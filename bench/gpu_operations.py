@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed.graphs import WARM_UP, capture, side_stream
+from measnet.errors import typed
 from measnet.experts import PixelExperts
 from measnet.frequency import PictureExperts
 from measnet.hardware import peak
@@ -151,7 +152,7 @@ def milliseconds(step: Step, repeats: int, device: torch.device) -> tuple[float,
     try:
         again, _ = capture(step)
     except RuntimeError as error:
-        return _between_events(step, repeats), f"eager, not captured: {first_line(error)}"
+        return _between_events(step, repeats), f"eager, not captured: {typed(error)}"
     again()
     return _between_events(again, repeats), "graph"
 
@@ -197,12 +198,6 @@ def _kernel_milliseconds(start: Step, repeats: int, device: torch.device) -> flo
     return statistics.median(times)
 
 
-def first_line(error: BaseException) -> str:
-    """Type and first line of an error: what a row of figures has room for."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
-
-
 CHOICES = {
     "ROWS": (8, 16, 32),
     "COLUMNS": (16, 32),
@@ -231,7 +226,7 @@ def tune(device: torch.device, repeats: int) -> Iterator[tuple[str, dict[str, An
                 ms, timed = milliseconds(step, repeats, device)
                 found: dict[str, Any] = {"ms": ms, "timed": timed}
             except RuntimeError as error:
-                found = {"ms": None, "reason": first_line(error)}
+                found = {"ms": None, "reason": typed(error)}
             finally:
                 for module in modules:
                     setattr(module, name, usual)

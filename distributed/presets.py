@@ -39,21 +39,22 @@ def demo() -> TrainConfig:
             loader_workers=0,
         ),
         recipe=Recipe(
-            samples=6_400,
-            global_batch=8,
-            micro_batch=4,
+            samples=4_800,
+            global_batch=4,  # smaller steps, more of them: better than 6,400 samples by eights
+            micro_batch=2,
             optimizer="muon",  # 1.2 dB better than Adam with the same seed and data
             lr=3e-3,
+            muon_lr=0.01,
             beta2=0.99,
             warmup_samples=160,
-            ema_decay=0.98,
+            ema_decay=0.99,
             balance_weight=0.1,  # with the paper's 1e-4 the pixel experts collapse
             frequency_weight=0.1,  # about 0.9 dB better
         ),
         # Two workers of one thread each: small pictures do not fill two threads. On the CPU, so
         # that the preset runs on every machine; `make demo` takes the GPUs that it finds.
         scaling=ScalingConfig(workers="2", device="cpu", cpus_per_worker=1),
-        every=IntervalConfig(checkpoint=1_600, validate=3_200, validation_pictures=1, log=80),
+        every=IntervalConfig(checkpoint=1_600, validate=2_400, validation_pictures=1, log=80),
     )
 
 
