@@ -120,12 +120,16 @@ def effective_experts(trial: TrialRecord) -> float | None:
 def comparable_trials(record: SearchRecord) -> list[tuple[TrialRecord, float]]:
     """Trials with their PSNR at the same length: at the end if 8 or more finished, else at
     the first validation that all reached."""
-    if len(record.finished) >= 8:
+    if _compares_ends(record):
         return [(trial, trial.psnr or 0.0) for trial in record.finished]
     alive = [t for t in record.trials if t.state != "failed" and t.curve]
     first = max((trial.curve[0][0] for trial in alive), default=0)
     at = [(trial, dict(trial.curve).get(first)) for trial in alive]
     return [(trial, psnr) for trial, psnr in at if psnr is not None and is_number(psnr)]
+
+
+def _compares_ends(record: SearchRecord) -> bool:
+    return len(record.finished) >= 8
 
 
 def _complete_study(trials: Iterable[tuple[TrialRecord, float]], space: Space) -> "optuna.Study":
@@ -262,7 +266,7 @@ def _importance(record: SearchRecord, space: Space) -> dict[str, Any] | None:
     return {
         "chart": plots.bars(named, "share (PED-ANOVA)", notes=notes) if shares else "",
         "trials": len(trials),
-        "length": "at the end" if len(record.finished) >= 8 else "at their first validation",
+        "length": "at the end" if _compares_ends(record) else "at their first validation",
     }
 
 

@@ -118,7 +118,7 @@ def best_config(config: SearchConfig, trial: TrialRecord) -> TrainConfig:
     return dataclasses.replace(train, name=f"{config.train.name}-best")
 
 
-def card(record: SearchRecord, trial: TrialRecord) -> str:
+def model_card(record: SearchRecord, trial: TrialRecord) -> str:
     """The best trial in Markdown: its values, its figures, and the protocol."""
     lines = [
         f"# {trial.name}",
@@ -171,9 +171,10 @@ def _send_to_mlflow(config: SearchConfig, record: SearchRecord) -> mlflow_tracke
             return None  # MLflow stopped answering: do not wait for it once per trial
     best = record.best
     if best is not None:
+        text = model_card(record, best)
         mlflow_tracker.annotate(
             summary,
-            {"measnet.champion": best.name, "mlflow.note.content": card(record, best)},
+            {"measnet.champion": best.name, "mlflow.note.content": text},
             {
                 "search/best_psnr": best.psnr or 0.0,
                 "search/trials": float(len(record.trials)),
@@ -185,7 +186,7 @@ def _send_to_mlflow(config: SearchConfig, record: SearchRecord) -> mlflow_tracke
         weights = join(record.folder, CHAMPION)
         if record.state == "finished" and exists(weights):
             with local_copy(weights) as path:
-                register_champion(config, record, best, path, card(record, best))
+                register_champion(config, record, best, path, text)
     return summary
 
 
