@@ -30,7 +30,7 @@ from shards.storage import exists, write
 
 SYNTHESISED = ("derain", "dehaze", "deblur", "lowlight", "lowlight+denoise")
 """Degradations that are made from the photographs; noise is added while loading."""
-LEAST = 5
+LEAST_PHOTOGRAPHS = 5
 """Photographs that are needed: to train, to validate and to test on."""
 REPEATS = {
     "denoise_15": 1,
@@ -110,10 +110,10 @@ def split(photos: Path) -> Split:
     if not photos.is_dir():
         raise ValueError(f"{photos} is not a folder; give the folder of your photographs")
     found = layouts.pictures(str(photos))
-    if len(found) < LEAST:
+    if len(found) < LEAST_PHOTOGRAPHS:
         raise ValueError(
             f"{photos} holds {len(found)} pictures ({', '.join(layouts.SUFFIXES)}), but at least "
-            f"{LEAST} are needed: some are held out to validate and to test on"
+            f"{LEAST_PHOTOGRAPHS} are needed: some are held out to validate and to test on"
         )
     test = found[:: max(2, min(5, len(found) // 2))]
     rest = [name for name in found if name not in set(test)]

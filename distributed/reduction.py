@@ -16,7 +16,7 @@ from distributed.internals.torch import foreach_mul_, foreach_zero_
 BUCKETS = 8
 """Buckets of a large network. The last one is complete only when the backward pass ends, so it
 should be a small part."""
-LEAST = 2**18
+LEAST_BUCKET = 2**18
 """Elements of a bucket of a small network: 1 MiB, sent in about the time that one more all-reduce
 takes to start."""
 ALIGNMENT = 4
@@ -75,7 +75,7 @@ class GradientReduction:
         """
         self._ends_step = ends_step
         backwards = list(reversed(parameters))
-        ranges = divide([p.numel() for p in backwards], BUCKETS, LEAST)
+        ranges = divide([p.numel() for p in backwards], BUCKETS, LEAST_BUCKET)
         self._buckets = [_Bucket([backwards[i] for i in part]) for part in ranges]
         self._flats = [bucket.flat for bucket in self._buckets]
         for bucket, part in zip(self._buckets, ranges, strict=True):
