@@ -83,7 +83,7 @@ def _step(engine: Any, step: int, accumulation: int = 2) -> list[Tensor]:
 
 def compare(device_type: str = "cpu") -> dict[str, Any]:
     """Four steps with and without overlap, of which the second is skipped; two more resumed."""
-    reduction.LEAST = 64
+    reduction.LEAST_BUCKET = 64
     device = torch.device(device_type, dist.get_rank() if device_type == "cuda" else None)
     if device_type == "cuda":
         torch.cuda.set_device(device)
@@ -133,7 +133,7 @@ def assert_the_same(ranks: list[dict[str, Any]], *, exactly: bool) -> None:
 
 def _events() -> tuple[list[list[str]], int]:
     """What happens in three steps: all-reduces that start, and the gradient of the first layer."""
-    reduction.LEAST = 64
+    reduction.LEAST_BUCKET = 64
     engine = _engine(_config(dist.get_world_size()), _Network())
     events: list[str] = []
     start = dist.all_reduce
@@ -151,7 +151,7 @@ def _events() -> tuple[list[list[str]], int]:
         _step(engine, step)
         steps.append(list(events))
     sizes = [p.numel() for p in reversed(list(engine.module.parameters()))]
-    return steps, len(divide(sizes, reduction.BUCKETS, reduction.LEAST))
+    return steps, len(divide(sizes, reduction.BUCKETS, reduction.LEAST_BUCKET))
 
 
 def test_all_reduces_start_before_the_backward_pass_ends() -> None:
