@@ -78,9 +78,8 @@ def test_spans_that_overlap_are_one(
 
 
 def test_a_run_goes_back_after_skips_in_a_row_and_names_their_samples(tmp_path: Path) -> None:
-    config = replace_dotted(
-        demo(), {"storage": str(tmp_path), "name": "r", "guard.skips_in_a_row": 2}
-    )
+    changes = {"storage": str(tmp_path), "name": "r", "guard.skips_in_a_row": 2}
+    config = replace_dotted(demo(), {**changes, "recipe.global_batch": 8})
     (tmp_path / "r").mkdir()
     weight = nn.Parameter(torch.ones(1))
     lines: list[str] = []
