@@ -62,7 +62,7 @@ def test_a_yaml_file_is_a_starting_point(tmp_path: Path) -> None:
         (["demo", "--data.later-crops", "96"], ["data.later_crops is '96'", "SAMPLES:SIDE"]),
         (["demo", "--data.later-crops", "800:8"], ["data.later_crops is '800:8'", "16 or more"]),
         (["demo", "--data.later-crops", "800:64,80:96"], ["samples that increase"]),
-        (["demo", "--data.later-crops", "802:64"], ["after 802 samples", "multiple of", "(4)"]),
+        (["demo", "--data.later-crops", "804:64"], ["after 804 samples", "multiple of", "(8)"]),
         (["demo", "--data.later-crops", "80000:64"], ["below recipe.samples ("]),
         (["demo", "--recipe.lerning", "1"], ["unknown option --recipe.lerning"]),
         (["--batch-size", "4"], ["did you mean --recipe.global-batch or --recipe.micro-batch?"]),
