@@ -142,7 +142,7 @@ class Lease:
     folder: str
     owner: Owner
     lost: str = ""
-    """Who owns the folder now, if this process was taken for dead; empty while it owns it."""
+    """Why this process no longer owns the folder, in words; empty while it owns it."""
 
 
 def in_use(folder: str) -> bool:

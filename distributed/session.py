@@ -101,7 +101,8 @@ class Session:
         self._first_micro_batch = self._slice * self._accumulation
         self.loss_weight = 0.0 if self._idle else self.world / self._sharing
 
-        compile_kernels(self.config, decisions, first_on_node=context.get_local_rank() == 0)
+        first_on_node = context.get_local_rank() == 0
+        compile_kernels(self.config, decisions, first_on_node=first_on_node)
         found = self._agree_on_checkpoint()
         state = found.state() if found else None
         torch.manual_seed(self.config.seed)
@@ -151,7 +152,6 @@ class Session:
         self._damaged = 0
         self.stop_reason = ""
         self._noticed = False
-        first_on_node = context.get_local_rank() == 0
         cloud = which_cloud(self.config.scaling.preemption_notice) if first_on_node else "off"
         self._notice = NoticeWatcher(cloud, lambda line: self.note(line, from_any_rank=True))
         self._tiling: Tiling | None = None

@@ -105,8 +105,8 @@ class SearchRecord:
     """Number of the finished trial with the best PSNR."""
     best_command: str = ""
     """Trains the champion at full length."""
-    registered: str = ""
-    """Name of the trial that this search registered in MLflow."""
+    registered: list[str] = field(default_factory=list)
+    """Name of the trial that this search registered in MLflow, and the model it became."""
     registration: str = ""
     """Whether the champion was registered in MLflow, and why."""
     validation_data: str = ""

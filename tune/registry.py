@@ -61,7 +61,7 @@ def register_champion(
 ) -> None:
     """Register the best trial's model if `decide` allows it; write the reason into the record."""
     model = f"{config.model_name}@{ALIAS}"
-    if record.registered == best.name:
+    if record.registered == [best.name, model]:
         return
     key = mlflow_tracker.run_key(best.folder)
     run = mlflow_tracker.prepare(config.train.tracking, name=best.name, key=key)
@@ -77,7 +77,7 @@ def register_champion(
     elif mlflow_model.log_model(run, weights) and mlflow_model.register(
         run, config.model_name, ALIAS, card, new
     ):
-        record.registered = best.name
+        record.registered = [best.name, model]
         record.registration = f"{best.name} is {model} now: {decision.reason}"
     else:
         record.registration = "MLflow did not accept the model; the same command tries again"

@@ -139,9 +139,8 @@ def parts(engine: Any) -> Iterator[Part]:
             ]
             flat = engine.optimizer.fp32_partitioned_groups_flat[group]
             start = rank * numel
-            numel = max(
-                0, min(numel, math.prod(whole_shape(parameter)) - start)
-            )  # the last part may be padded
+            left = math.prod(whole_shape(parameter)) - start
+            numel = max(0, min(numel, left))  # the last part may be padded
             if numel:
                 yield Part(
                     name, start, flat.data[flat_start : flat_start + numel], flat, flat_start
