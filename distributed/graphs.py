@@ -68,6 +68,11 @@ class MicroBatchGraph:
         self._results: tuple[Losses, Restoration] | None = None
         self._weights = balance_weight, frequency_weight
         device = next(self._network.parameters()).device
+        # Between the two passes. `external`: each replay records it, so its time can be read.
+        on_gpu = device.type == "cuda"
+        self._middle = torch.cuda.Event(enable_timing=True, external=True) if on_gpu else None
+        self.forward_share: float | None = None
+        """Of the forward pass in the time of a replay, measured once; None: not measured."""
         # Noise must be drawn anew in each replay, so the capture has to know its source.
         noisy = self._network.config.variant == "official"
         self._noise = torch.Generator(device) if noisy else None
@@ -98,8 +103,7 @@ class MicroBatchGraph:
             self._replay, self._results = capture(self._pass, self._noise)
             self._start_at_zero()
             self._draw(WARM_UP)
-            self._replay()
-            found = self._norm()
+            self.forward_share, found = self._first_replay()
         except RuntimeError as error:  # also torch's errors of a device
             raise GraphError(typed(error)) from error
         finally:
@@ -154,6 +158,8 @@ class MicroBatchGraph:
         with torch.autocast(device, torch.bfloat16, enabled=self._bf16, cache_enabled=False):
             restoration = self._network(self._degraded, generator=self._noise)
         losses = restoration_loss(restoration, self._clean, *self._weights)
+        if self._middle is not None:
+            self._middle.record()
         loss = losses.total * self._loss_weight
         gradients = torch.autograd.grad(loss, self._parameters, allow_unused=True)
         self._used = [i for i, one in enumerate(gradients) if one is not None]
@@ -165,6 +171,23 @@ class MicroBatchGraph:
             balance_loss=restoration.balance_loss.detach(),
             z_loss=restoration.z_loss.detach(),
         )
+
+    def _first_replay(self) -> tuple[float | None, float]:
+        """Share of the forward pass in its time, and the norm of the gradients."""
+        assert self._replay is not None
+        if self._middle is None:
+            self._replay()
+            return None, self._norm()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self._replay()
+        end.record()
+        norm = self._norm()  # waits for the device
+        try:
+            share = start.elapsed_time(self._middle) / start.elapsed_time(end)
+        except RuntimeError:  # the graph is good without this figure
+            share = None
+        return share, norm
 
     def _warm_up(self, device: torch.device) -> Sequence[int]:
         """Eager passes, of which the last one's gradients are left."""

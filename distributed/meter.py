@@ -43,7 +43,7 @@ class Meter:
         since = time.perf_counter()
         yield
         self.wait_s += time.perf_counter() - since
-        self.clock.begin("forward_backward")
+        self.clock.begin("forward")
 
     def add(self, losses: Losses, restoration: Restoration, batch: Batch) -> None:
         """Count one micro-batch on the device, without waiting for it."""

@@ -15,7 +15,7 @@ import time
 import traceback
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,12 @@ process was paused, for example with its container; this is not a hang."""
 
 WHERE_AFTER_S = 5.0
 """Seconds without progress after which a rank also reports the line of code that it executes."""
+
+PAUSES = {
+    "validation": ("last validation", "speed/validate_s"),
+    "checkpoint": ("last checkpoint", "speed/save_s"),
+}
+"""Phases between two steps -> how the line of progress names them, and the metric."""
 
 HUNG = 70
 """Exit code of a worker that ends itself because the run hangs."""
@@ -174,6 +180,7 @@ class Reporter:
         self._phase: Phase = "start"
         self._attempt: Attempt | None = None
         self._spent: dict[str, float] = {}
+        self._pauses: dict[str, float] = {}
         self._entered = time.monotonic()
         self._step, self._marks = 0, 0
         self._step_ended: float | None = None
@@ -189,7 +196,10 @@ class Reporter:
     def enter(self, phase: Phase, step: int | None = None) -> None:
         """Record the phase that begins now, and its step (from 1) if the step is a new one."""
         now = time.monotonic()
-        self._spent[self._phase] = self._spent.get(self._phase, 0.0) + now - self._entered
+        took = now - self._entered
+        self._spent[self._phase] = self._spent.get(self._phase, 0.0) + took
+        if self._phase in PAUSES:
+            self._pauses[PAUSES[self._phase][1]] = took
         self._phase, self._entered = phase, now
         self._step = self._step if step is None else step
         self._marks += 1
@@ -216,7 +226,7 @@ class Reporter:
 
     def update(self, progress: dict[str, Any]) -> None:
         """Record the progress of the run; the thread sends it."""
-        self._progress = progress
+        self._progress = self._pauses | progress
         if self._attempt is not None:
             self._attempt.last = progress["samples"]
 
@@ -395,10 +405,21 @@ def progress_line(progress: dict[str, Any], total: int) -> str:
         f"{progress['samples']:,}/{total:,} samples  {rate:.1f}/s"
         + ("" if peak is None else f" ({peak:.0%} of the card's peak)")
         + f"  loss {progress['train/loss']:.4f}  lr {progress['train/learning_rate']:.2e}  "
-        f"passes {_seconds(progress['speed/forward_backward_s'])}, "
-        f"update {_seconds(progress['speed/update_s'])}, "
-        f"data wait {progress['speed/data_wait']:.0%}  left {_duration(left)}"
+        f"{', '.join(_parts(progress))}  left {_duration(left)}"
     )
+
+
+def _parts(progress: dict[str, Any]) -> Iterator[str]:
+    """The times of a step's parts, and how long the last validation and checkpoint took."""
+    apart = "speed/forward_s" in progress
+    names = ("forward", "backward") if apart else ("forward_backward",)
+    for name in (*names, "update"):
+        shown = "passes" if name == "forward_backward" else name
+        yield f"{shown} {_seconds(progress[f'speed/{name}_s'])}"
+    yield f"data wait {progress['speed/data_wait']:.0%}"
+    for shown, name in PAUSES.values():
+        if name in progress:
+            yield f"{shown} {_seconds(progress[name])}"
 
 
 def _seconds(seconds: float) -> str:

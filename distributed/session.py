@@ -296,7 +296,10 @@ class Session:
         metrics = curve_point(step, sums, world=self.world, skipped=skipped)
         crop = self.config.data.crop_at(step.samples - self.config.recipe.global_batch)
         flops = flops_per_sample(self._multiply_adds, crop)
-        metrics |= self._speed.after_step(metrics, step.marks, flops=flops, last=step.ends_point)
+        share = self.graph.forward_share if self.graph else None
+        metrics |= self._speed.after_step(
+            metrics, step.marks, flops=flops, last=step.ends_point, forward_share=share
+        )
         checkpoint_s = self._writer.seconds if self._writer else 0.0
         self._reporter.update({"samples": step.samples, "checkpoint_s": checkpoint_s, **metrics})
         if step.ends_point or self.stop_reason:

@@ -15,7 +15,8 @@ import torch
 
 from measnet.hardware import Card, Peak, peak
 
-Phase = Literal["data", "forward_backward", "update"]
+Phase = Literal["data", "forward", "backward", "graph", "update"]
+"""Parts of a step; `graph` is the forward and the backward pass as one CUDA graph."""
 Mark = tuple[Phase, float | torch.cuda.Event]
 """What begins, and when: seconds on a CPU, an event on a GPU."""
 SIDE = 256
@@ -101,10 +102,16 @@ class Speed:
 
     def _start_point(self) -> None:
         self._steps = 0
-        self._forward_backward_s, self._update_s = 0.0, 0.0
+        self._seconds: dict[str, float] = defaultdict(float)
 
     def after_step(
-        self, point: Mapping[str, float], marks: Sequence[Mark], *, flops: float, last: bool
+        self,
+        point: Mapping[str, float],
+        marks: Sequence[Mark],
+        *,
+        flops: float,
+        last: bool,
+        forward_share: float | None = None,
     ) -> dict[str, float]:
         """Count a step whose sums have been read; the metrics, of which times are means per step.
 
@@ -113,15 +120,20 @@ class Speed:
             marks: of the step.
             flops: of one of its samples, from `flops_per_sample`.
             last: whether the point of the curves ends with it.
+            forward_share: of the forward pass in a graph's time; None if it is not known. Then
+                only the sum of both passes is.
         """
         found = durations(marks)
+        graph_s = found.get("graph", 0.0)
+        forward_s, backward_s = found.get("forward", 0.0), found.get("backward", 0.0)
         self._steps += 1
-        self._forward_backward_s += found.get("forward_backward", 0.0)
-        self._update_s += found.get("update", 0.0)
-        parts = {
-            "speed/forward_backward_s": self._forward_backward_s / self._steps,
-            "speed/update_s": self._update_s / self._steps,
-        }
+        self._seconds["forward_backward_s"] += forward_s + backward_s + graph_s
+        self._seconds["update_s"] += found.get("update", 0.0)
+        if not graph_s or forward_share is not None:
+            share = forward_share or 0.0
+            self._seconds["forward_s"] += forward_s + share * graph_s
+            self._seconds["backward_s"] += backward_s + (1 - share) * graph_s
+        parts = {f"speed/{name}": sum_s / self._steps for name, sum_s in self._seconds.items()}
         if last:
             self._start_point()
         rate = point["speed/samples_per_s"]

@@ -43,11 +43,13 @@ def train_loop(settings: dict[str, Any]) -> dict[str, Any]:
             degraded, clean = upload(batch.degraded), upload(batch.clean)
             noise = gate_noise(config.seed, session.step, micro_batch, device)
             graph = session.graph_for(degraded)
-            if graph is not None:  # the same three lines as one CUDA graph
+            if graph is not None:  # the same passes as one CUDA graph
+                session.meter.clock.begin("graph")
                 losses, restoration = graph(degraded, clean, noise.initial_seed())
             else:
                 restoration = engine(degraded, generator=noise)
                 losses = restoration_loss(restoration, clean, *weights)
+                session.meter.clock.begin("backward")
                 engine.backward(losses.total * session.loss_weight)
             session.meter.clock.begin("update")
             engine.step()  # DeepSpeed updates the weights at the last micro-batch of the step

@@ -112,7 +112,8 @@ def test_a_run_leaves_what_is_needed(finished: Path) -> None:
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     metrics = {name: value for r in records for name, value in r["metrics"].items()}
     assert "speed/peak_share" not in metrics  # a CPU is in no table
-    parts = ("forward_backward_s", "update_s", "validate_s", "save_s", "first_step_s")
+    parts = ("forward_s", "backward_s", "forward_backward_s", "update_s")
+    parts += ("validate_s", "save_s", "first_step_s")
     for name in ("model_tflops", *parts):
         assert metrics[f"speed/{name}"] > 0
     (worker,) = json.loads((run / "environment.json").read_text())["workers"]

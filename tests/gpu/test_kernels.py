@@ -112,6 +112,7 @@ def test_a_graph_computes_what_eager_passes_compute(
     graph = graphs.MicroBatchGraph(
         engine, micro_batch=2, crop=64, bf16=True, balance_weight=1e-4, loss_weight=0.5
     )
+    assert graph.forward_share is not None and 0.1 < graph.forward_share < 0.9
     pictures = [torch.rand(2, 3, 64, 64, device=gpu) for _ in range(2)]
     losses = [graph(one, one.flip(-1), seed)[0].total.item() for seed, one in enumerate(pictures)]
     ours = [p.grad.clone() for p in model.parameters() if p.grad is not None]
