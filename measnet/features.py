@@ -78,7 +78,7 @@ class InFile:
     def write(self, top: int, rows_bhwc: Tensor) -> None:
         """See `Features`."""
         self._file.seek(top * self._row)
-        self._file.write(_bytes(rows_bhwc.cpu().contiguous()))
+        self._file.write(_bytes(rows_bhwc.float().cpu().contiguous()))
 
     def close(self) -> None:
         """See `Features`."""

@@ -9,9 +9,9 @@ import logging
 import math
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ STEP = 64
 """Chosen sides are multiples of this."""
 LEAST_TILE = 128
 """Smallest side that is chosen here: in smaller tiles the network sees too little."""
+Precision = Literal["fp32", "bf16"]
+"""`bf16`: by autocast, as in training; for GPUs that have it."""
 ARITHMETIC = "fp32 without TF32"
 """Arithmetic of all figures, on a CPU and on a GPU."""
 
@@ -179,7 +181,12 @@ _BYTES_OF_RESULT = 3 * 4
 
 
 def restore(
-    model: MEASNet, image: Tensor, *, tile: int | None = None, overlap: int = OVERLAP
+    model: MEASNet,
+    image: Tensor,
+    *,
+    tile: int | None = None,
+    overlap: int = OVERLAP,
+    precision: Precision = "fp32",
 ) -> Tensor:
     """Restore one picture or a batch.
 
@@ -191,6 +198,8 @@ def restore(
         tile: side of the square tiles in pixels; None restores the picture whole.
         overlap: pixels that neighbouring tiles share and blend; less than `tile`. Not used with
             variant paper, whose tiles give what the whole picture gives.
+        precision: of the network's features. Features that are kept for the whole picture, and
+            the result, are fp32.
 
     Returns:
         Same shape as `image`, clamped to [0, 1].
@@ -199,7 +208,8 @@ def restore(
         ValueError: other shapes, or the overlap does not fit the tile.
         torch.OutOfMemoryError: not even tiles of `LEAST_TILE` fit.
     """
-    return restore_routed(model, image, tile=tile, overlap=overlap).image
+    done = restore_routed(model, image, tile=tile, overlap=overlap, precision=precision)
+    return done.image
 
 
 def restore_routed(
@@ -208,6 +218,7 @@ def restore_routed(
     *,
     tile: int | None = None,
     overlap: int = OVERLAP,
+    precision: Precision = "fp32",
     memory: FeatureMemory = BY_FREE_MEMORY,
     progress: Progress | None = None,
 ) -> Restored:
@@ -226,7 +237,8 @@ def restore_routed(
         tile = None
     while True:
         try:
-            restored = _restore(model, batch, tile, overlap, memory, progress)
+            with arithmetic(precision, next(model.parameters()).device):
+                restored = _restore(model, batch, tile, overlap, memory, progress)
             return restored._replace(image=restored.image.view(image.shape))
         except (torch.OutOfMemoryError, MemoryError):
             smaller = smaller_tile(tile or max(height, width))
@@ -264,6 +276,14 @@ def full_precision() -> Iterator[None]:
     finally:
         for operation, precision in zip(operations, before, strict=True):
             operation.fp32_precision = precision
+
+
+@contextmanager
+def arithmetic(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Inside the block, a network on `device` computes in this precision."""
+    low = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    with full_precision(), low:
+        yield
 
 
 @torch.no_grad()
@@ -306,16 +326,15 @@ def _restore_exactly(
     done = []
     for at, image in enumerate(batch):
         store = memory.store(model, tile, image.shape[-2:].numel())
-        with full_precision():
-            done.append(
-                restore_in_windows(
-                    model,
-                    image,
-                    side=tile,
-                    store=store,
-                    progress=lambda share, at=at: report((at + share) / len(batch)),  # type: ignore[misc]
-                )
+        done.append(
+            restore_in_windows(
+                model,
+                image,
+                side=tile,
+                store=store,
+                progress=lambda share, at=at: report((at + share) / len(batch)),  # type: ignore[misc]
             )
+        )
     routing = {
         name: torch.cat([one.routing[name] for one in done]).to(batch.device).double()
         for name in done[0].routing
@@ -327,8 +346,7 @@ def _restore_exactly(
 
 def _run(model: MEASNet, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Run the network on its device; returns restored pictures and routing on `batch`'s device."""
-    with full_precision():
-        out = model(batch.to(next(model.parameters()).device))
+    out = model(batch.to(next(model.parameters()).device))
     routing = {name: chosen.to(batch.device).double() for name, chosen in out.routing.items()}
     return out.image.to(batch.device), routing
 

@@ -211,6 +211,7 @@ def test_wrong_inputs_are_one_line(
         (picture, "out", ["--tile", "-1"], "--tile is -1"),
         (picture, "out", ["--memory", "0.1"], "--memory is 0.1 GB"),
         (picture, "out", ["--force", "--skip-existing"], "exclude each other"),
+        (picture, "out", ["--precision", "bf16", "--device", "cpu"], "bf16 needs a GPU of"),
         (picture, "out", ["--weights", "nowhere.ckpt"], "no file"),
         (picture, "out", ["--weights", str(tmp_path / "bad.safetensors")], "complete safetensors"),
     ):

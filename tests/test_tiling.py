@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from measnet.network import MEASNet, Restoration
 from measnet.tiling import (
     LEAST_TILE,
     OVERLAP,
+    FeatureMemory,
     Tiling,
     choose_tile,
     choose_tiling,
@@ -28,6 +30,7 @@ from measnet.tiling import (
     restore_routed,
     smaller_tile,
 )
+from measnet.transformer import ChannelAttention, TransformerBlock
 
 GB = 10**9
 SMALL = replace_dotted(configs.tiny(), {"dim": 8})
@@ -163,6 +166,28 @@ def test_figures_are_computed_in_fp32(model: MEASNet) -> None:
     with pytest.raises(KeyError), full_precision():
         raise KeyError
     assert (products.fp32_precision, convolutions.fp32_precision) == before
+
+
+@pytest.mark.parametrize(("variant", "tile"), [("paper", None), ("paper", 24), ("official", 80)])
+def test_bf16_is_near_fp32_also_in_tiles_and_files(
+    variant: str, tile: int | None, tmp_path: Path
+) -> None:
+    network = MEASNet.from_pretrained("small") if variant == "paper" else MEASNet(BLENDED).eval()
+    image = torch.rand(3, 40, 70) if variant == "paper" else torch.rand(3, 96, 112)
+    seen = set()
+    for module in network.modules():  # features between the parts of the network
+        if isinstance(module, TransformerBlock | ChannelAttention):
+            module.register_forward_hook(lambda *given: seen.add(given[2].dtype))
+    memory = FeatureMemory(ram=0, folder=tmp_path)
+    exact, rounded = (
+        restore_routed(network, image, tile=tile, overlap=16, precision=precision, memory=memory)
+        for precision in ("fp32", "bf16")
+    )
+    assert rounded.image.dtype == torch.float32
+    assert torch.bfloat16 in seen
+    apart = (rounded.image - exact.image).square().mean().sqrt()
+    assert 0 < apart < 0.02
+    assert not list(tmp_path.iterdir())
 
 
 # --- Out of memory ---
