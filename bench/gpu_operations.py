@@ -1,5 +1,6 @@
 """Operations of the network on a GPU, each beside torch's own, and the kernels that it starts."""
 
+import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -198,13 +199,16 @@ def _kernel_milliseconds(start: Step, repeats: int, device: torch.device) -> flo
     return statistics.median(times)
 
 
-CHOICES = {
-    "ROWS": (8, 16, 32),
-    "COLUMNS": (16, 32),
-    "CHANNELS": (32, 64),
-    "WARPS": (4, 8),
-}
-"""Tile sizes of the kernels that slide down rows, which `tune` tries one after the other."""
+SLIDING = ("depthwise", "correlation")
+CHOICES: tuple[tuple[tuple[str, ...], str, tuple[int, ...]], ...] = (
+    (SLIDING, "ROWS", (8, 16, 32)),
+    (SLIDING, "COLUMNS", (16, 32)),
+    (SLIDING, "CHANNELS", (32, 64)),
+    (SLIDING, "WARPS", (4, 8)),
+    (("gated",), "COLUMNS", (16, 32)),
+    (("gated",), "WIDEST", (0, 128)),  # 0: the gate and the product are two kernels
+)
+"""Modules of `measnet.ops.gpu`, a constant, and its values, which `tune` tries one by one."""
 
 
 def tune(device: torch.device, repeats: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -212,22 +216,21 @@ def tune(device: torch.device, repeats: int) -> Iterator[tuple[str, dict[str, An
 
     A tile that does not fit into the card gets a reason and no time.
     """
-    from measnet.ops.gpu import correlation, depthwise
-
     block = TransformerBlock(96, 2, 2.66).to(device)
     step = _step(block, block, (BATCH, 128, 128, 96), device)
-    for name, values in CHOICES.items():
-        usual = getattr(depthwise, name)
-        modules = [one for one in (depthwise, correlation) if hasattr(one, name)]
+    for names, constant, values in CHOICES:
+        every = [importlib.import_module(f"measnet.ops.gpu.{name}") for name in names]
+        modules = [one for one in every if hasattr(one, constant)]
+        usual = getattr(modules[0], constant)
         for value in values:
             try:
                 for module in modules:
-                    setattr(module, name, value)
+                    setattr(module, constant, value)
                 ms, timed = milliseconds(step, repeats, device)
                 found: dict[str, Any] = {"ms": ms, "timed": timed}
             except RuntimeError as error:
                 found = {"ms": None, "reason": typed(error)}
             finally:
                 for module in modules:
-                    setattr(module, name, usual)
-            yield f"{name} {value}", found
+                    setattr(module, constant, usual)
+            yield f"{names[0]}.{constant} {value}", found

@@ -17,7 +17,8 @@ from measnet.ops.gpu.correlation import (
     mixer,
     mixer_back,
 )
-from measnet.ops.gpu.depthwise import convolve, convolve_back, gate, gate_back
+from measnet.ops.gpu.depthwise import convolve, convolve_back, gate_back
+from measnet.ops.gpu.gated import gate_project
 from measnet.ops.gpu.products import (
     Normalised,
     multiply,
@@ -197,7 +198,7 @@ class _FeedForward(torch.autograd.Function):
         kernels = _padded(depthwise.flatten(2), 1, padded, torch.float32).flatten(0, 1)
         out = _padded(project_out, 1, padded, x.dtype)
         planes, kept = norm_project(x, (weight, bias, epsilon), into)
-        result = multiply(gate(planes, kernels), out, residual=x)
+        result = gate_project(planes, kernels, out, x)
         ctx.save_for_backward(x, *kept, weight, bias, into, planes, kernels, out)
         ctx.hidden = hidden
         return result
