@@ -82,10 +82,13 @@ def test_a_tile_that_does_not_fit_leaves_the_others_their_figures(
     before = depthwise.ROWS, depthwise.CHANNELS
     rows = dict(gpu_operations.tune(CPU, 1))
     assert before == (depthwise.ROWS, depthwise.CHANNELS)
-    assert rows["ROWS 8"] == {"ms": 8.0, "timed": "graph"}
-    assert rows["CHANNELS 32"] == {"ms": None, "reason": "RuntimeError: the kernel cannot be built"}
-    assert rows["WARPS 8"]["ms"] == before[0]
-    assert len(rows) == sum(len(values) for values in gpu_operations.CHOICES.values())
+    assert rows["depthwise.ROWS 8"] == {"ms": 8.0, "timed": "graph"}
+    assert rows["depthwise.CHANNELS 32"] == {
+        "ms": None,
+        "reason": "RuntimeError: the kernel cannot be built",
+    }
+    assert rows["depthwise.WARPS 8"]["ms"] == before[0]
+    assert len(rows) == sum(len(values) for *_, values in gpu_operations.CHOICES)
 
 
 class Events:

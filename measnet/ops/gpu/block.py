@@ -210,14 +210,13 @@ class _FeedForward(torch.autograd.Function):
         gradient, kept, hidden = gradient.contiguous(), Normalised(mean, rstd), ctx.hidden
         of_gated = multiply(gradient, out.t())
         of_convolved, gated = gate_back(planes, kernels, of_gated)
-        of_out = weight_gradient(gradient, gated)[:, :hidden]
-        of_planes, of_kernels = convolve_back(planes, kernels, of_convolved)
+        of_out = weight_gradient(gradient, gated, inner=hidden)
+        of_planes, of_kernels = convolve_back(planes, kernels, of_convolved, halves=hidden)
         of_x, of_norm = norm_project_back(of_planes, into, x, kept, weight, gradient)
-        of_into = weight_gradient(of_planes, x, norm=(kept, weight, bias))
+        of_into = weight_gradient(of_planes, x, norm=(kept, weight, bias), halves=hidden)
         return (
-            *(of_x, *of_norm.unbind(), None, of_into.unflatten(0, (2, -1))[:, :hidden]),
-            of_kernels.view(2, -1, 1, 3, 3)[:, :hidden],
-            of_out,
+            *(of_x, *of_norm.unbind(), None, of_into.unflatten(0, (2, -1))),
+            *(of_kernels.view(2, -1, 1, 3, 3), of_out),
         )
 
 

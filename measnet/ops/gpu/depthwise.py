@@ -207,11 +207,13 @@ def _convolve_back(
     x, kernel, gradient, of_x, of_kernel, H, W, x_step, gradient_step, out_step,
     mean, rstd, gamma, beta,
     C: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, NORM: tl.constexpr,
+    GROUP: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of x and, of this tile, of the kernel, from one reading of both.
 
     A row of the gradient meets the row of x above it, beside it and below it; of x only the rows
-    that belong to this program count. `NORM`: norm(x) was convolved, and has the gradient.
+    that belong to this program count. `NORM`: norm(x) was convolved, and has the gradient. The
+    kernel's gradient is that of the first `OWN` of each `GROUP` of channels.
     """
     picture, row, start = start_of(H, W, R, BW)
     column = start + tl.arange(0, BW)
@@ -259,7 +261,9 @@ def _convolve_back(
         at = (picture * H + r - 1) * W + column
         address = of_x + at[:, None] * out_step + c[None, :]
         tl.store(address, done.to(of_x.dtype.element_ty), mask=made[:, None] & known[None, :])
-    partial = of_kernel + tl.program_id(0).to(tl.int64) * 9 * C + c * 9
+    known = known & (c % GROUP < OWN)
+    own = c // GROUP * OWN + c % GROUP
+    partial = of_kernel + tl.program_id(0).to(tl.int64) * 9 * (C // GROUP * OWN) + own * 9
     tl.store(partial, tl.sum(g0, 0), mask=known)
     tl.store(partial + 1, tl.sum(g1, 0), mask=known)
     tl.store(partial + 2, tl.sum(g2, 0), mask=known)
@@ -335,24 +339,26 @@ def gate_back(planes_bhwc: Tensor, kernel: Tensor, gradient: Tensor) -> tuple[Te
 
 
 def convolve_back(
-    x_bhwc: Tensor, kernel: Tensor, gradient: Tensor, norm: Norm | None = None
+    x_bhwc: Tensor, kernel: Tensor, gradient: Tensor, norm: Norm | None = None, halves: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x, or of norm(x), and of the kernel as (C, 9) fp32.
+    """Gradients of x, or of norm(x), and of the kernel as (C, 9) fp32, without padding.
 
     Args:
         x_bhwc: (B, H, W, C); pixels may lie further apart than C.
         kernel: (C, 9), fp32, contiguous.
         gradient: of the result, (B, H, W, C); pixels may lie further apart than C.
         norm: of the channels, where `norm_convolve` gave the result.
+        halves: channels that count in each half of C, if the rest of it is padding.
     """
     channels = x_bhwc.shape[-1]
+    group, own = channels // 2 if halves else channels, halves or channels
     grid, sizes = tiling(x_bhwc, channels)
     of_x = torch.empty_like(x_bhwc, memory_format=torch.contiguous_format)
-    of_kernel = x_bhwc.new_empty(grid[0], channels, 9, dtype=torch.float32)
+    of_kernel = x_bhwc.new_empty(grid[0], channels // group * own, 9, dtype=torch.float32)
     arguments = (x_bhwc, kernel, gradient, of_x, of_kernel, *x_bhwc.shape[1:3])
     steps = (x_bhwc.stride(2), gradient.stride(2), of_x.stride(2))
     given = [kernel] * 4 if norm is None else norm
-    constants = {"C": channels, "NORM": norm is not None, **sizes}
+    constants = {"C": channels, "NORM": norm is not None, "GROUP": group, "OWN": own, **sizes}
     launch(_convolve_back, grid, *arguments, *steps, *given, **constants)
     return of_x, of_kernel.sum(0)
 

@@ -153,9 +153,13 @@ def _norm_project_back(
 def _weight_gradient(
     gradient, x, mean_in, rstd_in, gamma, beta, out, pixels, gradient_step, x_step, part,
     N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BP: tl.constexpr,
+    GROUP: tl.constexpr, OWN_N: tl.constexpr, OWN_K: tl.constexpr,
     NORM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out[b, s, n, k] = Σ_p gradient[b, p, n] · x[b, p, k], over the pixels of part `s`."""
+    """out[b, s, n, k] = Σ_p gradient[b, p, n] · x[b, p, k], over the pixels of part `s`.
+
+    Written are the first `OWN_N` of each `GROUP` of n, and the first `OWN_K` of k.
+    """
     tiles = (K + BK - 1) // BK
     n = (tl.program_id(0) // tiles) * BN + tl.arange(0, BN)
     k = (tl.program_id(0) % tiles) * BK + tl.arange(0, BK)
@@ -180,9 +184,10 @@ def _weight_gradient(
             normal = (right.to(tl.float32) - mean) * rstd * scale + shift
             right = normal.to(left.dtype)
         sums = tl.dot(tl.trans(left), right, sums, input_precision=PRECISION)
-    known = (n < N)[:, None] & (k < K)[None, :]
-    whole = (picture * tl.num_programs(1) + tl.program_id(1)) * N * K
-    tl.store(out + whole + n[:, None] * K + k[None, :], sums, mask=known)
+    known = ((n < N) & (n % GROUP < OWN_N))[:, None] & (k < OWN_K)[None, :]
+    own = n // GROUP * OWN_N + n % GROUP
+    whole = (picture * tl.num_programs(1) + tl.program_id(1)) * (N // GROUP * OWN_N * OWN_K)
+    tl.store(out + whole + own[:, None] * OWN_K + k[None, :], sums, mask=known)
 
 
 def norm_project(
@@ -303,6 +308,8 @@ def weight_gradient(
     *,
     per_picture: bool = False,
     norm: tuple[Normalised, Tensor, Tensor] | None = None,
+    halves: int = 0,
+    inner: int = 0,
 ) -> Tensor:
     """Σ over the pixels of gradient ⊗ x, in fp32.
 
@@ -311,27 +318,32 @@ def weight_gradient(
         x_bhwk: (B, H, W, K); pixels may lie further apart than K.
         per_picture: one sum for each picture.
         norm: what `norm_project` kept, and the norm's weight and bias: x is normalised first.
+        halves: channels that count in each half of N, if the rest of it is padding.
+        inner: channels that count of K, if the rest is padding.
 
     Returns:
-        (N, K), or (B, N, K) per picture.
+        (N, K), or (B, N, K) per picture; without the padding.
     """
-    batch, height, width, inner = x_bhwk.shape
+    batch, height, width, across = x_bhwk.shape
     count = gradient.shape[-1]
+    group, own, inner = count // 2 if halves else count, halves or count, inner or across
     pictures, pixels = (batch, height * width) if per_picture else (1, batch * height * width)
     rows, columns = (64 if count <= 192 else 128), 64
-    tiles = ceil_div(count, rows) * ceil_div(inner, columns)
+    tiles = ceil_div(count, rows) * ceil_div(across, columns)
     step = 64 if x_bhwk.dtype == torch.bfloat16 else 32
     parts = max(1, min(PROGRAMS // (tiles * pictures), ceil_div(pixels, 4 * step)))
     part = ceil_div(ceil_div(pixels, parts), step) * step
     parts = ceil_div(pixels, part)
-    out = x_bhwk.new_empty(pictures, parts, count, inner, dtype=torch.float32)
+    out = x_bhwk.new_empty(pictures, parts, count // group * own, inner, dtype=torch.float32)
     kept, gamma, beta = norm if norm else (Normalised(out, out), out, out)
     launch(
         _weight_gradient,
         (tiles, parts, pictures),
         *(gradient, x_bhwk, *kept, gamma, beta, out, pixels),
         *(gradient.stride(2), x_bhwk.stride(2), part),
-        **{"N": count, "K": inner, "BN": rows, "BK": columns, "BP": step, "NORM": norm is not None},
+        **{"N": count, "K": across, "BN": rows, "BK": columns, "BP": step},
+        **{"GROUP": group, "OWN_N": own, "OWN_K": inner},
+        NORM=norm is not None,
         PRECISION=products(x_bhwk.dtype),
         num_warps=4 if rows == 64 else 8,
         num_stages=2,
