@@ -25,6 +25,7 @@ from measnet.files import complete_file
 from measnet.frequency import FrequencyExperts
 from measnet.hub import weights_file
 from measnet.official import network as official
+from measnet.ops import gpu_library
 from measnet.prompts import PromptConcat, TaskPrompt
 from measnet.transformer import Conv3x3, Downsample, Merge, TransformerBlock, Upsample
 
@@ -117,6 +118,12 @@ class MEASNet(nn.Module):
                 `RoutingConfig.noise`).
         """
         padded = self.pad(image).to(self.patch_embed.weight.dtype)
+        with gpu_library.packed_weights(self, padded):
+            return self._forward(image, padded, generator)
+
+    def _forward(
+        self, image: Tensor, padded: Tensor, generator: torch.Generator | None
+    ) -> Restoration:
         prompt = None if self.prompt is None else self.prompt(padded)
         uses: dict[str, Use] = {}
 

@@ -6,6 +6,7 @@ format channels-last.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from measnet.ops.attention import attend_planes, residual_attention
 from measnet.ops.convolution import convolve, pointwise, project
 from measnet.ops.feed_forward import residual_feed_forward
+from measnet.ops.gpu_library import Weight
 
 
 def weight(*shape: int, fan_in: int) -> nn.Parameter:
@@ -51,6 +53,11 @@ class ChannelAttention(nn.Module):
         self.qkv_depthwise = weight(3, channels, 1, 3, 3, fan_in=9)
         self.project_out = weight(channels, channels, fan_in=channels)
 
+    def kernel_weights(self) -> Iterator[Weight]:
+        """See `measnet.ops.gpu_library.HasWeights`."""
+        _, out, channels = self.qkv.shape
+        yield Weight(self.qkv, self.qkv.detach(), (3, out, channels), True)
+
     def forward(self, x_bhwc: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
         # Three products, not one that is split: its backward pass would have to concatenate.
@@ -74,6 +81,15 @@ class FeedForward(nn.Module):
         self.project_in = weight(2, hidden, channels, fan_in=channels)
         self.depthwise = weight(2, hidden, 1, 3, 3, fan_in=9)
         self.project_out = weight(channels, hidden, fan_in=hidden)
+
+    def kernel_weights(self) -> Iterator[Weight]:
+        """See `measnet.ops.gpu_library.HasWeights`."""
+        channels, hidden = self.project_out.shape
+        padded = hidden + self.padding
+        taps = self.depthwise.detach().flatten(2)
+        yield Weight(self.project_in, self.project_in.detach(), (2, padded, channels), True)
+        yield Weight(self.depthwise, taps, (2, padded, 9), False)
+        yield Weight(self.project_out, self.project_out.detach()[None], (1, channels, padded), True)
 
     def forward(self, x_bhwc: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""

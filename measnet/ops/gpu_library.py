@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from measnet.errors import typed
 from measnet.hardware import Decision
@@ -53,6 +53,27 @@ class Launch(NamedTuple):
         """Sizes of all tensors that it reads or writes, each counted once."""
         tensors = {id(one): one for one in self.arguments if isinstance(one, Tensor)}
         return sum(one.numel() * one.element_size() for one in tensors.values())
+
+
+class Weight(NamedTuple):
+    """A parameter, and how the kernels read it: padded with zeros behind its own numbers."""
+
+    parameter: Tensor
+    view: Tensor
+    """Its numbers in three dimensions, detached."""
+    sizes: tuple[int, int, int]
+    """At least those of the view; the first is the same."""
+    matrix: bool
+    """In the type of the features; otherwise fp32."""
+
+
+@runtime_checkable
+class HasWeights(Protocol):
+    """A module whose weights `packed_weights` prepares."""
+
+    def kernel_weights(self) -> Iterator[Weight]:
+        """Those that the kernels read in another form than the parameter has."""
+        ...
 
 
 _launches: list[Launch] | None = None
@@ -134,13 +155,22 @@ def fits(x: Tensor, *weights: Tensor | None, heads: int | None = None) -> bool:
     return (
         acceleration_allowed()
         and x.device.type in ("cuda", _stand_in)
-        and x.dtype in (torch.float32, torch.bfloat16)
         and channels % ((heads or 1) * MULTIPLE) == 0
         and channels <= WIDEST
         and (heads is None or head <= WIDEST_HEAD)
+        and all(_is_complete(weight) for weight in weights if weight is not None)
+        and _takes(x)
+    )
+
+
+def _takes(x: Tensor) -> bool:
+    """Whether kernels compute with this tensor, on its device."""
+    return (
+        acceleration_allowed()
+        and x.device.type in ("cuda", _stand_in)
+        and x.dtype in (torch.float32, torch.bfloat16)
         and x.numel() > 0
         and feature_dtype(x) in (torch.float32, torch.bfloat16)
-        and all(_is_complete(weight) for weight in weights if weight is not None)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and type(x) in (Tensor, torch.nn.Parameter)
@@ -155,6 +185,32 @@ def fits_experts(x: Tensor, experts: int, *weights: Tensor | None) -> bool:
         and x.shape[-1] <= WIDEST_EXPERTS[feature_dtype(x)]
         and experts <= MOST_EXPERTS
     )
+
+
+@contextmanager
+def packed_weights(model: nn.Module, image: Tensor) -> Iterator[None]:
+    """Within it the kernels find the weights of `model` as they read them, made by one kernel.
+
+    Where they do not compute, or the weights are in parts, nothing happens.
+
+    Args:
+        model: its parts that are `HasWeights` say which.
+        image: on the device, of the type that the network begins with.
+    """
+    if not _takes(image):
+        yield
+        return
+    parts = [one for one in model.modules() if isinstance(one, HasWeights)]
+    weights = [weight for part in parts for weight in part.kernel_weights()]
+    if not weights or any(
+        one.parameter.dtype != torch.float32 or not _is_complete(one.parameter) for one in weights
+    ):
+        yield
+        return
+    from measnet.ops.gpu import packing
+
+    with packing.packed(model, weights, feature_dtype(image)):
+        yield
 
 
 def feature_dtype(x: Tensor) -> torch.dtype:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from measnet.ops.gpu import packing
 from measnet.ops.gpu.correlation import (
     Correlation,
     correlate,
@@ -49,7 +50,7 @@ def attention(
     """
     x = x_bhwc.to(feature_dtype(x_bhwc))
     inputs = (norm.weight, norm.bias, norm.eps, qkv, depthwise, temperature, project_out)
-    out: Tensor = _Attention.apply(x, *inputs)
+    out: Tensor = _Attention.apply(x, *inputs, packing.of(qkv))
     return out
 
 
@@ -85,7 +86,9 @@ def feed_forward(
         project_out: (C, hidden).
     """
     x = x_bhwc.to(feature_dtype(x_bhwc))
-    inputs = (norm.weight, norm.bias, norm.eps, project_in, depthwise, project_out)
+    weights = (project_in, depthwise, project_out)
+    packed = tuple(map(packing.of, weights))
+    inputs = (norm.weight, norm.bias, norm.eps, *weights, *packed)
     out: Tensor = _FeedForward.apply(x, *inputs)
     return out
 
@@ -102,9 +105,10 @@ class _Attention(torch.autograd.Function):
         depthwise: Tensor,
         temperature: Tensor,
         project_out: Tensor,
+        packed: Tensor | None,
     ) -> Tensor:
         x = x_bhwc.contiguous()
-        matrix = qkv.flatten(0, 1).to(x.dtype)
+        matrix = (qkv if packed is None else packed).flatten(0, 1).to(x.dtype)
         planes, kept = norm_project(x, (weight, bias, epsilon), matrix)
         q, k, v = planes.chunk(3, dim=-1)
         kernels = _kernels(depthwise)
@@ -136,7 +140,7 @@ class _Attention(torch.autograd.Function):
         of_qkv = weight_gradient(of_planes, x, norm=(kept, weight, bias))
         return (
             *(of_x, *of_norm.unbind(), None, of_qkv.unflatten(0, (3, -1))),
-            *(of_kernels.view(3, -1, 1, 3, 3), of_temperature, of_project),
+            *(of_kernels.view(3, -1, 1, 3, 3), of_temperature, of_project, None),
         )
 
 
@@ -190,13 +194,19 @@ class _FeedForward(torch.autograd.Function):
         project_in: Tensor,
         depthwise: Tensor,
         project_out: Tensor,
+        packed_in: Tensor | None,
+        packed_kernels: Tensor | None,
+        packed_out: Tensor | None,
     ) -> Tensor:
         x = x_bhwc.contiguous()
         hidden = project_in.shape[1]
         padded = hidden + -hidden % MULTIPLE
-        into = _padded(project_in, 1, padded, x.dtype).flatten(0, 1)
-        kernels = _padded(depthwise.flatten(2), 1, padded, torch.float32).flatten(0, 1)
-        out = _padded(project_out, 1, padded, x.dtype)
+        if packed_in is None or packed_kernels is None or packed_out is None:
+            packed_in = _padded(project_in, 1, padded, x.dtype)
+            packed_kernels = _padded(depthwise.flatten(2), 1, padded, torch.float32)
+            packed_out = _padded(project_out, 1, padded, x.dtype)
+        into, kernels = packed_in.flatten(0, 1), packed_kernels.flatten(0, 1)
+        out = packed_out.view(-1, padded)
         planes, kept = norm_project(x, (weight, bias, epsilon), into)
         result = gate_project(planes, kernels, out, x)
         ctx.save_for_backward(x, *kept, weight, bias, into, planes, kernels, out)
@@ -216,7 +226,7 @@ class _FeedForward(torch.autograd.Function):
         of_into = weight_gradient(of_planes, x, norm=(kept, weight, bias), halves=hidden)
         return (
             *(of_x, *of_norm.unbind(), None, of_into.unflatten(0, (2, -1))),
-            *(of_kernels.view(2, -1, 1, 3, 3), of_out),
+            *(of_kernels.view(2, -1, 1, 3, 3), of_out, None, None, None),
         )
 
 
