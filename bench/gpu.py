@@ -24,6 +24,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -305,7 +306,8 @@ def run(given: Arguments, device: torch.device, report: Report) -> None:
             report.attempt("cases", f"{preset} infer", part)
     if "operations" in given.sections:
         report.title("operations, forward and backward, bf16")
-        for name, step in gpu_operations.operations(device, small=small):
+        both = (gpu_operations.operations, gpu_operations.operations_of_official)
+        for name, step in chain.from_iterable(some(device, small=small) for some in both):
             part = partial(gpu_operations.measure, name, step, device, steps)
             report.attempt("operations", name, part)
     if "system" in given.sections:

@@ -10,10 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from distributed.graphs import WARM_UP, capture, side_stream
+from measnet import config as configs
+from measnet.config import replace_dotted
 from measnet.errors import typed
 from measnet.experts import PixelExperts
 from measnet.frequency import PictureExperts
 from measnet.hardware import peak
+from measnet.official.network import (
+    RECTANGLE,
+    CrossAttention,
+    NoisyPixelExperts,
+    rectangle_low_pass,
+)
 from measnet.ops import gpu_library
 from measnet.ops.attention import residual_attention
 from measnet.ops.choice import torch_only
@@ -28,6 +36,8 @@ SIZES = {48: (128, 1), 96: (128, 2), 192: (32, 4), 384: (16, 8)}
 BATCH = 8
 FLOOD = 256 * 2**20
 """Bytes that are written before a kernel is timed: more than the cache for L2 of any card."""
+NEVER = 10**9
+"""So many times more experts than chosen ones no library has."""
 Step = Callable[[], None]
 
 
@@ -60,7 +70,18 @@ def operations(device: torch.device, *, small: bool) -> Iterator[tuple[str, Step
                 routed = library(x, prompt)
                 return routed.features + routed.balance
 
+            def as_they_lie(x: Tensor, select: Any = select) -> Tensor:
+                from measnet.ops.gpu import experts as kernels
+
+                before, kernels.SORT_FROM = kernels.SORT_FROM, NEVER
+                try:
+                    return select(x)
+                finally:
+                    kernels.SORT_FROM = before
+
             yield f"pixel experts {where}", _step(select, library, size, device)
+            if gpu_library.installed():
+                yield f"pixel experts not sorted {where}", _step(as_they_lie, library, size, device)
         if 48 < channels <= 192:
             ensemble = PictureExperts(channels, experts=5, top_k=2, path="dense").to(device)
             taps = nn.Parameter(torch.rand(batch, channels, 9, device=device))
@@ -80,6 +101,40 @@ def operations(device: torch.device, *, small: bool) -> Iterator[tuple[str, Step
             yield f"low pass {where}", _step(split, nn.ParameterList([taps]), size, device)
             yield f"norm, depth-wise, product {where}", _step(see, ensemble, size, device)
             yield f"picture experts {where}", _step(mix, ensemble, size, device)
+
+
+def operations_of_official(device: torch.device, *, small: bool) -> Iterator[tuple[str, Step]]:
+    """The same of what the authors' program needs besides."""
+    batch, config = (1 if small else BATCH), configs.tiny() if small else configs.paper()
+    config = replace_dotted(config, {"variant": "official"})
+    full = 16 if small else 128
+    library = NoisyPixelExperts(config.dim, config, used=True).to(device)
+    prompt = torch.randn(batch, config.prompt_dim, device=device)
+
+    def select(x: Tensor) -> Tensor:
+        return library(x, prompt, None).features
+
+    size = (batch, full, full, config.dim)
+    yield f"log-sum-exp experts {config.dim}@{full}", _step(select, library, size, device)
+    for level in (2, 3, 4):  # where the network has them, at crops of 128
+        channels, side = config.widths[level - 1], full >> (level - 1)
+        attention = CrossAttention(channels).to(device)
+        query = torch.randn(batch, side, side, channels, device=device, dtype=torch.bfloat16)
+
+        def attend(x: Tensor, attention: Any = attention, query: Tensor = query) -> Tensor:
+            return attention(query, x)
+
+        size = (batch, side, side, channels)
+        yield f"mining attention {channels}@{side}", _step(attend, attention, size, device)
+    # The transform keeps one frequency for each 128 pixels of the features, so crops have none.
+    wide, channels = 2 * RECTANGLE, config.widths[1]
+    keep = torch.ones(1, 4, dtype=torch.bool, device=device)
+
+    def transform(x: Tensor) -> Tensor:
+        return torch.hypot(*rectangle_low_pass(x.float(), keep, keep))
+
+    size = (1, wide, wide, channels)
+    yield f"restricted transform {channels}@{wide}", _step(transform, nn.Module(), size, device)
 
 
 def _step(

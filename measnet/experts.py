@@ -56,6 +56,9 @@ class Routed(NamedTuple):
 def resolve_path(path: ExpertPath, experts: int, top_k: int, device: torch.device) -> str:
     """`dense` or `sorted`; the rule behind `auto`.
 
+    The kernels for a GPU do not ask: both of their ways need no synchronisation, and
+    `measnet.ops.gpu.experts` chooses.
+
     Dense computes all N experts in one matrix product and masks. It has static shapes and needs no
     synchronisation with the device, so it compiles, exports and is fast on a GPU if N < 8·K. Sorted
     computes only the K chosen experts of each pixel; on a CPU it is faster if K < N.
@@ -117,11 +120,11 @@ class ExpertBank(nn.Module):
         merged = self.weight_out.transpose(0, 1).flatten(1)  # (C, N·h): the sum is in the product
         return pointwise(hidden_pnh.flatten(1), merged) + gate_pn @ self.bias_out.to(x_pc.dtype)
 
-    def fused(self, x: Tensor, gate_pn: Tensor, residual: Tensor) -> Tensor:
+    def fused(self, x: Tensor, gate_pn: Tensor, residual: Tensor, top_k: int) -> Tensor:
         """Eq. 3 on a GPU, plus `residual`, by one kernel; `gate_pn` is 0 for the not chosen."""
         from measnet.ops.gpu.experts import mixture
 
-        return mixture(x, gate_pn, residual, self._widths(), *self._side_by_side())
+        return mixture(x, gate_pn, residual, self._widths(), *self._side_by_side(), top_k)
 
     def _widths(self) -> tuple[int, ...]:
         return (self.bias_in.shape[1],) * len(self.bias_in)
@@ -269,7 +272,8 @@ class PixelExperts(nn.Module):
         choice = self.select(logits_bhwn, generator)
         gate_pk, index_pk = choice.gate.flatten(0, 2), choice.chosen.flatten(0, 2)
         if on_gpu:
-            features = bank.fused(x_bhwc, scatter_gates(gate_pk, index_pk, self.experts), x_bhwc)
+            gate_pn = scatter_gates(gate_pk, index_pk, self.experts)
+            features = bank.fused(x_bhwc, gate_pn, x_bhwc, self.top_k)
         else:
             path = resolve_path(self.path, self.experts, self.top_k, x_bhwc.device)
             out_pc = bank(x_bhwc.flatten(0, 2), gate_pk, index_pk, path)
@@ -285,7 +289,7 @@ class PixelExperts(nn.Module):
         weight_cn = self.gate.weight[: x_bhwc.shape[-1]]
         from_prompt = self.gate.of_prompt(prompt_bm, x_bhwc)
         gate_pn, probability_bn, counts_bn = route(x_bhwc, weight_cn, from_prompt, self.top_k)
-        features = self.bank.fused(x_bhwc, gate_pn, x_bhwc)
+        features = self.bank.fused(x_bhwc, gate_pn, x_bhwc, self.top_k)
         return self._routed(features, probability_bn, counts_bn)
 
     def _routed(

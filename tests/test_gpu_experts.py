@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
 
@@ -21,6 +22,10 @@ from tests.compiled import assert_fits, compiled, interpret_bf16
 from tests.test_gpu_block import assert_close
 
 pytest.importorskip("triton")
+
+from triton.runtime.interpreter import InterpreterBuilder
+
+from measnet.ops.gpu.experts import by_choice, tile_sizes
 
 
 @pytest.fixture(autouse=True)
@@ -68,12 +73,50 @@ def test_pixel_experts_agree_with_torch(
         exact = trained(copy.deepcopy(module).double(), x.double(), prompt.double())
     with gpu_library.stand_in("cpu"), gpu_library.counting() as launches:
         ours = trained(module, x, prompt)
+    (started,) = (one for one in launches if one.name == "_backward")
+    assert started.constants["SORTED"] == (experts >= 3 * top_k)
     names = {one.name for one in launches}
     assert names == {
         *("_route", "_route_back", "_forward", "_backward", "_weights_backward"),
         "_weight_gradient",  # of the outputs' biases
     }
     assert_close(ours, exact, 1e-5)
+
+
+def test_pixels_in_order_of_their_choice() -> None:
+    gates = torch.tensor([[0.0, 0.5, 0.5], [1.0, 0.0, 0.2], [0.0, 0.1, 0.9], [0.3, 0.0, 0.7]])
+    assert by_choice(gates).tolist() == [1, 3, 0, 2]  # 101, 101, 110, 110 in bits
+    wide = torch.zeros(4, 64)
+    wide[0, 63] = wide[1, 0] = wide[2, 63] = wide[3, 40] = 1.0
+    assert by_choice(wide).tolist() in ([0, 2, 1, 3], [1, 3, 0, 2])
+
+
+def test_fewer_products_if_pixels_are_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind of pixel chooses one expert, and neighbours are of different kinds."""
+    from measnet.ops.gpu import experts as kernels
+
+    monkeypatch.setattr(kernels, "tile_sizes", lambda x, n, rows: tile_sizes(x, n, 2))
+    module = pixel_experts(16, 3, 1)
+    with torch.no_grad():
+        module.gate.weight.zero_()
+        module.gate.weight[:3] = 9 * torch.eye(3)
+    pixels = torch.eye(16)[torch.arange(48) % 3].view(1, 1, 48, 16)
+    product, calls, done = InterpreterBuilder.create_dot, [0], []
+
+    def counted(*given: Any) -> Any:
+        calls[0] += 1
+        return product(*given)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", counted)
+    for sort_from in (3, 1000):
+        monkeypatch.setattr(kernels, "SORT_FROM", sort_from)
+        calls[0] = 0
+        with gpu_library.stand_in("cpu"), torch.no_grad():
+            features = module(pixels, torch.zeros(1, 8)).features
+        done.append((features, calls[0]))
+    (ordered, few), (as_they_lie, many) = done
+    torch.testing.assert_close(ordered, as_they_lie)
+    assert 2 * few < many
 
 
 def test_an_expert_that_no_pixel_chooses_has_a_gradient_of_zero() -> None:

@@ -60,7 +60,7 @@ def test_experts_in_log_space_agree_with_torch(
 def log_ensemble(bank: LogExpertBank, x: Tensor) -> Tensor:
     """Of the first two experts alike, without a residual."""
     gate = torch.tensor([0.5, 0.5, 0.0, 0.0]).log().expand(len(x), 4)
-    return bank.fused(x, gate, torch.zeros_like(x))
+    return bank.fused(x, gate, torch.zeros_like(x), 2)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_damage_in_log_space_is_not_hidden() -> None:
     with gpu_library.stand_in("cpu"):
         assert log_ensemble(bank, x).isnan().all()
         gates = torch.full((3, 4), float("nan"))
-        assert bank.fused(x, gates, torch.zeros_like(x)).isnan().all()
+        assert bank.fused(x, gates, torch.zeros_like(x), 2).isnan().all()
 
 
 def test_an_ensemble_under_autocast_agrees_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,7 @@ class LogExpertBank(ExpertBank):
         floor = torch.full_like(out_pc, LOG_FLOOR)
         return torch.where(out_pc < LOG_UNDERFLOW, floor, out_pc).to(x_pc.dtype)
 
-    def fused(self, x: Tensor, gate_pn: Tensor, residual: Tensor) -> Tensor:
+    def fused(self, x: Tensor, gate_pn: Tensor, residual: Tensor, top_k: int) -> Tensor:
         """As the paper's bank, but `gate_pn` are logarithms, -inf for the not chosen."""
         from measnet.ops.gpu.log_experts import log_mixture
 
@@ -135,7 +135,7 @@ class NoisyPixelExperts(nn.Module):
         weights = (bank.weight_in, bank.bias_in, bank.weight_out, bank.bias_out)
         if gpu_library.fits_experts(x_bhwc, self.experts, *weights):
             log_gate_pn = torch.full_like(gate_pn, -torch.inf).scatter(1, index_pk, log_gate_pk)
-            return Routed(bank.fused(x_bhwc, log_gate_pn, x_bhwc), use)
+            return Routed(bank.fused(x_bhwc, log_gate_pn, x_bhwc, self.top_k), use)
         path = resolve_path(self.path, self.experts, self.top_k, x_bhwc.device)
         out_pc = self.bank(x_bhwc.flatten(0, 2), log_gate_pk, index_pk, path)
         return Routed(x_bhwc + out_pc.view(x_bhwc.shape), use)

@@ -5,6 +5,10 @@ out[p] = Σ_n gate[p, n] · (gelu(x[p] · W_in[n]ᵀ + b_in[n]) · W_out[n] + b_
 Hidden values are never written. A program has a tile of pixels and goes through the hidden channels
 of all experts; where no pixel of the tile chose an expert, its hidden channels are skipped. So a
 picture pays only for the experts that it chose, and the host need not know which.
+
+Where each pixel chooses for itself, nearly every tile of neighbours has a pixel of each expert. If
+there are many experts, a tile is made of pixels that chose the same ones: the kernels go through
+the pixels in an order by choice, and read and write each where it lies.
 """
 
 from functools import cache
@@ -24,6 +28,9 @@ HIDDEN = {torch.bfloat16: 32, torch.float32: 16}
 """Hidden channels of a tile. Each expert's are padded to a multiple of it."""
 PROGRAMS = 512
 """Programs that sum the gradients of weights; not taken from the card, so that sums repeat."""
+SORT_FROM = 3
+"""Pixels are sorted if there are so many times more experts than a pixel chooses. The products that
+this saves are counted, not measured: `bench/gpu.py --sections operations` has both ways."""
 
 
 class Layout(NamedTuple):
@@ -82,15 +89,17 @@ def any_chosen(gate):
 
 @triton.jit(do_not_specialize=["pixels"], do_not_specialize_on_alignment=["span"])
 def _forward(
-    x, gates, residual, w_in, b_in, w_out, b_out, starts, out, pixels, span,
+    x, gates, residual, w_in, b_in, w_out, b_out, starts, order, out, pixels, span,
     C: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SORTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The experts' weighted sum for a tile of pixels, plus the residual."""
     # Rows after the last are the last once more: they write what it writes, and need no mask,
     # which would take registers.
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     rows = tl.minimum(rows, pixels - 1)
+    if SORTED:
+        rows = tl.load(order + rows)
     c = tl.arange(0, BC)
     known = (c < C)[None, :]
     at = rows[:, None] * C + c[None, :]
@@ -116,13 +125,15 @@ def _forward(
 
 @triton.jit(do_not_specialize=["pixels"], do_not_specialize_on_alignment=["span"])
 def _backward(
-    x, gates, gradient, w_in, b_in, w_out, b_out, starts, of_x, of_gates, pixels, span,
+    x, gates, gradient, w_in, b_in, w_out, b_out, starts, order, of_x, of_gates, pixels, span,
     C: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SORTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the features and, for each pixel, of the gates."""
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     rows = tl.minimum(rows, pixels - 1)  # as in `_forward`
+    if SORTED:
+        rows = tl.load(order + rows)
     c = tl.arange(0, BC)
     known = (c < C)[None, :]
     at = rows[:, None] * C + c[None, :]
@@ -156,10 +167,10 @@ def _backward(
 
 @triton.jit(do_not_specialize=["pixels"], do_not_specialize_on_alignment=["span"])
 def _weights_backward(
-    x, gates, gradient, w_in, b_in, w_out, owners, of_w_in, of_b_in, of_w_out, pixels, span, part,
-    apart,
+    x, gates, gradient, w_in, b_in, w_out, owners, order, of_w_in, of_b_in, of_w_out,
+    pixels, span, part, apart,
     C: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SORTED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of hidden channels, over one part of the pixels."""
     tile = tl.program_id(0)
@@ -177,6 +188,8 @@ def _weights_backward(
     for step in range(0, part, BM):
         rows = start.to(tl.int64) + step + tl.arange(0, BM)
         inside = (rows < pixels) & (rows < start + part)
+        if SORTED:
+            rows = tl.load(order + rows, mask=inside, other=0)
         gate = tl.load(gates + (rows // span) * N + n, mask=inside, other=0.0)
         if any_chosen(gate):
             known = inside[:, None] & (c < C)[None, :]
@@ -208,6 +221,7 @@ def mixture(
     bias_in: Tensor,
     weight_out: Tensor,
     bias_out: Tensor,
+    top_k: int | None = None,
 ) -> Tensor:
     """residual + the experts' weighted sum.
 
@@ -221,10 +235,13 @@ def mixture(
         bias_in: (sum of widths,).
         weight_out: (sum of widths, C), transposed as `weight_in` is.
         bias_out: (N, C).
+        top_k: K, if each pixel chose for itself.
     """
     dtype = feature_dtype(x)
     inputs = (x.to(dtype), gates, residual.to(dtype), widths)
-    out: Tensor = _Mixture.apply(*inputs, weight_in, bias_in, weight_out, bias_out)
+    apart = top_k is not None and sorts(top_k, len(widths))
+    order = by_choice(gates.detach()) if apart else None
+    out: Tensor = _Mixture.apply(*inputs, weight_in, bias_in, weight_out, bias_out, order)
     return out
 
 
@@ -240,6 +257,7 @@ class _Mixture(torch.autograd.Function):
         bias_in: Tensor,
         weight_out: Tensor,
         bias_out: Tensor,
+        order: Tensor | None,
     ) -> Tensor:
         x, gates, residual = x.contiguous(), gates.contiguous(), residual.contiguous()
         where = layout(widths, HIDDEN[x.dtype], x.device)
@@ -250,17 +268,19 @@ class _Mixture(torch.autograd.Function):
         launch(
             _forward,
             (ceil_div(pixels, sizes["BM"]),),
-            *(x, gates, residual, *weights, where.starts, out, pixels, pixels // len(gates)),
+            *(x, gates, residual, *weights, where.starts, gates if order is None else order, out),
+            *(pixels, pixels // len(gates)),
+            SORTED=order is not None,
             **sizes,
         )
-        ctx.save_for_backward(x, gates, *weights)
+        ctx.save_for_backward(x, gates, order, *weights)
         ctx.widths = widths
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, gates, into, bias, back, bias_out = ctx.saved_tensors
+        x, gates, order, into, bias, back, bias_out = ctx.saved_tensors
         gradient = gradient.contiguous()
         where = layout(ctx.widths, HIDDEN[x.dtype], x.device)
         pixels, experts = x.numel() // x.shape[-1], len(ctx.widths)
@@ -272,14 +292,18 @@ class _Mixture(torch.autograd.Function):
         launch(
             _backward,
             (ceil_div(pixels, sizes["BM"]),),
-            *(*given, bias_out, where.starts, of_x, of_gates, pixels, span),
+            *(*given, bias_out, where.starts, gates if order is None else order, of_x, of_gates),
+            *(pixels, span),
+            SORTED=order is not None,
             **sizes,
         )
-        of_weights = weight_gradients(x, gates, gradient, (into, bias, back), where, experts)
+        of_weights = weight_gradients(
+            x, gates, gradient, (into, bias, back), where, experts, order=order
+        )
         of_bias_out = _bias_gradient(gates, gradient)
         if span > 1:
             of_gates = of_gates.view(len(gates), span, experts).sum(1)
-        return of_x, of_gates, gradient, None, *of_weights, of_bias_out
+        return of_x, of_gates, gradient, None, *of_weights, of_bias_out, None
 
 
 def weight_gradients(
@@ -290,6 +314,7 @@ def weight_gradients(
     where: Layout,
     experts: int,
     apart: int = 0,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of `weight_in`, `bias_in` and `weight_out`, as `mixture` takes them, in fp32.
 
@@ -302,6 +327,7 @@ def weight_gradients(
         experts: N.
         apart: elements from one expert's gradient to the next; 0: all have the same. Where a gate
             is 0 the gradient is not read.
+        order: of the pixels, see `by_choice`.
     """
     into, bias, _ = weights
     pixels, tiles = x.numel() // x.shape[-1], len(where.owners)
@@ -314,11 +340,32 @@ def weight_gradients(
     launch(
         _weights_backward,
         (tiles, parts),
-        *(x, gates, gradient, *weights, where.owners, of_in, of_bias, of_out),
-        *(pixels, pixels // len(gates), part, apart),
+        *(x, gates, gradient, *weights, where.owners, gates if order is None else order),
+        *(of_in, of_bias, of_out, pixels, pixels // len(gates), part, apart),
+        SORTED=order is not None,
         **sizes,
     )
     return tuple(one.sum(0)[where.places] for one in (of_in, of_bias, of_out))
+
+
+def sorts(top_k: int, experts: int) -> bool:
+    """Whether pixels are sorted by their choice."""
+    return experts >= SORT_FROM * top_k
+
+
+def by_choice(gates: Tensor) -> Tensor:
+    """An order in which pixels that chose the same experts follow each other, (P,) int64.
+
+    Args:
+        gates: (P, N); 0 where an expert is not chosen.
+    """
+    experts = gates.shape[1]
+    kind = torch.int32 if experts < 32 else torch.int64  # fewer bits are sorted in fewer passes
+    bits = torch.ones((), dtype=kind, device=gates.device) << torch.arange(
+        experts, dtype=kind, device=gates.device
+    )
+    chosen = torch.where(gates != 0, bits, 0).sum(1, dtype=kind)
+    return chosen.argsort(stable=True)
 
 
 def _bias_gradient(gates: Tensor, gradient: Tensor) -> Tensor:
