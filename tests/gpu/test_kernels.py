@@ -55,11 +55,15 @@ def test_the_kernels_compute_what_torch_computes(
     assert abs(ours.loss / theirs.loss - 1) < BF16
 
 
-def curve(gpu: torch.device, seed: int, *, kernels: bool, bf16: bool, steps: int) -> torch.Tensor:
+def curve(
+    gpu: torch.device, variant: str, seed: int, *, kernels: bool, bf16: bool, steps: int
+) -> torch.Tensor:
     """Losses of a short training on pictures that are the same for all."""
     torch.manual_seed(seed)
     shallow = {"num_blocks": (1, 1, 1, 1), "num_refinement_blocks": 1, "expert_path": "dense"}
-    model = MEASNet(replace_dotted(size(configs.paper(), gpu), shallow)).to(gpu).train()
+    config = size(getattr(configs, variant)(), gpu)
+    model = MEASNet(replace_dotted(config, shallow)).to(gpu).train()
+    noise = torch.Generator(gpu).manual_seed(seed)  # of the gates of official
     adam = torch.optim.AdamW(model.parameters(), lr=2e-4)
     generator = torch.Generator().manual_seed(seed)
     smooth = torch.nn.functional.interpolate(
@@ -71,7 +75,7 @@ def curve(gpu: torch.device, seed: int, *, kernels: bool, bf16: bool, steps: int
             chosen = smooth[torch.randint(8, (4,), generator=generator)]
             noisy = chosen + 0.1 * torch.randn(chosen.shape, generator=generator)
             with torch.autocast(gpu.type, torch.bfloat16, enabled=bf16):
-                restoration = model(noisy.to(gpu))
+                restoration = model(noisy.to(gpu), generator=noise)
             loss = restoration_loss(restoration, chosen.to(gpu), 1e-4).total
             loss.backward()
             adam.step()
@@ -80,14 +84,17 @@ def curve(gpu: torch.device, seed: int, *, kernels: bool, bf16: bool, steps: int
     return torch.stack(losses).cpu()
 
 
+@pytest.mark.parametrize("variant", ["paper", "official"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_training_with_the_kernels_is_the_same_training(
-    gpu: torch.device, figure: Figure, seed: int
+    gpu: torch.device, figure: Figure, variant: str, seed: int
 ) -> None:
     """The mean loss of the last fifth, with and without them, in bf16 and in fp32."""
     steps = 300 if gpu.type == "cuda" else 5
     ends = {
-        (kernels, bf16): curve(gpu, seed, kernels=kernels, bf16=bf16, steps=steps)[-steps // 5 :]
+        (kernels, bf16): curve(gpu, variant, seed, kernels=kernels, bf16=bf16, steps=steps)[
+            -steps // 5 :
+        ]
         for kernels in (False, True)
         for bf16 in (False, True)
     }
@@ -95,7 +102,7 @@ def test_training_with_the_kernels_is_the_same_training(
     for (kernels, bf16), losses in ends.items():
         apart = losses.mean().item() / exact - 1
         name = f"{'kernels' if kernels else 'torch'}_{'bf16' if bf16 else 'fp32'}"
-        figure(f"loss_after_{steps}_steps_seed_{seed}_{name}_from_exact", apart)
+        figure(f"{variant}_loss_after_{steps}_steps_seed_{seed}_{name}_from_exact", apart)
         assert abs(apart) < 0.05
 
 
