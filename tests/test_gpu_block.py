@@ -91,7 +91,8 @@ def test_a_block_agrees_with_torch(shape: tuple[int, ...]) -> None:
     names = {one.name for one in launches}
     assert names >= {"_norm_project", "_multiply", "_gate"}
     assert ("_gate_project" in names) == (shape[3] <= WIDEST_GATED)
-    assert ("_correlate" in names) == (shape[3] // shape[4] <= WIDEST_TILE)
+    assert "_correlate" in names
+    assert ("_correlate_back_half" in names) == (shape[3] // shape[4] > WIDEST_TILE)
     assert_close(ours, exact, 1e-5)
 
 

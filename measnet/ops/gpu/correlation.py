@@ -5,7 +5,8 @@ them sums their product and their squares over the pixels. What attention and it
 do to v is one small matrix for each picture.
 
 A head of more than `WIDEST_TILE` channels does not fit into the memory that the processors of most
-cards share. There the convolved queries and keys are written, and torch computes the small matrix.
+cards share. There a program has half of the head's queries and half of its keys, and torch computes
+the small matrix.
 """
 
 from typing import NamedTuple
@@ -21,13 +22,11 @@ from measnet.ops.gpu.depthwise import (
     ROWS,
     WARPS,
     add_row,
-    convolve,
     load_columns,
     load_taps,
     start_of,
 )
-from measnet.ops.gpu.products import multiply, weight_gradient
-from measnet.ops.gpu_library import ceil_div, launch, power_of_two, products
+from measnet.ops.gpu_library import MULTIPLE, ceil_div, launch, power_of_two, products
 
 WIDEST_TILE = 64
 """Most channels of a head in one kernel: at 65 to 128 it would take up to 224 KiB of shared memory,
@@ -50,66 +49,149 @@ def _correlate(
     q, k, q_kernel, k_kernel, gram, squares, of_gram, of_squares, of_q, of_k,
     B, H, W, step, out_step,
     C: tl.constexpr, HEAD: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
-    BACK: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, PART: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The sums of this tile of one head; or `BACK`, the gradients of q and k convolved."""
+    """The sums of this tile of one head; or `BACK`, the gradients of q and k convolved.
+
+    `PARTS`: a program has one part of the queries, and one of the keys, of `PART` channels each.
+    """
     picture, row, start = start_of(H, W, R, BW)
     part = tl.program_id(0) - picture * (tl.num_programs(0) // B)
     column = start + tl.arange(0, BW)
-    head = tl.program_id(1)
-    own = tl.arange(0, BC)
-    known = own < HEAD
-    c = head * HEAD + own
-    q_taps = load_taps(q_kernel, c, known)
-    k_taps = load_taps(k_kernel, c, known)
+    heads = tl.num_programs(1) // (PARTS * PARTS)
+    head = tl.program_id(1) // (PARTS * PARTS)
+    q_part = tl.program_id(1) // PARTS % PARTS
+    k_part = tl.program_id(1) % PARTS
+    q_own = q_part * PART + tl.arange(0, BC)
+    k_own = k_part * PART + tl.arange(0, BC)
+    q_known = (tl.arange(0, BC) < PART) & (q_own < HEAD)
+    k_known = (tl.arange(0, BC) < PART) & (k_own < HEAD)
+    q_c = head * HEAD + q_own
+    k_c = head * HEAD + k_own
+    q_taps = load_taps(q_kernel, q_c, q_known)
+    k_taps = load_taps(k_kernel, k_c, k_known)
     q_above = tl.zeros([BW, BC], tl.float32)
     q_here = tl.zeros([BW, BC], tl.float32)
     k_above = tl.zeros([BW, BC], tl.float32)
     k_here = tl.zeros([BW, BC], tl.float32)
     dtype = q.dtype.element_ty
-    both = known[:, None] & known[None, :]
-    square = own[:, None] * HEAD + own[None, :]
+    both = q_known[:, None] & k_known[None, :]
+    square = q_own[:, None] * HEAD + k_own[None, :]
     if BACK:
-        address = of_gram + (picture * tl.num_programs(1) + head) * HEAD * HEAD + square
+        address = of_gram + (picture * heads + head) * HEAD * HEAD + square
         of_product = tl.load(address, mask=both, other=0.0).to(dtype)
-        address = of_squares + picture * 2 * C + c
-        of_q_square = tl.load(address, mask=known, other=0.0)[None, :]
-        of_k_square = tl.load(address + C, mask=known, other=0.0)[None, :]
+        address = of_squares + picture * 2 * C
+        of_q_square = tl.load(address + q_c, mask=q_known, other=0.0)[None, :]
+        of_k_square = tl.load(address + C + k_c, mask=k_known, other=0.0)[None, :]
     else:
         sums = tl.zeros([BC, BC], tl.float32)
         q_squares = tl.zeros([BW, BC], tl.float32)
         k_squares = tl.zeros([BW, BC], tl.float32)
     for i in range(R + 2):
         r = row + i - 1
-        beside = load_columns(q, picture, r, column, c, known, step, H, W)
+        beside = load_columns(q, picture, r, column, q_c, q_known, step, H, W)
         query = q_above + add_row(beside, q_taps[6], q_taps[7], q_taps[8])
         q_above = q_here + add_row(beside, q_taps[3], q_taps[4], q_taps[5])
         q_here = add_row(beside, q_taps[0], q_taps[1], q_taps[2])
-        beside = load_columns(k, picture, r, column, c, known, step, H, W)
+        beside = load_columns(k, picture, r, column, k_c, k_known, step, H, W)
         key = k_above + add_row(beside, k_taps[6], k_taps[7], k_taps[8])
         k_above = k_here + add_row(beside, k_taps[3], k_taps[4], k_taps[5])
         k_here = add_row(beside, k_taps[0], k_taps[1], k_taps[2])
-        made = ((i >= 2) & (r - 1 < H) & (column < W))[:, None] & known[None, :]
+        made = ((i >= 2) & (r - 1 < H) & (column < W))[:, None]
         # Rounded as if they had been written, so that no cosine is above 1.
-        query = tl.where(made, query, 0.0).to(dtype)
-        key = tl.where(made, key, 0.0).to(dtype)
+        query = tl.where(made & q_known[None, :], query, 0.0).to(dtype)
+        key = tl.where(made & k_known[None, :], key, 0.0).to(dtype)
         if BACK:
-            at = ((picture * H + r - 1) * W + column)[:, None] * out_step + c[None, :]
+            at = ((picture * H + r - 1) * W + column)[:, None] * out_step
             of_query = tl.dot(key, tl.trans(of_product), input_precision=PRECISION)
             of_query += 2.0 * of_q_square * query.to(tl.float32)
-            tl.store(of_q + at, of_query.to(dtype), mask=made)
+            tl.store(of_q + at + q_c[None, :], of_query.to(dtype), mask=made & q_known[None, :])
             of_key = tl.dot(query, of_product, input_precision=PRECISION)
             of_key += 2.0 * of_k_square * key.to(tl.float32)
-            tl.store(of_k + at, of_key.to(dtype), mask=made)
+            tl.store(of_k + at + k_c[None, :], of_key.to(dtype), mask=made & k_known[None, :])
         else:
             sums = tl.dot(tl.trans(query), key, sums, input_precision=PRECISION)
             q_squares += query.to(tl.float32) * query.to(tl.float32)
             k_squares += key.to(tl.float32) * key.to(tl.float32)
     if not BACK:
         at = part * B + picture
-        tl.store(gram + (at * tl.num_programs(1) + head) * HEAD * HEAD + square, sums, mask=both)
-        tl.store(squares + at * 2 * C + c, tl.sum(q_squares, 0), mask=known)
-        tl.store(squares + at * 2 * C + C + c, tl.sum(k_squares, 0), mask=known)
+        tl.store(gram + (at * heads + head) * HEAD * HEAD + square, sums, mask=both)
+        address = squares + at * 2 * C
+        tl.store(address + q_c, tl.sum(q_squares, 0), mask=q_known & (k_part == 0))
+        tl.store(address + C + k_c, tl.sum(k_squares, 0), mask=k_known & (q_part == 0))
+
+
+@triton.jit(do_not_specialize=["H", "W"])
+def _correlate_back_half(
+    mine, other, my_kernel, other_kernel, of_gram, of_squares, of_mine, H, W, step, out_step,
+    C: tl.constexpr, HEAD: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
+    PART: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of one half of a head's queries, or of its keys (`KEYS`), after the convolution.
+
+    `mine` are the queries then and `other` the keys, of which it needs both halves; or the reverse.
+    """
+    picture, row, start = start_of(H, W, R, BW)
+    column = start + tl.arange(0, BW)
+    heads = tl.num_programs(1) // 2
+    head = tl.program_id(1) // 2
+    own = tl.program_id(1) % 2 * PART + tl.arange(0, BC)
+    first = tl.arange(0, BC)
+    second = PART + first
+    known = (first < PART) & (own < HEAD)
+    first_known = first < PART
+    second_known = first_known & (second < HEAD)
+    c = head * HEAD + own
+    first_c = head * HEAD + first
+    second_c = head * HEAD + second
+    taps = load_taps(my_kernel, c, known)
+    first_taps = load_taps(other_kernel, first_c, first_known)
+    second_taps = load_taps(other_kernel, second_c, second_known)
+    dtype = mine.dtype.element_ty
+    product = of_gram + (picture * heads + head) * HEAD * HEAD
+    mine_at = HEAD
+    other_at = 1
+    if KEYS:
+        mine_at = 1
+        other_at = HEAD
+    address = product + first[:, None] * other_at + own[None, :] * mine_at
+    both = first_known[:, None] & known[None, :]
+    of_first = tl.load(address, mask=both, other=0.0).to(dtype)
+    both = second_known[:, None] & known[None, :]
+    of_second = tl.load(address + PART * other_at, mask=both, other=0.0).to(dtype)
+    square = of_squares + picture * 2 * C + c
+    if KEYS:
+        square += C
+    above = tl.zeros([BW, BC], tl.float32)
+    here = tl.zeros([BW, BC], tl.float32)
+    first_above = tl.zeros([BW, BC], tl.float32)
+    first_here = tl.zeros([BW, BC], tl.float32)
+    second_above = tl.zeros([BW, BC], tl.float32)
+    second_here = tl.zeros([BW, BC], tl.float32)
+    for i in range(R + 2):
+        r = row + i - 1
+        made = ((i >= 2) & (r - 1 < H) & (column < W))[:, None]
+        beside = load_columns(mine, picture, r, column, c, known, step, H, W)
+        done = above + add_row(beside, taps[6], taps[7], taps[8])
+        above = here + add_row(beside, taps[3], taps[4], taps[5])
+        here = add_row(beside, taps[0], taps[1], taps[2])
+        # Loaded in each row, because registers are few; rounded as in the forward pass.
+        of_square = 2.0 * tl.load(square, mask=known, other=0.0)[None, :]
+        sums = of_square * tl.where(made, done, 0.0).to(dtype).to(tl.float32)
+        beside = load_columns(other, picture, r, column, first_c, first_known, step, H, W)
+        done = first_above + add_row(beside, first_taps[6], first_taps[7], first_taps[8])
+        first_above = first_here + add_row(beside, first_taps[3], first_taps[4], first_taps[5])
+        first_here = add_row(beside, first_taps[0], first_taps[1], first_taps[2])
+        done = tl.where(made, done, 0.0).to(dtype)
+        sums = tl.dot(done, of_first, sums, input_precision=PRECISION)
+        beside = load_columns(other, picture, r, column, second_c, second_known, step, H, W)
+        done = second_above + add_row(beside, second_taps[6], second_taps[7], second_taps[8])
+        second_above = second_here + add_row(beside, second_taps[3], second_taps[4], second_taps[5])
+        second_here = add_row(beside, second_taps[0], second_taps[1], second_taps[2])
+        done = tl.where(made, done, 0.0).to(dtype)
+        sums = tl.dot(done, of_second, sums, input_precision=PRECISION)
+        at = ((picture * H + r - 1) * W + column)[:, None] * out_step + c[None, :]
+        tl.store(of_mine + at, sums.to(dtype), mask=made & known[None, :])
 
 
 @triton.jit
@@ -213,16 +295,6 @@ def correlate(
     """
     batch, _, _, channels = q_bhwc.shape
     head = channels // heads
-    if head > WIDEST_TILE:
-        query, key = convolve(q_bhwc, q_kernel), convolve(k_bhwc, k_kernel)
-        whole = weight_gradient(query, key, per_picture=True)
-        blocks = whole.view(batch, heads, head, heads, head).diagonal(dim1=1, dim2=3)
-        with autocast_off(query):
-            norms = [
-                torch.linalg.vector_norm(one, dim=(1, 2), dtype=torch.float32)
-                for one in (query, key)
-            ]
-        return Correlation(blocks.permute(0, 3, 1, 2).contiguous(), torch.stack(norms, 1).square())
     parts = _tiles(q_bhwc)
     gram = q_bhwc.new_empty(parts, batch, heads, head, head, dtype=torch.float32)
     squares = q_bhwc.new_empty(parts, batch, 2, channels, dtype=torch.float32)
@@ -253,19 +325,11 @@ def correlate_back(
         of_k: the same, with its pixels as far apart.
     """
     planes = (q_bhwc, k_bhwc, q_kernel, k_kernel)
-    batch, heads, head, _ = gradient.gram.shape
+    _, heads, head, _ = gradient.gram.shape
     if head > WIDEST_TILE:
-        query, key = convolve(q_bhwc, q_kernel), convolve(k_bhwc, k_kernel)
-        whole = gradient.gram.new_zeros(batch, heads, head, heads, head)
-        whole.diagonal(dim1=1, dim2=3).copy_(gradient.gram.permute(0, 2, 3, 1))
-        matrix = whole.view(batch, heads * head, heads * head).to(query.dtype)
-        factors = (2.0 * gradient.squares[:, :, None, None]).unbind(1)
-        own = [
-            torch.mul(one, factor, out=torch.empty_like(one))  # rounded once
-            for one, factor in zip((query, key), factors, strict=True)
-        ]
-        multiply(key, matrix, residual=own[0], out=of_q)
-        multiply(query, matrix.transpose(1, 2), residual=own[1], out=of_k)
+        queries, keys = (q_bhwc, q_kernel, of_q), (k_bhwc, k_kernel, of_k)
+        _back_by_halves(queries, keys, gradient, of_keys=False)
+        _back_by_halves(keys, queries, gradient, of_keys=True)
         return
     to = (*gradient, of_q, of_k)
     _launch_correlate(planes, gradient, to, heads, of_q.stride(2), back=True)
@@ -384,14 +448,49 @@ def _launch_correlate(
     x = planes[0]
     batch, height, width, channels = x.shape
     head = channels // heads
-    # Back, a product in three parts would not fit into the memory that an RTX 4090 shares.
-    precision = "ieee" if back and x.dtype == torch.float32 else products(x.dtype)
+    parts = 1 if head <= WIDEST_TILE else 2
+    part = _part(head, parts)
     launch(
         _correlate,
-        (batch * _tiles(x), heads),
+        (batch * _tiles(x), heads * parts * parts),
         *(*planes, *sums, *gradients, batch, height, width, x.stride(2), out_step),
-        **{"C": channels, "HEAD": head, "R": ROWS, "BW": COLUMNS, "BC": power_of_two(head)},
+        **{"C": channels, "HEAD": head, "R": ROWS, "BW": COLUMNS, "BC": power_of_two(part)},
+        **{"PARTS": parts, "PART": part},
         BACK=back,
-        PRECISION=precision,
+        PRECISION=_precision(x, back=back),
         num_warps=WARPS,
     )
+
+
+def _back_by_halves(
+    mine: tuple[Tensor, Tensor, Tensor],
+    other: tuple[Tensor, Tensor, Tensor],
+    gradient: Correlation,
+    *,
+    of_keys: bool,
+) -> None:
+    """Write the gradient of `mine`: features, kernel, and where to. `of_keys`: whose."""
+    x, my_kernel, of_mine = mine
+    batch, height, width, channels = x.shape
+    _, heads, head, _ = gradient.gram.shape
+    part = _part(head, 2)
+    launch(
+        _correlate_back_half,
+        (batch * _tiles(x), 2 * heads),
+        *(x, other[0], my_kernel, other[1], *gradient, of_mine),
+        *(height, width, x.stride(2), of_mine.stride(2)),
+        **{"C": channels, "HEAD": head, "R": ROWS, "BW": COLUMNS, "BC": power_of_two(part)},
+        **{"PART": part, "KEYS": of_keys},
+        PRECISION=_precision(x, back=True),
+        num_warps=WARPS,
+    )
+
+
+def _part(head: int, parts: int) -> int:
+    """Channels of a part of a head; the last part may have fewer."""
+    return ceil_div(ceil_div(head, parts), MULTIPLE) * MULTIPLE
+
+
+def _precision(x: Tensor, *, back: bool) -> str:
+    # Back, a product in three parts would not fit into the memory that an RTX 4090 shares.
+    return "ieee" if back and x.dtype == torch.float32 else products(x.dtype)
