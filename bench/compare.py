@@ -1,11 +1,13 @@
-"""Recipes, or networks, against each other: same data, same samples, several seeds.
+"""Recipes, networks, or tasks against each other: same data, same samples, several seeds.
 
     python bench/compare.py recipe --train SHARDS --test SHARDS [--names NAME …] [--seeds 0 1 2]
     python bench/compare.py network --train SHARDS --test SHARDS
+    python bench/compare.py task --train SHARDS --test SHARDS
 
 `recipe` compares the field's recipe with ours; `network` the six rows of Table VI and the authors'
-program. Each run starts from the preset `small` on five tasks, in runs/WHAT/NAME-SEED (a finished
-run is not trained again, an interrupted one resumes), and is evaluated on real benchmark pictures.
+program; `task` the network for all tasks with one for each task. Each run starts from the preset
+`small` on five tasks, in runs/WHAT/NAME-SEED (a finished run is not trained again, an interrupted
+one resumes), and is evaluated on real benchmark pictures.
 Writes results/WHAT/NAME-SEED.json; `python bench/results.py` makes the tables.
 """
 
@@ -23,7 +25,9 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.results import RESULTS, ROOT, origin
+from distributed.presets import small
 from measnet.config import ABLATION
+from shards.tasks import DEGRADATIONS
 
 RECIPES: dict[str, dict[str, str]] = {
     # Adam 2e-4 without warm-up, clipping or average. The field's cosine ends above zero, this one
@@ -44,6 +48,8 @@ RECIPES: dict[str, dict[str, str]] = {
     "muon-fft": {},
     "muon-0.02": {"recipe.frequency-weight": "0", "recipe.muon-lr": "0.02"},
 }
+SMALL = small().data.repeats
+"""Degradations that the preset `small` trains on."""
 NETWORKS: dict[str, dict[str, str]] = {
     **{
         name: {f"model.no-{p}": "" for p in ("tspg", "mese", "fd", "mee") if not getattr(make(), p)}
@@ -52,7 +58,19 @@ NETWORKS: dict[str, dict[str, str]] = {
     "official": {"model.variant": "official"},
 }
 """The rows of Table VI, from the backbone to the whole network, and the authors' program."""
-SUBJECTS = {"recipe": RECIPES, "network": NETWORKS}
+TASKS: dict[str, dict[str, str]] = {
+    "all": {},
+    **{
+        task: {
+            f"data.repeats.{name.replace('_', '-')}": "0"
+            for name, one in DEGRADATIONS.items()
+            if one.task != task and name in SMALL
+        }
+        for task in dict.fromkeys(DEGRADATIONS[name].task for name in SMALL)
+    },
+}
+"""All tasks of the preset `small` together, and each by itself with as many samples."""
+SUBJECTS = {"recipe": RECIPES, "network": NETWORKS, "task": TASKS}
 """What can be compared: name -> what differs from the preset `small`, as options."""
 OURS = {"recipe.warmup-samples": "160", "recipe.ema-decay": "0.98"}
 """For a run as short as these; a recipe may say otherwise."""
@@ -60,9 +78,9 @@ OURS = {"recipe.warmup-samples": "160", "recipe.ema-decay": "0.98"}
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Train with several recipes or networks, and seeds, and evaluate."""
+    """Train with several recipes, networks or tasks, and seeds, and evaluate."""
 
-    what: tyro.conf.Positional[Literal["recipe", "network"]]
+    what: tyro.conf.Positional[Literal["recipe", "network", "task"]]
     """What is compared."""
     train: str
     """Packed shards of all five tasks."""

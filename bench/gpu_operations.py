@@ -260,6 +260,7 @@ CHOICES: tuple[tuple[tuple[str, ...], str, tuple[int, ...]], ...] = (
     (SLIDING, "COLUMNS", (16, 32)),
     (SLIDING, "CHANNELS", (32, 64)),
     (SLIDING, "WARPS", (4, 8)),
+    (SLIDING, "STAGES", (1, 2, 3)),
     (("gated",), "COLUMNS", (16, 32)),
     (("gated",), "WIDEST", (0, 128)),  # 0: the gate and the product are two kernels
 )

@@ -1,6 +1,7 @@
 """The results in results/: evaluates weights on test sets, and writes results/README.md.
 
     python bench/results.py WEIGHTS SET [SET ...]    # evaluates, adds to results/, writes README.md
+    python bench/results.py WEIGHTS SET --compare cbm3d histogram    # beside classical methods
     python bench/results.py                          # writes README.md from what results/ holds
 
 SET is as for `python -m distributed.evaluate`: packed shards, or LAYOUT=FOLDER for the raw pictures
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 RESULTS = ROOT / "results"
-TITLES = {"network": "Networks", "recipe": "Recipes"}
+TITLES = {"network": "Networks", "recipe": "Recipes", "task": "One network for each task"}
 """Folders of `bench/compare.py` -> their headings."""
 KEPT = ("protocol", "held", "degradations", "arithmetic")
 
@@ -39,6 +40,8 @@ class Arguments:
     """A run, a weights file, or `small`."""
     sets: tyro.conf.Positional[tuple[str, ...]] = ()
     """Packed shards, or LAYOUT=FOLDER."""
+    compare: tuple[str, ...] = ()
+    """Classical methods on the same pictures, as for `python -m distributed.evaluate`."""
 
 
 def main() -> int:
@@ -48,7 +51,7 @@ def main() -> int:
         print("error: give WEIGHTS and at least one SET, or neither", file=sys.stderr)
         return 2
     for one in given.sets:
-        code = evaluate(given.weights, one)
+        code = evaluate(given.weights, one, given.compare)
         if code:
             return code
     text = "\n".join(page())
@@ -57,26 +60,37 @@ def main() -> int:
     return 0
 
 
-def evaluate(weights: str, one: str) -> int:
-    """Run the evaluation, and keep its figures in results/WEIGHTS/SET.json."""
+def evaluate(weights: str, one: str, methods: Sequence[str] = ()) -> int:
+    """Run the evaluation, and keep its figures in results/WEIGHTS/SET.json.
+
+    With classical `methods` in results/methods/SET.json.
+    """
     from distributed.sources import parse
 
-    name = Path(weights).stem
+    name = "methods" if methods else Path(weights).stem
     target = RESULTS / name / f"{parse(one).name}.json"
     with tempfile.TemporaryDirectory() as folder:
         start = origin()
         command = ["-m", "distributed.evaluate", weights, one, "--out", folder]
+        command += [part for method in methods for part in ("--compare", method)]
         began = time.monotonic()
         code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
         if code:
             return code
         report = json.loads(Path(folder, "summary.json").read_text())
+        compared = {}
+        if methods:
+            compared = json.loads(Path(folder, "compare.json").read_text())
+    wanted = " --compare " + " ".join(methods) if methods else ""
     record = {
         **start,
-        "command": f"python bench/results.py {weights} {shlex.quote(_without_folder(one))}",
+        "command": f"python bench/results.py {weights} {shlex.quote(_without_folder(one))}{wanted}",
         "seconds": round(time.monotonic() - began),
         **{key: report[key] for key in KEPT},
     }
+    if compared:
+        record["about"] = compared["about"]
+        record["methods"] = {name: one["psnr"] for name, one in compared["methods"].items()}
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(record, indent=1) + "\n")
     return 0
@@ -122,6 +136,8 @@ def page() -> Iterator[str]:
         records = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
         if folder.name == "speedrun":
             yield from _speed_runs(records)
+        elif folder.name == "methods":
+            yield from _methods(records)
         elif folder.name in TITLES:
             yield from _compared(folder.name, records)
         elif records:
@@ -157,6 +173,31 @@ def _weights(name: str, records: Mapping[str, Mapping[str, Any]]) -> Iterator[st
         )
     protocols = {record["protocol"]["description"] for record in records.values()}
     yield from ("", *(f"Protocol: {one}." for one in sorted(protocols)))
+
+
+def _methods(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Weights beside classical methods, on the same pictures."""
+    yield from ("", "## Classical methods", "")
+    about = RESULTS / "methods" / "about.md"
+    if about.is_file():
+        yield from (about.read_text().rstrip(), "")
+    yield _row("set", "task", "pictures", "PSNR before", "method", "PSNR after")
+    yield "|---" * 6 + "|"
+    for dataset, record in records.items():
+        rows = record["degradations"].values()
+        pictures = sum(row["pictures"] for row in rows)
+        before = sum(row["pictures"] * row["input_psnr"] for row in rows) / pictures
+        for method, psnr in record["methods"].items():
+            for task, value in psnr.items():
+                yield _row(dataset, task, pictures, f"{before:.2f}", method, f"{value:.2f}")
+    yield ""
+    for line in dict.fromkeys(line for record in records.values() for line in record["about"]):
+        yield f"* {line}"
+    for dataset, record in records.items():
+        yield (
+            f"* {dataset}: `{record['command']}`, {record['seconds']} s on {record['machine']}, "
+            f"{record['date']}, commit {record['commit']}"
+        )
 
 
 def _speed_runs(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -4,10 +4,13 @@ from pathlib import Path
 import pytest
 
 from bench import results, speedrun
+from bench.compare import TASKS
 from distributed.config import IntervalConfig
+from distributed.presets import parse
 from measnet import hub
 from measnet.config import tiny
 from measnet.weights import load_weights
+from shards.tasks import DEGRADATIONS
 
 
 def _point(step: int, seconds: float, **metrics: float) -> dict[str, object]:
@@ -126,3 +129,36 @@ def test_a_recipe_is_the_mean_of_its_seeds_and_only_equal_runs_are_compared(
     assert "| muon | 0 | +4.00 | 22.00 | 22.00 - 22.00 |" in lines
     assert "| muon | 1 | +11.00 | 29.00 | 29.00 - 29.00 |" in lines
     assert sum(line.startswith("| recipe |") for line in lines) == 2
+
+
+def test_classical_methods_stand_beside_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    (tmp_path / "methods").mkdir()
+    record = {
+        "date": "2026-11-28",
+        "commit": "abc",
+        "machine": "a card",
+        "seconds": 9,
+        "command": "python bench/results.py small cbsd68=CBSD68 --compare cbm3d",
+        "degradations": {
+            "denoise_15": {"pictures": 2, "input_psnr": 24.0},
+            "denoise_25": {"pictures": 2, "input_psnr": 20.0},
+        },
+        "about": ["CBM3D"],
+        "methods": {"small": {"denoise": 30.0}, "cbm3d": {"denoise": 31.0}},
+    }
+    (tmp_path / "methods" / "cbsd68.json").write_text(json.dumps(record))
+    lines = list(results.page())
+    assert "| cbsd68 | denoise | 4 | 22.00 | small | 30.00 |" in lines
+    assert "| cbsd68 | denoise | 4 | 22.00 | cbm3d | 31.00 |" in lines
+    assert lines.count("* CBM3D") == 1
+
+
+def test_a_network_for_one_task_sees_nothing_of_the_others() -> None:
+    for task, options in TASKS.items():
+        given = [part for pair in options.items() for part in (f"--{pair[0]}", pair[1])]
+        repeats = parse(["small", *given], prog="test").data.repeats
+        kept = {DEGRADATIONS[name].task for name, times in repeats.items() if times}
+        assert kept == (set(TASKS) - {"all"} if task == "all" else {task})

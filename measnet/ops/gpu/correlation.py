@@ -20,6 +20,7 @@ from measnet.autocast import autocast_off
 from measnet.ops.gpu.depthwise import (
     COLUMNS,
     ROWS,
+    STAGES,
     WARPS,
     add_row,
     load_columns,
@@ -49,7 +50,8 @@ def _correlate(
     q, k, q_kernel, k_kernel, gram, squares, of_gram, of_squares, of_q, of_k,
     B, H, W, step, out_step,
     C: tl.constexpr, HEAD: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
-    PARTS: tl.constexpr, PART: tl.constexpr, BACK: tl.constexpr, PRECISION: tl.constexpr,
+    PARTS: tl.constexpr, PART: tl.constexpr, BACK: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The sums of this tile of one head; or `BACK`, the gradients of q and k convolved.
 
@@ -87,7 +89,7 @@ def _correlate(
         sums = tl.zeros([BC, BC], tl.float32)
         q_squares = tl.zeros([BW, BC], tl.float32)
         k_squares = tl.zeros([BW, BC], tl.float32)
-    for i in range(R + 2):
+    for i in tl.range(R + 2, num_stages=STAGES):
         r = row + i - 1
         beside = load_columns(q, picture, r, column, q_c, q_known, step, H, W)
         query = q_above + add_row(beside, q_taps[6], q_taps[7], q_taps[8])
@@ -125,7 +127,7 @@ def _correlate(
 def _correlate_back_half(
     mine, other, my_kernel, other_kernel, of_gram, of_squares, of_mine, H, W, step, out_step,
     C: tl.constexpr, HEAD: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
-    PART: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    PART: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one half of a head's queries, or of its keys (`KEYS`), after the convolution.
 
@@ -168,7 +170,7 @@ def _correlate_back_half(
     first_here = tl.zeros([BW, BC], tl.float32)
     second_above = tl.zeros([BW, BC], tl.float32)
     second_here = tl.zeros([BW, BC], tl.float32)
-    for i in range(R + 2):
+    for i in tl.range(R + 2, num_stages=STAGES):
         r = row + i - 1
         made = ((i >= 2) & (r - 1 < H) & (column < W))[:, None]
         beside = load_columns(mine, picture, r, column, c, known, step, H, W)
@@ -455,7 +457,7 @@ def _launch_correlate(
         (batch * _tiles(x), heads * parts * parts),
         *(*planes, *sums, *gradients, batch, height, width, x.stride(2), out_step),
         **{"C": channels, "HEAD": head, "R": ROWS, "BW": COLUMNS, "BC": power_of_two(part)},
-        **{"PARTS": parts, "PART": part},
+        **{"PARTS": parts, "PART": part, "STAGES": STAGES},
         BACK=back,
         PRECISION=_precision(x, back=back),
         num_warps=WARPS,
@@ -480,7 +482,7 @@ def _back_by_halves(
         *(x, other[0], my_kernel, other[1], *gradient, of_mine),
         *(height, width, x.stride(2), of_mine.stride(2)),
         **{"C": channels, "HEAD": head, "R": ROWS, "BW": COLUMNS, "BC": power_of_two(part)},
-        **{"PART": part, "KEYS": of_keys},
+        **{"PART": part, "KEYS": of_keys, "STAGES": STAGES},
         PRECISION=_precision(x, back=True),
         num_warps=WARPS,
     )

@@ -23,6 +23,8 @@ ROWS = 16
 """Rows that a program makes; it reads one more on either side."""
 WARPS = 8
 """Four values of a tile for each thread: the nine taps of four channels fit into registers."""
+STAGES = 1
+"""Rows that are loaded before they are needed, and one; more take registers and shared memory."""
 
 
 class Norm(NamedTuple):
@@ -126,6 +128,7 @@ def gelu_slope(x):
 def _convolve(
     x, kernel, out, H, W, x_step, out_step, mean, rstd, gamma, beta, sums,
     C: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, NORM: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """out = x ⊛ kernel. `NORM`: of norm(x), and also the sum over this tile's pixels."""
     picture, row, start = start_of(H, W, R, BW)
@@ -136,7 +139,7 @@ def _convolve(
     above = tl.zeros([BW, BC], tl.float32)
     here = tl.zeros([BW, BC], tl.float32)
     total = tl.zeros([BW, BC], tl.float32)
-    for i in range(R + 2):
+    for i in tl.range(R + 2, num_stages=STAGES):
         r = row + i - 1
         if NORM:
             norm = (mean, rstd, gamma, beta)
@@ -164,6 +167,7 @@ def _convolve(
 def _gate(
     planes, kernel, out, gradient, of_planes, H, W,
     C: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, BACK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """out = gelu(a) · b of the halves a and b of planes ⊛ kernel; `C` channels each.
 
@@ -180,7 +184,7 @@ def _gate(
     a_here = tl.zeros([BW, BC], tl.float32)
     b_above = tl.zeros([BW, BC], tl.float32)
     b_here = tl.zeros([BW, BC], tl.float32)
-    for i in range(R + 2):
+    for i in tl.range(R + 2, num_stages=STAGES):
         r = row + i - 1
         beside = load_columns(planes, picture, r, column, c, known, 2 * C, H, W)
         a = a_above + add_row(beside, a_taps[6], a_taps[7], a_taps[8])
@@ -207,7 +211,7 @@ def _convolve_back(
     x, kernel, gradient, of_x, of_kernel, H, W, x_step, gradient_step, out_step,
     mean, rstd, gamma, beta,
     C: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, NORM: tl.constexpr,
-    GROUP: tl.constexpr, OWN: tl.constexpr,
+    GROUP: tl.constexpr, OWN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of x and, of this tile, of the kernel, from one reading of both.
 
@@ -234,7 +238,7 @@ def _convolve_back(
     g7 = tl.zeros([BW, BC], tl.float32)
     g8 = tl.zeros([BW, BC], tl.float32)
     end = tl.minimum(row + R, H)
-    for i in range(R + 2):
+    for i in tl.range(R + 2, num_stages=STAGES):
         r = row + i - 1
         beside = load_columns(gradient, picture, r, column, c, known, gradient_step, H, W)
         own = known & (r + 1 < end)
@@ -387,5 +391,5 @@ def tiling(x_bhwc: Tensor, channels: int) -> tuple[tuple[int, int], dict[str, in
     batch, height, width, _ = x_bhwc.shape
     block = min(CHANNELS, power_of_two(channels))
     tiles = batch * ceil_div(height, ROWS) * ceil_div(width, COLUMNS)
-    sizes = {"R": ROWS, "BW": COLUMNS, "BC": block, "num_warps": WARPS}
+    sizes = {"R": ROWS, "BW": COLUMNS, "BC": block, "STAGES": STAGES, "num_warps": WARPS}
     return (tiles, ceil_div(channels, block)), sizes

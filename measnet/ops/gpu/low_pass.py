@@ -33,7 +33,7 @@ def _reflect(at, size):
 @triton.jit(do_not_specialize=["H", "W"])
 def _low_pass(
     x, taps, low, high, H, W,
-    C: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
+    C: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """low = x ⊛ taps, high = x − low."""
     picture, row, start = start_of(H, W, R, BW)
@@ -45,7 +45,7 @@ def _low_pass(
     above = tl.zeros([BW, BC], tl.float32)
     here = tl.zeros([BW, BC], tl.float32)
     was = tl.zeros([BW, BC], tl.float32)
-    for i in range(R + 2):
+    for i in tl.range(R + 2, num_stages=STAGES):
         r = row + i - 1
         source = _reflect(r, H)
         left = load_row(x, picture, source, before, c, known, C, H, W)
@@ -84,7 +84,7 @@ def _read_by(row, reads, given, left_tap, middle_tap, right_tap):
 @triton.jit(do_not_specialize=["H", "W"])
 def _low_pass_back(
     x, taps, of_low, of_high, of_x, of_taps, H, W,
-    C: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr,
+    C: tl.constexpr, R: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of x and, of this tile, of its picture's taps."""
     picture, row, start = start_of(H, W, R, BW)
@@ -105,7 +105,7 @@ def _low_pass_back(
     # Column 0 reads column 1 on both sides, and the last column that before it.
     first = (column == 1)[:, None]
     last = (column == W - 2)[:, None]
-    for i in range(R):
+    for i in tl.range(R, num_stages=STAGES):
         r = row + i
         inside = known & (r < H)
         sums = load_row(of_high, picture, r, column, c, inside, C, H, W)
