@@ -118,8 +118,10 @@ class MEASNet(nn.Module):
                 `RoutingConfig.noise`).
         """
         padded = self.pad(image).to(self.patch_embed.weight.dtype)
-        with gpu_library.packed_weights(self, padded):
-            return self._forward(image, padded, generator)
+        if gpu_library.takes(padded):
+            with gpu_library.packed_weights(self, padded):
+                return self._forward(image, padded, generator)
+        return self._forward(image, padded, generator)
 
     def _forward(
         self, image: Tensor, padded: Tensor, generator: torch.Generator | None

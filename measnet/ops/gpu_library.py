@@ -159,11 +159,11 @@ def fits(x: Tensor, *weights: Tensor | None, heads: int | None = None) -> bool:
         and channels <= WIDEST
         and (heads is None or head <= WIDEST_HEAD)
         and all(_is_complete(weight) for weight in weights if weight is not None)
-        and _takes(x)
+        and takes(x)
     )
 
 
-def _takes(x: Tensor) -> bool:
+def takes(x: Tensor) -> bool:
     """Whether kernels compute with this tensor, on its device."""
     return (
         acceleration_allowed()
@@ -197,7 +197,7 @@ def packed_weights(model: nn.Module, image: Tensor) -> Iterator[None]:
         model: its parts that are `HasWeights` say which.
         image: on the device, of the type that the network begins with.
     """
-    if not _takes(image):
+    if not takes(image):
         yield
         return
     parts = [one for one in model.modules() if isinstance(one, HasWeights)]
