@@ -15,6 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from scipy import ndimage
 
+from shards import interrupt
+
 Parameters = dict[str, Any]
 
 DEPTH_SIDE = 512
@@ -252,7 +254,10 @@ def blur(
     Restoration from Motion Blur", 2012). Light adds up linearly, as in the averaged frames of GoPro
     (Nah et al., 2017).
     """
-    from scipy import signal  # half a second: not for workers, who never blur
+    # Half a second: not for workers, who never blur. A module of C that is interrupted while it is
+    # imported raises an ImportError instead.
+    with interrupt.blocked():
+        from scipy import signal
 
     height, width = picture.shape[:2]
     reach = rng.uniform(0.008, 0.03) * min(height, width) * severity
