@@ -1,5 +1,7 @@
 """The synthetic degradations follow their models."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -182,3 +184,23 @@ def _streaks(streaks: np.ndarray) -> tuple[float, float, float, float]:
         float((grey > 10).mean()),
         float(np.percentile(grey, 99)),
     )
+
+
+def test_an_interrupt_waits_until_a_module_is_imported() -> None:
+    """A module of C would turn it into an ImportError."""
+    script = """
+import os, signal, sys
+import numpy as np
+from shards import degrade, interrupt
+
+class Sends:
+    def find_spec(self, name, *_):
+        if name == "scipy.signal":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Sends())
+blur = lambda: degrade.blur(np.zeros((32, 32, 3)), np.random.default_rng(0), 1.0)
+print(interrupt.run_command(blur), "scipy.signal" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("130 True\n", "stopped\n")

@@ -369,26 +369,6 @@ def interrupted(arguments: list[str], after: float, gap: float) -> tuple[int, fl
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_an_interrupt_waits_until_a_module_is_imported() -> None:
-    """A module of C would turn it into an ImportError."""
-    script = """
-import os, signal, sys
-import numpy as np
-from shards import degrade, interrupt
-
-class Sends:
-    def find_spec(self, name, *_):
-        if name == "scipy.signal":
-            os.kill(os.getpid(), signal.SIGINT)
-
-sys.meta_path.insert(0, Sends())
-blur = lambda: degrade.blur(np.zeros((32, 32, 3)), np.random.default_rng(0), 1.0)
-print(interrupt.run_command(blur), "scipy.signal" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("130 True\n", "stopped\n")
-
-
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize(("after", "gap"), [(0.7, 0), (1.3, 0.001), (2.0, 0), (3.0, 0.3)])
 def test_two_interrupts_end_it_cleanly(
