@@ -221,7 +221,7 @@ class Arguments:
     device: DeviceChoice = "auto"
     """Device for restoring; `auto`: the GPU if there is one."""
     precision: Precision = "fp32"
-    """`bf16` is faster, on GPUs that have it; the results differ a little."""
+    """`bf16` computes with 16 bits, on GPUs that have it; the results differ a little."""
     force: bool = False
     """Overwrite existing results. Inputs are never overwritten."""
     skip_existing: bool = False
@@ -291,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_precision(precision: Precision, device: str) -> None:
-    """Refuse bf16 where it would be slower than fp32.
+    """Refuse bf16 on devices that do not have it.
 
     Raises:
         ValueError: the device has no bf16, and what it is.

@@ -22,9 +22,9 @@ from measnet.ops.gpu.depthwise import (
     ROWS,
     STAGES,
     WARPS,
-    add_row,
     load_columns,
     load_taps,
+    slide,
     start_of,
 )
 from measnet.ops.gpu_library import MULTIPLE, ceil_div, launch, power_of_two, products
@@ -92,13 +92,9 @@ def _correlate(
     for i in tl.range(R + 2, num_stages=STAGES):
         r = row + i - 1
         beside = load_columns(q, picture, r, column, q_c, q_known, step, H, W)
-        query = q_above + add_row(beside, q_taps[6], q_taps[7], q_taps[8])
-        q_above = q_here + add_row(beside, q_taps[3], q_taps[4], q_taps[5])
-        q_here = add_row(beside, q_taps[0], q_taps[1], q_taps[2])
+        query, q_above, q_here = slide(beside, q_above, q_here, q_taps)
         beside = load_columns(k, picture, r, column, k_c, k_known, step, H, W)
-        key = k_above + add_row(beside, k_taps[6], k_taps[7], k_taps[8])
-        k_above = k_here + add_row(beside, k_taps[3], k_taps[4], k_taps[5])
-        k_here = add_row(beside, k_taps[0], k_taps[1], k_taps[2])
+        key, k_above, k_here = slide(beside, k_above, k_here, k_taps)
         made = ((i >= 2) & (r - 1 < H) & (column < W))[:, None]
         # Rounded as if they had been written, so that no cosine is above 1.
         query = tl.where(made & q_known[None, :], query, 0.0).to(dtype)
@@ -174,22 +170,16 @@ def _correlate_back_half(
         r = row + i - 1
         made = ((i >= 2) & (r - 1 < H) & (column < W))[:, None]
         beside = load_columns(mine, picture, r, column, c, known, step, H, W)
-        done = above + add_row(beside, taps[6], taps[7], taps[8])
-        above = here + add_row(beside, taps[3], taps[4], taps[5])
-        here = add_row(beside, taps[0], taps[1], taps[2])
+        done, above, here = slide(beside, above, here, taps)
         # Loaded in each row, because registers are few; rounded as in the forward pass.
         of_square = 2.0 * tl.load(square, mask=known, other=0.0)[None, :]
         sums = of_square * tl.where(made, done, 0.0).to(dtype).to(tl.float32)
         beside = load_columns(other, picture, r, column, first_c, first_known, step, H, W)
-        done = first_above + add_row(beside, first_taps[6], first_taps[7], first_taps[8])
-        first_above = first_here + add_row(beside, first_taps[3], first_taps[4], first_taps[5])
-        first_here = add_row(beside, first_taps[0], first_taps[1], first_taps[2])
+        done, first_above, first_here = slide(beside, first_above, first_here, first_taps)
         done = tl.where(made, done, 0.0).to(dtype)
         sums = tl.dot(done, of_first, sums, input_precision=PRECISION)
         beside = load_columns(other, picture, r, column, second_c, second_known, step, H, W)
-        done = second_above + add_row(beside, second_taps[6], second_taps[7], second_taps[8])
-        second_above = second_here + add_row(beside, second_taps[3], second_taps[4], second_taps[5])
-        second_here = add_row(beside, second_taps[0], second_taps[1], second_taps[2])
+        done, second_above, second_here = slide(beside, second_above, second_here, second_taps)
         done = tl.where(made, done, 0.0).to(dtype)
         sums = tl.dot(done, of_second, sums, input_precision=PRECISION)
         at = ((picture * H + r - 1) * W + column)[:, None] * out_step + c[None, :]
@@ -471,7 +461,10 @@ def _back_by_halves(
     *,
     of_keys: bool,
 ) -> None:
-    """Write the gradient of `mine`: features, kernel, and where to. `of_keys`: whose."""
+    """Write the gradient of `mine`, which are the keys or, without `of_keys`, the queries.
+
+    Both are features, the convolution's kernel, and where the gradient goes.
+    """
     x, my_kernel, of_mine = mine
     batch, height, width, channels = x.shape
     _, heads, head, _ = gradient.gram.shape

@@ -112,6 +112,18 @@ def add_row(beside, first, second, third):
 
 
 @triton.jit
+def slide(beside, above, here, taps):
+    """Adds a row of the input: a row of the result that is complete, and the sums of the next two.
+
+    `above` and `here` are the sums before: of the row above, and of the input's own row.
+    """
+    done = above + add_row(beside, taps[6], taps[7], taps[8])
+    above = here + add_row(beside, taps[3], taps[4], taps[5])
+    here = add_row(beside, taps[0], taps[1], taps[2])
+    return done, above, here
+
+
+@triton.jit
 def gelu(x):
     """x · Φ(x)."""
     return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
@@ -149,9 +161,7 @@ def _convolve(
             beside = (left, middle, right)
         else:
             beside = load_columns(x, picture, r, column, c, known, x_step, H, W)
-        done = above + add_row(beside, taps[6], taps[7], taps[8])
-        above = here + add_row(beside, taps[3], taps[4], taps[5])
-        here = add_row(beside, taps[0], taps[1], taps[2])
+        done, above, here = slide(beside, above, here, taps)
         made = (i >= 2) & (r - 1 < H) & (column < W)
         at = (picture * H + r - 1) * W + column
         address = out + at[:, None] * out_step + c[None, :]
@@ -187,13 +197,9 @@ def _gate(
     for i in tl.range(R + 2, num_stages=STAGES):
         r = row + i - 1
         beside = load_columns(planes, picture, r, column, c, known, 2 * C, H, W)
-        a = a_above + add_row(beside, a_taps[6], a_taps[7], a_taps[8])
-        a_above = a_here + add_row(beside, a_taps[3], a_taps[4], a_taps[5])
-        a_here = add_row(beside, a_taps[0], a_taps[1], a_taps[2])
+        a, a_above, a_here = slide(beside, a_above, a_here, a_taps)
         beside = load_columns(planes, picture, r, column, d, known, 2 * C, H, W)
-        b = b_above + add_row(beside, b_taps[6], b_taps[7], b_taps[8])
-        b_above = b_here + add_row(beside, b_taps[3], b_taps[4], b_taps[5])
-        b_here = add_row(beside, b_taps[0], b_taps[1], b_taps[2])
+        b, b_above, b_here = slide(beside, b_above, b_here, b_taps)
         made = ((i >= 2) & (r - 1 < H) & (column < W))[:, None] & known[None, :]
         at = ((picture * H + r - 1) * W + column)[:, None]
         active = gelu(a)

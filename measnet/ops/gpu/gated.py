@@ -1,6 +1,6 @@
 """The end of the gated feed-forward in one kernel: convolution, gate, 1×1 convolution, residual.
 
-Between them are as many hidden channels as 2.66 times the features have. They are never written.
+Between them are 2.66 times as many hidden channels as the features have. They are never written.
 """
 
 import torch
@@ -19,8 +19,8 @@ COLUMNS = 16
 HIDDEN = {torch.bfloat16: 32, torch.float32: 16}
 """Hidden channels that a program convolves at a time."""
 WIDEST = 128
-"""Most features: a tile of the result stays in registers. With more, pixels are few, and two
-kernels take over."""
+"""Most channels of the features: a tile of the result stays in registers. With more, pixels
+are few, and two kernels take over."""
 
 
 @triton.jit(do_not_specialize=["H", "W"])
@@ -31,8 +31,8 @@ def _gate_project(
 ):  # fmt: skip
     """out = residual + matrix · (gelu(a) · b), of the halves a and b of planes ⊛ kernel.
 
-    A pixel's nine neighbours are loaded for each hidden channel. Tiles overlap, so most of these
-    loads find the cache of the processor.
+    A pixel's nine neighbours are loaded for each hidden channel. Pixels of a tile share most of
+    their neighbours, so the cache should serve most of these loads.
     """
     picture, row, start = start_of(H, W, R, BW)
     place = tl.arange(0, R * BW)

@@ -1,4 +1,4 @@
-"""The weights of a network as the kernels read them, made by one kernel for all of them.
+"""The weights of all transformer blocks as the kernels read them, made by one kernel.
 
 The kernels read matrices in the features' type, with hidden channels padded to a multiple of 16.
 One by one, each weight would take two or three launches in each forward pass.
@@ -51,33 +51,33 @@ class _Table(NamedTuple):
     numbers, rows and columns of the weight, and the weight's three strides."""
     programs: Tensor
     """(programs, 2) int32: weight, and block of its result."""
-    size: int
+    places: list[int]
+    """Where each weight begins in the result, and the result's size."""
 
     @classmethod
     def of(cls, weights: list[Weight], dtype: torch.dtype, device: torch.device) -> "_Table":
-        items, programs, size = [], [], 0
+        items, programs, places = [], [], [0]
         for number, one in enumerate(weights):
             count = prod(one.sizes)
+            blocks = ceil_div(count, BLOCK)
             _, rows, columns = one.view.shape
             shape = (*one.sizes[1:], count, rows, columns)
-            items.append([one.view.data_ptr(), size, *shape, *one.view.stride()])
-            programs += [[number, block] for block in range(ceil_div(count, BLOCK))]
-            size += ceil_div(count, BLOCK) * BLOCK  # so each begins where wide loads may
+            items.append([one.view.data_ptr(), places[-1], *shape, *one.view.stride()])
+            programs += [[number, block] for block in range(blocks)]
+            places.append(places[-1] + blocks * BLOCK)  # each begins where wide loads may
         return cls(
             *(weights, dtype, torch.tensor(items, device=device)),
-            *(torch.tensor(programs, dtype=torch.int32, device=device), size),
+            *(torch.tensor(programs, dtype=torch.int32, device=device), places),
         )
 
     def make(self) -> dict[int, Tensor]:
         """Id of each parameter -> the weight as the kernels read it."""
-        out = self.items.new_empty(self.size, dtype=self.dtype)
+        out = self.items.new_empty(self.places[-1], dtype=self.dtype)
         launch(_pack, (len(self.programs),), self.items, self.programs, out, BLOCK=BLOCK)
-        made, first = {}, 0
-        for one in self.weights:
-            count = prod(one.sizes)
-            made[id(one.parameter)] = out[first : first + count].view(one.sizes)
-            first += ceil_div(count, BLOCK) * BLOCK
-        return made
+        return {
+            id(one.parameter): out[first : first + prod(one.sizes)].view(one.sizes)
+            for one, first in zip(self.weights, self.places[:-1], strict=True)
+        }
 
 
 _tables: WeakKeyDictionary[nn.Module, tuple[tuple[object, ...], list[_Table]]] = WeakKeyDictionary()
