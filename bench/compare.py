@@ -1,13 +1,16 @@
-"""Recipes, networks, or tasks against each other: same data, same samples, several seeds.
+"""Recipes, networks, tasks, or ways to choose experts against each other: same data, same samples,
+several seeds.
 
     python bench/compare.py recipe --train SHARDS --test SHARDS [--names NAME …] [--seeds 0 1 2]
     python bench/compare.py network --train SHARDS --test SHARDS
     python bench/compare.py task --train SHARDS --test SHARDS
+    python bench/compare.py routing --train SHARDS --test SHARDS
 
 `recipe` compares the field's recipe with ours; `network` the six rows of Table VI and the authors'
-program; `task` the network for all tasks with one for each task. Each run starts from the preset
-`small` on five tasks, in runs/WHAT/NAME-SEED (a finished run is not trained again, an interrupted
-one resumes), and is evaluated on real benchmark pictures.
+program; `task` the network for all tasks with one for each task; `routing` the options of
+docs/routing.md, and what the choice is worth. Each run starts from the preset `small` on five
+tasks, in runs/WHAT/NAME-SEED (a finished run is not trained again, an interrupted one resumes), and
+is evaluated on real benchmark pictures.
 Writes results/WHAT/NAME-SEED.json; `python bench/results.py` makes the tables.
 """
 
@@ -18,7 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -70,7 +73,22 @@ TASKS: dict[str, dict[str, str]] = {
     },
 }
 """All tasks of the preset `small` together, and each by itself with as many samples."""
-SUBJECTS = {"recipe": RECIPES, "network": NETWORKS, "task": TASKS}
+ROUTING: dict[str, dict[str, str]] = {
+    "lambda-1e-4": {"recipe.balance-weight": "1e-4"},
+    "lambda-1e-2": {},
+    "lambda-1e-1": {"recipe.balance-weight": "0.1"},
+    "lambda-1": {"recipe.balance-weight": "1"},
+    "batch": {"model.routing.balance-over": "batch"},
+    "picture": {"model.routing.picture-weight": "1"},
+    "bias": {"recipe.balance-weight": "1e-4", "model.routing.bias-rate": "0.01"},
+    "noise": {"model.routing.noise": "0.5"},
+    "renormalise": {"model.routing.renormalise": ""},
+    "z-loss": {"model.routing.z-loss": "0.001"},
+    "temperature": {"model.routing.temperature": "2"},
+}
+"""The paper's lambda, that of the preset `small`, larger ones, and each option of the choice by
+itself. A run has 300 steps, so the rate of the bias is ten times the usual one."""
+SUBJECTS = {"recipe": RECIPES, "network": NETWORKS, "task": TASKS, "routing": ROUTING}
 """What can be compared: name -> what differs from the preset `small`, as options."""
 OURS = {"recipe.warmup-samples": "160", "recipe.ema-decay": "0.98"}
 """For a run as short as these; a recipe may say otherwise."""
@@ -78,9 +96,9 @@ OURS = {"recipe.warmup-samples": "160", "recipe.ema-decay": "0.98"}
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Train with several recipes, networks or tasks, and seeds, and evaluate."""
+    """Train with several recipes, networks, tasks or choices, and seeds, and evaluate."""
 
-    what: tyro.conf.Positional[Literal["recipe", "network", "task"]]
+    what: tyro.conf.Positional[Literal["recipe", "network", "task", "routing"]]
     """What is compared."""
     train: str
     """Packed shards of all five tasks."""
@@ -135,10 +153,13 @@ def _one(given: Arguments, name: str, seed: int) -> int:
     out = ROOT / run / "test"
     evaluation = ["distributed.evaluate", str(run), given.test, "--limit", str(given.limit)]
     evaluation += ["--grid-rows", "1", "--out", str(out)]
+    if given.what == "routing":
+        evaluation += ["--routing", "fixed"]
     code = subprocess.run([sys.executable, "-m", *evaluation], cwd=ROOT).returncode
     if code:
         return code
-    rows = json.loads((out / "summary.json").read_text())["degradations"]
+    summary = json.loads((out / "summary.json").read_text())
+    rows = summary["degradations"]
     gains = {key: row["restored_psnr"] - row["input_psnr"] for key, row in rows.items()}
     record = {
         **start,
@@ -153,11 +174,25 @@ def _one(given: Arguments, name: str, seed: int) -> int:
         "gain": {key: round(gain, 3) for key, gain in gains.items()},
         "mean_psnr": round(fmean(row["restored_psnr"] for row in rows.values()), 3),
     }
+    if given.what == "routing":
+        record |= _choice(summary, json.loads((out / "routing-fixed-pixel.json").read_text()))
     target = RESULTS / given.what / f"{name}-{seed}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{name}, seed {seed}: mean PSNR {record['mean_psnr']:.2f} dB; {target}")
     return 0
+
+
+def _choice(summary: dict[str, Any], replaced: dict[str, Any]) -> dict[str, Any]:
+    """How the experts are used, by library, and what the choice per pixel is worth, by task."""
+    measures = summary["routing_measures"]
+    return {
+        "effective_experts": {
+            key: round(one["effective_experts"], 3) for key, one in measures.items()
+        },
+        "information": {key: round(one["mutual_information"], 4) for key, one in measures.items()},
+        "worth": {task: round(worth, 3) for task, worth in replaced["worth"].items()},
+    }
 
 
 if __name__ == "__main__":

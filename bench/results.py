@@ -27,7 +27,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 RESULTS = ROOT / "results"
-TITLES = {"network": "Networks", "recipe": "Recipes", "task": "One network for each task"}
+TITLES = {
+    "network": "Networks",
+    "recipe": "Recipes",
+    "routing": "Choice of experts",
+    "task": "One network for each task",
+}
 """Folders of `bench/compare.py` -> their headings."""
 KEPT = ("protocol", "held", "degradations", "arithmetic")
 
@@ -278,6 +283,8 @@ def _compared(what: str, records: Mapping[str, Mapping[str, Any]]) -> Iterator[s
                 name, seeds, *(f"{gain:+.2f}" for gain in gains), f"{fmean(means):.2f}", spread
             )
         yield ""
+        if what == "routing":
+            yield from _choices(rows)
     first = next(iter(records.values()))
     names = " ".join(dict.fromkeys(one["name"] for one in records.values()))
     seeds = " ".join(map(str, sorted({one["seed"] for one in records.values()})))
@@ -286,6 +293,35 @@ def _compared(what: str, records: Mapping[str, Mapping[str, Any]]) -> Iterator[s
         f"`{command} --names {names} --seeds {seeds}`, {first['date']}, {first['machine']}, "
         f"commit {first['commit']}"
     )
+
+
+def _choices(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
+    """How the experts are used, and what the choice is worth; all seeds, and their mean."""
+    libraries = list(next(iter(rows.values()))[0]["effective_experts"])
+    pixel = [one for one in libraries if one.startswith("encoder")]
+    picture = [one for one in libraries if one not in pixel]
+    yield (
+        "Effective experts and information of task and choice (nat): means of the seeds. Worth of "
+        "the choice per pixel, less `fixed`, in dB:"
+    )
+    yield ""
+    kinds = ("per pixel", "per picture")
+    measured = (f"{name}, {kind}" for name in ("experts", "information") for kind in kinds)
+    yield _row("routing", *measured, "worth, each seed", "mean worth")
+    yield "|---" * 7 + "|"
+    for name, runs in sorted(rows.items(), key=lambda row: fmean(_means(row[1]))):
+        worth = [run["worth"]["mean"] for run in runs]
+        yield _row(
+            name,
+            *(
+                f"{fmean(run[measure][one] for run in runs for one in kind):.2f}"
+                for measure in ("effective_experts", "information")
+                for kind in (pixel, picture)
+            ),
+            ", ".join(f"{one:+.2f}" for one in worth),
+            f"{fmean(worth):+.2f}",
+        )
+    yield ""
 
 
 def _means(runs: Sequence[Mapping[str, Any]]) -> list[float]:
