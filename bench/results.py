@@ -2,6 +2,7 @@
 
     python bench/results.py WEIGHTS SET [SET ...]    # evaluates, adds to results/, writes README.md
     python bench/results.py WEIGHTS SET --compare cbm3d histogram    # beside classical methods
+    python bench/results.py --search runs/NAME       # adds a finished `python -m tune.search`
     python bench/results.py                          # writes README.md from what results/ holds
 
 SET is as for `python -m distributed.evaluate`: packed shards, or LAYOUT=FOLDER for the raw pictures
@@ -47,6 +48,8 @@ class Arguments:
     """Packed shards, or LAYOUT=FOLDER."""
     compare: tuple[str, ...] = ()
     """Classical methods on the same pictures, as for `python -m distributed.evaluate`."""
+    search: Path | None = None
+    """Folder of a search, whose trials are added."""
 
 
 def main() -> int:
@@ -59,6 +62,9 @@ def main() -> int:
         code = evaluate(given.weights, one, given.compare)
         if code:
             return code
+    if given.search and not add_search(given.search):
+        print(f"error: --search {given.search} holds no search.json", file=sys.stderr)
+        return 2
     text = "\n".join(page())
     (RESULTS / "README.md").write_text(text + "\n")
     print(f"written: {RESULTS / 'README.md'}")
@@ -99,6 +105,42 @@ def evaluate(weights: str, one: str, methods: Sequence[str] = ()) -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(record, indent=1) + "\n")
     return 0
+
+
+def add_search(folder: Path) -> bool:
+    """Keep the trials of a search in results/search/NAME.json; False if the folder holds none."""
+    from tune.record import load
+    from tune.report import effective_experts
+    from tune.results import refresh
+    from tune.space import symbol
+
+    found = load(str(folder))
+    if found is None:
+        return False
+    for trial in found.trials:
+        refresh(trial)  # reads what the choice was worth, if it was measured since
+    trials = [
+        {
+            "number": trial.number,
+            "state": trial.state,
+            "values": {symbol(field): value for field, value in trial.changes.items()},
+            "samples": trial.samples,
+            "seconds": round(trial.seconds),
+            "psnr": trial.psnr,
+            "input_psnr": trial.input_psnr,
+            "gain_error": trial.gain_error,
+            "effective_experts": effective_experts(trial),
+            "worth": trial.choice_worth,
+        }
+        for trial in found.trials
+    ]
+    record = {**origin(), "command": found.command, "seconds": round(found.seconds)}
+    target = RESULTS / "search" / f"{found.name}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(
+        json.dumps({**record, "budget": found.budget, "trials": trials}, indent=1) + "\n"
+    )
+    return True
 
 
 def _without_folder(one: str) -> str:
@@ -143,6 +185,8 @@ def page() -> Iterator[str]:
             yield from _speed_runs(records)
         elif folder.name == "methods":
             yield from _methods(records)
+        elif folder.name == "search":
+            yield from _searches(records)
         elif folder.name in TITLES:
             yield from _compared(folder.name, records)
         elif records:
@@ -203,6 +247,49 @@ def _methods(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             f"* {dataset}: `{record['command']}`, {record['seconds']} s on {record['machine']}, "
             f"{record['date']}, commit {record['commit']}"
         )
+
+
+def _searches(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """The trials of each search, the best first; those that were stopped come last."""
+    yield from ("", "## Search", "")
+    about = RESULTS / "search" / "about.md"
+    if about.is_file():
+        yield from (about.read_text().rstrip(), "")
+    for record in records.values():
+        fields = list(dict.fromkeys(name for one in record["trials"] for name in one["values"]))
+        after = ("samples", "PSNR", "gain", "standard error", "effective experts", "worth")
+        yield _row("trial", *fields, *after)
+        yield "|---" * (len(fields) + 7) + "|"
+        for one in sorted(record["trials"], key=_place):
+            gain = None if one["psnr"] is None else one["psnr"] - one["input_psnr"]
+            yield _row(
+                f"{one['number']}" + (" (paper)" if one["number"] == 0 else ""),
+                *(_short(one["values"].get(name)) for name in fields),
+                f"{one['samples']:,}",
+                _figure(one["psnr"], ".2f"),
+                _figure(gain, "+.2f"),
+                _figure(one["gain_error"], ".2f"),
+                _figure(one["effective_experts"], ".2f"),
+                _figure(one["worth"], "+.2f"),
+            )
+        minutes = f"{record['seconds'] / 60:.0f} minutes on {record['machine']}"
+        yield from (
+            "",
+            f"`{record['command']}`, {minutes}, {record['date']}, commit {record['commit']}",
+        )
+
+
+def _place(trial: Mapping[str, Any]) -> tuple[bool, float]:
+    """Finished trials first, then by PSNR."""
+    return trial["state"] != "finished", -(trial["psnr"] or 0)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def _speed_runs(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

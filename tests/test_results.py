@@ -11,6 +11,7 @@ from measnet import hub
 from measnet.config import tiny
 from measnet.weights import load_weights
 from shards.tasks import DEGRADATIONS
+from tune.record import SearchRecord, TrialRecord
 
 
 def _point(step: int, seconds: float, **metrics: float) -> dict[str, object]:
@@ -162,3 +163,52 @@ def test_a_network_for_one_task_sees_nothing_of_the_others() -> None:
         repeats = parse(["small", *given], prog="test").data.repeats
         kept = {DEGRADATIONS[name].task for name, times in repeats.items() if times}
         assert kept == (set(TASKS) - {"all"} if task == "all" else {task})
+
+
+def test_the_trials_of_a_search_are_kept_and_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    folder = tmp_path / "runs" / "search"
+    values = {"model.num_pixel_experts": 6, "recipe.balance_weight": 1e-4}
+    trials = [
+        TrialRecord(0, "trial-000", values, state="finished", samples=80, psnr=22.0),
+        TrialRecord(1, "trial-001", values, state="stopped", samples=40, psnr=25.0),
+        TrialRecord(2, "trial-002", values, state="finished", samples=80, psnr=22.5),
+    ]
+    for trial in trials:
+        trial.input_psnr, trial.choice_worth = 20.0, 0.25
+    SearchRecord(
+        "search", {}, "python -m tune.search small", 80, "none", trials, folder=str(folder)
+    ).save()
+    assert results.add_search(folder)
+    assert not results.add_search(tmp_path)
+    rows = [line for line in results.page() if line.startswith("| ")][1:]
+    assert [row.split(" | ")[0] for row in rows] == ["| 2", "| 0 (paper)", "| 1"]
+    assert rows[0] == "| 2 | 6 | 0.0001 | 80 | 22.50 | +2.50 | – | – | +0.25 |"
+
+
+def test_the_choice_of_experts_is_shown_beside_the_gain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    (tmp_path / "routing").mkdir()
+    for seed, worth in ((0, 0.5), (1, -0.1)):
+        record = {
+            "date": "2026-11-27",
+            "commit": "abc",
+            "machine": "a card",
+            "name": "noise",
+            "seed": seed,
+            "samples": 80,
+            "crop": 48,
+            "pictures": {"derain": 3},
+            "gain": {"derain": 1.0},
+            "mean_psnr": 21.0,
+            "effective_experts": {"encoder1": 3.0, "encoder2": 4.0, "decoder1.low": 2.0},
+            "information": {"encoder1": 0.1, "encoder2": 0.3, "decoder1.low": 0.0},
+            "worth": {"derain": worth, "mean": worth},
+        }
+        (tmp_path / "routing" / f"noise-{seed}.json").write_text(json.dumps(record))
+    page = list(results.page())
+    assert "| noise | 3.50 | 2.00 | 0.20 | 0.00 | +0.50, -0.10 | +0.20 |" in page
