@@ -27,7 +27,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.results import RESULTS, ROOT, origin
+from bench.results import RESULTS, ROOT, keep, origin
 from distributed.presets import small
 from measnet.config import ABLATION
 from shards.tasks import DEGRADATIONS
@@ -177,8 +177,7 @@ def _one(given: Arguments, name: str, seed: int) -> int:
     if given.what == "routing":
         record |= _choice(summary, json.loads((out / "routing-fixed-pixel.json").read_text()))
     target = RESULTS / given.what / f"{name}-{seed}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(record, indent=1) + "\n")
+    keep(record, target)
     print(f"{name}, seed {seed}: mean PSNR {record['mean_psnr']:.2f} dB; {target}")
     return 0
 

@@ -62,9 +62,12 @@ def main() -> int:
         code = evaluate(given.weights, one, given.compare)
         if code:
             return code
-    if given.search and not add_search(given.search):
-        print(f"error: --search {given.search} holds no search.json", file=sys.stderr)
-        return 2
+    if given.search:
+        try:
+            add_search(given.search)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     text = "\n".join(page())
     (RESULTS / "README.md").write_text(text + "\n")
     print(f"written: {RESULTS / 'README.md'}")
@@ -102,45 +105,58 @@ def evaluate(weights: str, one: str, methods: Sequence[str] = ()) -> int:
     if compared:
         record["about"] = compared["about"]
         record["methods"] = {name: one["psnr"] for name, one in compared["methods"].items()}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(record, indent=1) + "\n")
+    keep(record, target)
     return 0
 
 
-def add_search(folder: Path) -> bool:
-    """Keep the trials of a search in results/search/NAME.json; False if the folder holds none."""
-    from tune.record import load
-    from tune.report import effective_experts
+def add_search(folder: Path) -> None:
+    """Keep the trials of a search in results/search/NAME.json, the best first.
+
+    Raises:
+        ValueError: the folder holds no search, or one that cannot be read.
+    """
+    from tune.record import FILE, load
+    from tune.report import best_first, effective_experts
     from tune.results import refresh
     from tune.space import symbol
 
     found = load(str(folder))
     if found is None:
-        return False
+        raise ValueError(f"--search {folder} holds no {FILE}; give the folder of a search")
     for trial in found.trials:
         refresh(trial)  # reads what the choice was worth, if it was measured since
-    trials = [
-        {
-            "number": trial.number,
-            "state": trial.state,
-            "values": {symbol(field): value for field, value in trial.changes.items()},
-            "samples": trial.samples,
-            "seconds": round(trial.seconds),
-            "psnr": trial.psnr,
-            "input_psnr": trial.input_psnr,
-            "gain_error": trial.gain_error,
-            "effective_experts": effective_experts(trial),
-            "worth": trial.choice_worth,
-        }
-        for trial in found.trials
-    ]
-    record = {**origin(), "command": found.command, "seconds": round(found.seconds)}
-    target = RESULTS / "search" / f"{found.name}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(
-        json.dumps({**record, "budget": found.budget, "trials": trials}, indent=1) + "\n"
-    )
-    return True
+    trials = []
+    for trial in best_first(found):
+        gain = trial.gain()
+        trials.append(
+            {
+                "number": trial.number,
+                "label": trial.label or ("paper" if trial.number == 0 else ""),
+                "state": trial.state,
+                "values": {symbol(field): value for field, value in trial.changes.items()},
+                "samples": trial.samples,
+                "seconds": round(trial.seconds),
+                "psnr": trial.psnr,
+                "gain": None if gain is None else gain[0],
+                "gain_error": trial.gain_error,
+                "effective_experts": effective_experts(trial),
+                "worth": trial.choice_worth,
+            }
+        )
+    record = {
+        **origin(),
+        "command": found.command,
+        "seconds": round(found.seconds),
+        "budget": found.budget,
+        "trials": trials,
+    }
+    keep(record, RESULTS / "search" / f"{found.name}.json")
+
+
+def keep(record: Mapping[str, Any], path: Path) -> None:
+    """Write a record, and its folder if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _without_folder(one: str) -> str:
@@ -193,11 +209,16 @@ def page() -> Iterator[str]:
             yield from _weights(folder.name, records)
 
 
+def _about(folder: str) -> Iterator[str]:
+    """The text of results/FOLDER/about.md, which stands above the table."""
+    path = RESULTS / folder / "about.md"
+    if path.is_file():
+        yield from (path.read_text().rstrip(), "")
+
+
 def _weights(name: str, records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     yield from ("", f"## `{name}`", "")
-    about = RESULTS / name / "about.md"
-    if about.is_file():
-        yield from (about.read_text().rstrip(), "")
+    yield from _about(name)
     yield "| set | degradation | pictures | PSNR before | PSNR after | gain | SSIM after |"
     yield "|---|---|---|---|---|---|---|"
     for dataset, record in records.items():
@@ -227,9 +248,7 @@ def _weights(name: str, records: Mapping[str, Mapping[str, Any]]) -> Iterator[st
 def _methods(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Weights beside classical methods, on the same pictures."""
     yield from ("", "## Classical methods", "")
-    about = RESULTS / "methods" / "about.md"
-    if about.is_file():
-        yield from (about.read_text().rstrip(), "")
+    yield from _about("methods")
     yield _row("set", "task", "pictures", "PSNR before", "method", "PSNR after")
     yield "|---" * 6 + "|"
     for dataset, record in records.items():
@@ -251,23 +270,22 @@ def _methods(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 
 def _searches(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """The trials of each search, the best first; those that were stopped come last."""
+    from tune.space import show
+
     yield from ("", "## Search", "")
-    about = RESULTS / "search" / "about.md"
-    if about.is_file():
-        yield from (about.read_text().rstrip(), "")
+    yield from _about("search")
     for record in records.values():
         fields = list(dict.fromkeys(name for one in record["trials"] for name in one["values"]))
         after = ("samples", "PSNR", "gain", "standard error", "effective experts", "worth")
-        yield _row("trial", *fields, *after)
-        yield "|---" * (len(fields) + 7) + "|"
-        for one in sorted(record["trials"], key=_place):
-            gain = None if one["psnr"] is None else one["psnr"] - one["input_psnr"]
+        header = ("trial", *fields, *after)
+        yield from (_row(*header), "|---" * len(header) + "|")
+        for one in record["trials"]:
             yield _row(
-                f"{one['number']}" + (" (paper)" if one["number"] == 0 else ""),
-                *(_short(one["values"].get(name)) for name in fields),
+                f"{one['number']}" + (f" ({one['label']})" if one["label"] else ""),
+                *(show(one["values"].get(name, "")) for name in fields),
                 f"{one['samples']:,}",
                 _figure(one["psnr"], ".2f"),
-                _figure(gain, "+.2f"),
+                _figure(one["gain"], "+.2f"),
                 _figure(one["gain_error"], ".2f"),
                 _figure(one["effective_experts"], ".2f"),
                 _figure(one["worth"], "+.2f"),
@@ -277,15 +295,6 @@ def _searches(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
             "",
             f"`{record['command']}`, {minutes}, {record['date']}, commit {record['commit']}",
         )
-
-
-def _place(trial: Mapping[str, Any]) -> tuple[bool, float]:
-    """Finished trials first, then by PSNR."""
-    return trial["state"] != "finished", -(trial["psnr"] or 0)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
 def _figure(value: float | None, form: str) -> str:
@@ -344,9 +353,7 @@ def _compared(what: str, records: Mapping[str, Mapping[str, Any]]) -> Iterator[s
     if not records:
         return
     yield from ("", f"## {TITLES[what]}", "")
-    about = RESULTS / what / "about.md"
-    if about.is_file():
-        yield from (about.read_text().rstrip(), "")
+    yield from _about(what)
     groups: dict[tuple[Any, ...], dict[str, list[Mapping[str, Any]]]] = {}
     for record in records.values():
         same = (record["samples"], record["crop"], *sorted(record["pictures"].items()))

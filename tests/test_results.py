@@ -181,8 +181,9 @@ def test_the_trials_of_a_search_are_kept_and_shown(
     SearchRecord(
         "search", {}, "python -m tune.search small", 80, "none", trials, folder=str(folder)
     ).save()
-    assert results.add_search(folder)
-    assert not results.add_search(tmp_path)
+    results.add_search(folder)
+    with pytest.raises(ValueError, match=r"holds no search\.json"):
+        results.add_search(tmp_path)
     rows = [line for line in results.page() if line.startswith("| ")][1:]
     assert [row.split(" | ")[0] for row in rows] == ["| 2", "| 0 (paper)", "| 1"]
     assert rows[0] == "| 2 | 6 | 0.0001 | 80 | 22.50 | +2.50 | – | – | +0.25 |"

@@ -157,7 +157,7 @@ def _against(record: SearchRecord) -> str:
 
 def _trials_table(record: SearchRecord) -> dict[str, Any]:
     """All trials: `head`, `rows`, and the numbers of the columns of words (`left`)."""
-    trials = _sorted(record)
+    trials = best_first(record)
     fields = dict.fromkeys(f for trial in record.trials for f in trial.changes)
     fields.pop("data.repeats", None)  # the label says it
     columns: dict[str, list[Any]] = {
@@ -190,13 +190,13 @@ def _tasks_table(record: SearchRecord) -> dict[str, Any]:
     tasks = list(dict.fromkeys(task for trial in record.trials for task in trial.tasks))
     rows = [
         (t.state, [t.number, *(_db(t.tasks.get(task)) for task in tasks)])
-        for t in _sorted(record)
+        for t in best_first(record)
         if t.tasks
     ]
     return {"head": ["trial", *tasks], "rows": rows}
 
 
-def _sorted(record: SearchRecord) -> list[TrialRecord]:
+def best_first(record: SearchRecord) -> list[TrialRecord]:
     """Finished trials first, then by PSNR."""
     order = {"finished": 0, "stopped": 1, "running": 2, "waiting": 2, "failed": 3}
     return sorted(
