@@ -36,6 +36,10 @@ from shards import layouts
 DATA, RUN = Path("data/demo"), Path("runs/demo")
 """The demo's own folders; removed when it starts."""
 SYNTHESISED = ("derain", "dehaze", "deblur", "lowlight")
+SEVERITY = {"deblur": 0.5}
+"""Blur reaches half as far as the packer makes it. The test photographs show much detail per pixel:
+with the full reach they have a PSNR of 21.0 dB, with half 24.8 dB, about that of real pairs (a pair
+of GoPro has 24.1 dB)."""
 TEST = ("astronaut", "motorcycle")
 """Packaged photographs that all figures are measured on."""
 VALIDATION = ("hopper",)
@@ -288,7 +292,9 @@ def _pack(console: Console, names: Split) -> None:
 
     for number, side in enumerate(("train", "test", "validation")):
         folder, out = str(DATA / "pictures" / side), str(DATA / "shards" / side)
-        manifest = pack("clean", folder, out, synthesise=SYNTHESISED, seed=number)
+        manifest = pack(
+            "clean", folder, out, synthesise=SYNTHESISED, severity=SEVERITY, seed=number
+        )
         counts = ", ".join(f"{task} {count}" for task, count in manifest.counts.items())
         console.print(f"packed {out}: {counts}", highlight=False, soft_wrap=True)
     console.print(

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from filelock import FileLock
 from PIL import Image
 
 from distributed.config import TrackingConfig, TrainConfig, flat_fields, to_yaml
@@ -106,8 +107,8 @@ def prepare(
 ) -> Run:
     """Open the store and the run; called once, by the driver, before any worker starts.
 
-    A SQLite database is created here, because several processes that create it at once damage it.
-    If MLflow does not answer, the run's id stays empty and the workers' tracker tries again later.
+    A SQLite database is created here, as several processes that create it at once damage it. If
+    MLflow does not answer, the run's id stays empty and the workers' tracker tries again later.
 
     Raises:
         ValueError: a tracking URI that cannot be used.
@@ -400,18 +401,22 @@ def open_run(run: Run, *, create_database: bool = False) -> Run:
     """Find or create the run of this key, and set it running; raises if MLflow does not answer."""
     if run.id:
         return run
-    database = run.uri.removeprefix("sqlite:///") if run.uri.startswith("sqlite:") else ""
-    if database and not create_database and not Path(database).exists():
+    if not run.uri.startswith("sqlite:"):
+        return _find_or_create(run)
+    database = Path(run.uri.removeprefix("sqlite:///"))
+    if not create_database and not database.exists():
         raise FileNotFoundError(f"{database} is not on this machine")
-    if database:
-        Path(database).parent.mkdir(parents=True, exist_ok=True)
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{database}.lock", timeout=60):  # another driver may start just now
+        return _find_or_create(run, str(database.parent / "mlruns" / run.experiment))
+
+
+def _find_or_create(run: Run, artifacts: str | None = None) -> Run:
     client = client_of(run)
     experiment = client.get_experiment_by_name(run.experiment)
     if experiment is None:
-        place = str(Path(database).parent / "mlruns" / run.experiment) if database else None
-        experiment_id = client.create_experiment(
-            run.experiment, artifact_location=place, tags={KIND_TAG: KIND}
-        )
+        tags = {KIND_TAG: KIND}
+        experiment_id = client.create_experiment(run.experiment, artifacts, tags)
     else:
         experiment_id = experiment.experiment_id
         if KIND_TAG not in experiment.tags:

@@ -9,7 +9,7 @@ of the field, so a network trained on them learns the real thing only as far as 
 """
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -357,15 +357,26 @@ def synthesise(
     tasks: tuple[str, ...],
     rng: np.random.Generator,
     depth: np.ndarray | None = None,
+    severity: Mapping[str, float] | None = None,
 ) -> tuple[np.ndarray, list[Parameters]]:
     """The degradations of `tasks`, one after the other; the chain with its parameters, in the order
-    applied."""
+    applied.
+
+    Args:
+        picture: (H, W, 3) uint8, clean.
+        tasks: keys of `SYNTHESISED`, in order.
+        rng: draws the parameters.
+        depth: (H, W) in [0, 1], for haze; None to estimate it.
+        severity: task -> factor in (0, 1] on its strength; 1 where it is not named.
+    """
     chain = []
-    for task, severity in zip(tasks, severities(len(tasks), rng), strict=True):
+    for task, share in zip(tasks, severities(len(tasks), rng), strict=True):
+        factor = (severity or {}).get(task, 1.0)
+        strength = share * factor
         if task == "dehaze":
-            picture, parameters = haze(picture, rng, severity, depth)
+            picture, parameters = haze(picture, rng, strength, depth)
         else:
-            picture, parameters = SYNTHESISED[task](picture, rng, severity)
-        strength = {"severity": _rounded(severity)} if len(tasks) > 1 else {}
-        chain.append({"degradation": task, **strength, **parameters})
+            picture, parameters = SYNTHESISED[task](picture, rng, strength)
+        noted = {"severity": _rounded(strength)} if len(tasks) > 1 or factor != 1 else {}
+        chain.append({"degradation": task, **noted, **parameters})
     return picture, chain

@@ -9,7 +9,7 @@ stopped or killed packing continues when the same command is run again. See docs
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -38,6 +38,11 @@ class Arguments:
     synthesise: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[TASK ...]")] = ()
     """Make degraded pictures for these tasks from clean ones: dehaze, derain, deblur, lowlight,
     or a chain of two or three such as dehaze+lowlight+denoise, packed as the task `mixed`."""
+    severity: Annotated[dict[str, float], tyro.conf.arg(metavar="[TASK FACTOR ...]")] = field(
+        default_factory=dict
+    )
+    """Make what is synthesised weaker, by a factor in (0, 1] for each task: `deblur 0.5` makes
+    blur that reaches half as far."""
     seed: int = 0
     """Seed of what is synthesised."""
     shard_mib: float = 256

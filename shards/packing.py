@@ -13,8 +13,8 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -42,13 +42,21 @@ class Options:
     tiles: int = 0
     """Side in pixels of the tiles (QOI) that PNG and other lossless pictures are cut into; 0 keeps
     the original files."""
+    severity: Mapping[str, float] = field(default_factory=dict)
+    """Degradation -> factor on the strength of what is synthesised, in (0, 1]; 1 where it is not
+    named."""
 
     def __post_init__(self) -> None:
-        """ValueError for sizes out of range."""
+        """ValueError for values out of range."""
         if self.shard_mib <= 0:
             raise ValueError(f"--shard-mib is {self.shard_mib}, but must be above 0")
         if self.tiles and not 16 <= self.tiles <= 4096:
             raise ValueError(f"--tiles is {self.tiles}, but must be 0, or 16 to 4096")
+        for name, factor in self.severity.items():
+            if not 0 < factor <= 1:
+                raise ValueError(
+                    f"--severity gives {name} {factor}, but must be above 0 and at most 1"
+                )
 
 
 def _split(
@@ -77,6 +85,7 @@ def pack(
     seed: int = 0,
     shard_mib: float = 256,
     tiles: int = 0,
+    severity: Mapping[str, float] | None = None,
     allow_missing: bool = False,
     repair: bool = False,
     workers: int | None = None,
@@ -95,6 +104,7 @@ def pack(
         seed: of what is synthesised.
         shard_mib: approximate size of a shard, in MiB.
         tiles: side of the tiles that lossless pictures are cut into; 0 keeps the original files.
+        severity: degradation -> factor on the strength of what is synthesised, in (0, 1].
         allow_missing: pack an incomplete benchmark too.
         repair: pack missing or damaged shards again, with the options in the manifest.
         workers: processes; None for one per core.
@@ -109,9 +119,10 @@ def pack(
         ValueError, OSError: with one line that says what to do.
     """
     out = storage.checked(out)
-    options = Options(seed=seed, shard_mib=shard_mib, tiles=tiles)
+    options = Options(seed=seed, shard_mib=shard_mib, tiles=tiles, severity=severity or {})
     layouts.check_name(layout)
     chains = {} if repair else _chains(layout, task, synthesise)
+    _check_severity(options, chains, repair)
     listing = layouts.find(layout, root)
     with locked(out) as was_killed:
         if repair:
@@ -149,6 +160,7 @@ def _jobs(
             chain=chain,
             seed=options.seed,
             tiles=options.tiles,
+            severity=_of_chain(options, chain),
         )
         for number, (first, groups) in enumerate(split)
     ]
@@ -160,6 +172,8 @@ def _entry(
     noted: dict[str, Any] = {"shard_mib": options.shard_mib, "tiles": options.tiles}
     if chain:
         noted |= {"seed": options.seed, "chain": list(chain)}
+    if factors := _of_chain(options, chain):
+        noted["severity"] = factors
     return TaskEntry(
         samples=sum(row.samples for row in shards),
         layout=layout,
@@ -168,6 +182,25 @@ def _entry(
         missing=list(listing.missing),
         leaks=list(listing.leaks),
     )
+
+
+def _of_chain(options: Options, chain: tuple[str, ...]) -> dict[str, float]:
+    """The factors of a chain's own degradations."""
+    return {name: factor for name, factor in options.severity.items() if name in chain}
+
+
+def _check_severity(options: Options, chains: Mapping[str, tuple[str, ...]], repair: bool) -> None:
+    """ValueError where a degradation of `--severity` is not synthesised."""
+    if repair and options.severity:
+        raise ValueError("--repair takes the severity in the manifest; leave --severity out")
+    made = sorted({link for chain in chains.values() for link in chain})
+    for name in options.severity:
+        if name not in made:
+            known = f"names only {', '.join(made)}" if made else "is not given"
+            raise ValueError(
+                f"--severity names {name!r}, but --synthesise {known}; add it there, or leave "
+                f"{name} out"
+            )
 
 
 def _chains(layout: str, task: str | None, synthesise: Iterable[str]) -> dict[str, tuple[str, ...]]:

@@ -6,7 +6,7 @@ import os
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from io import BytesIO
 from typing import Any, BinaryIO, NamedTuple
 
@@ -41,6 +41,8 @@ class Job(NamedTuple):
     seed: int
     tiles: int
     """Side of the tiles that lossless pictures are cut into, 0 for none."""
+    severity: Mapping[str, float]
+    """Degradation of `chain` -> factor in (0, 1] on its strength; 1 where it is not named."""
     wanted: Shard | None = None
     """The row that must come out; another shard is not written."""
 
@@ -51,7 +53,8 @@ class Job(NamedTuple):
             for path in (group.target, *group.inputs, *([group.map] if group.map else [])):
                 status = os.stat(os.path.join(self.root, path))
                 files.append((path, status.st_size, status.st_mtime_ns))
-        return manifest.digest([self.name, self.first, self.chain, self.seed, self.tiles, files])
+        own = (self.name, self.first, self.chain, self.seed, self.tiles, dict(self.severity))
+        return manifest.digest([*own, files])
 
 
 class _Tar:
@@ -258,7 +261,7 @@ def _synthesise(job: Job, group: Group, clean: np.ndarray) -> tuple[np.ndarray, 
                 f"{os.path.join(job.root, group.map)} is {depth.shape[1]}x{depth.shape[0]}, but "
                 f"its picture is {clean.shape[1]}x{clean.shape[0]}; replace or remove the map"
             )
-    return degrade.synthesise(clean, job.chain, rng, depth)
+    return degrade.synthesise(clean, job.chain, rng, depth, job.severity)
 
 
 def read_map(path: str) -> np.ndarray:

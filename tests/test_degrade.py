@@ -126,6 +126,17 @@ def test_a_chain_applies_its_links_in_their_order(picture: np.ndarray) -> None:
     assert [link["severity"] for link in chain] == pytest.approx([first, second], abs=1e-5)
 
 
+def test_a_weaker_link_is_noted_and_the_others_stay(picture: np.ndarray) -> None:
+    weak = {"deblur": 0.5}
+    full, told = degrade.synthesise(picture, ("deblur",), degrade.generator(5))
+    half, noted = degrade.synthesise(picture, ("deblur",), degrade.generator(5), severity=weak)
+    assert "severity" not in told[0] and noted[0]["severity"] == 0.5
+    assert noted[0]["reach"] == pytest.approx(told[0]["reach"] / 2, abs=1e-4)
+    assert not np.array_equal(half, full)
+    dark, _ = degrade.synthesise(picture, ("lowlight",), degrade.generator(5), severity=weak)
+    assert np.array_equal(dark, degrade.synthesise(picture, ("lowlight",), degrade.generator(5))[0])
+
+
 def test_the_links_of_a_chain_share_their_strength() -> None:
     assert degrade.severities(1, degrade.generator(1)) == [1]
     for links, most in ((2, 1.25), (3, 1.5)):

@@ -256,7 +256,8 @@ def test_an_unfinished_packing_with_other_options_leaves_nothing_behind(
 def test_repair_makes_damaged_shards_anew(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = {"synthesise": ["derain"], "workers": 1, "shard_mib": 0.05, "seed": 4}
-    pack("clean", str(photos), str(out), **options)
+    made = pack("clean", str(photos), str(out), severity={"derain": 0.5}, **options)
+    assert made.tasks["derain"].options["severity"] == {"derain": 0.5}
     good = tree(out)
     shards = sorted(out.glob("*.tar"))
     shards[0].unlink()
@@ -325,6 +326,10 @@ def test_wrong_inputs_get_one_clear_line(
         ["paired", str(photos), out, "--task", "drain"], capsys
     )
     assert "pipe:cat" in one_line(["clean", str(photos), "pipe:cat"], capsys)
+    blur = ["clean", str(photos), out, "--synthesise", "deblur", "--severity"]
+    assert "gives deblur 2.0, but must be above 0" in one_line([*blur, "deblur", "2"], capsys)
+    assert "--synthesise names only deblur" in one_line([*blur, "derain", "0.5"], capsys)
+    assert "--repair takes the severity" in one_line([*blur, "deblur", "0.5", "--repair"], capsys)
     pairs = tmp_path / "pairs"
     for side, size in (("low", 60), ("high", 64)):
         (pairs / side).mkdir(parents=True)

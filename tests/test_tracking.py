@@ -261,6 +261,23 @@ def test_where_runs_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         mlflow_tracker.tracking_uri(TrackingConfig(uri="./mlruns"))
 
 
+PREPARE = """
+import sys
+from distributed.config import TrackingConfig
+from distributed.mlflow_tracker import prepare
+print(prepare(TrackingConfig(uri=sys.argv[1]), name="one", key=sys.argv[2]).id)
+"""
+
+
+@pytest.mark.slow  # each process imports MLflow
+def test_drivers_that_start_at_once_make_one_database(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    commands = [[sys.executable, "-c", PREPARE, uri, key] for key in ("a", "b", "c")]
+    drivers = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True) for line in commands]
+    ids = [driver.communicate()[0].strip() for driver in drivers]
+    assert all(ids) and len(set(ids)) == 3
+
+
 def test_nothing_phones_home() -> None:
     mlflow_tracker._configure()
     from mlflow.telemetry.utils import is_telemetry_disabled
