@@ -104,7 +104,7 @@ def evaluate(weights: str, one: str, methods: Sequence[str] = ()) -> int:
     }
     if compared:
         record["about"] = compared["about"]
-        record["methods"] = {name: one["psnr"] for name, one in compared["methods"].items()}
+        record["methods"] = {n: one["degradations"] for n, one in compared["methods"].items()}
     keep(record, target)
     return 0
 
@@ -249,15 +249,14 @@ def _methods(records: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Weights beside classical methods, on the same pictures."""
     yield from ("", "## Classical methods", "")
     yield from _about("methods")
-    yield _row("set", "task", "pictures", "PSNR before", "method", "PSNR after")
+    yield _row("set", "degradation", "pictures", "PSNR before", "method", "PSNR after")
     yield "|---" * 6 + "|"
     for dataset, record in records.items():
-        rows = record["degradations"].values()
-        pictures = sum(row["pictures"] for row in rows)
-        before = sum(row["pictures"] * row["input_psnr"] for row in rows) / pictures
-        for method, psnr in record["methods"].items():
-            for task, value in psnr.items():
-                yield _row(dataset, task, pictures, f"{before:.2f}", method, f"{value:.2f}")
+        for degradation, row in record["degradations"].items():
+            before = f"{row['input_psnr']:.2f}"
+            for method, psnr in record["methods"].items():
+                after = f"{psnr[degradation]:.2f}"
+                yield _row(dataset, degradation, row["pictures"], before, method, after)
     yield ""
     for line in dict.fromkeys(line for record in records.values() for line in record["about"]):
         yield f"* {line}"

@@ -83,7 +83,7 @@ def _cell(apart: Difference) -> str:
 
 
 def write(reports: dict[str, EvaluationReport], path: Path, about: Sequence[str] = ()) -> None:
-    """Write methods, their PSNR per task and the differences as JSON."""
+    """Write methods, their PSNR per task and degradation, and the differences as JSON."""
     names = list(reports)
     first = reports[names[0]]
     content = {
@@ -93,6 +93,7 @@ def write(reports: dict[str, EvaluationReport], path: Path, about: Sequence[str]
         "methods": {
             name: {
                 "psnr": {t: row.restored_psnr for t, row in report.tasks.items()},
+                "degradations": {d: row.restored_psnr for d, row in report.degradations.items()},
                 "mean": report.mean.restored_psnr,
                 f"less {names[0]}": {
                     **{task: difference(report, first, task)._asdict() for task in first.tasks},

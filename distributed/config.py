@@ -314,11 +314,10 @@ class TrainConfig:
                 f"is {self.engine.zero_stage}; set it to 0, or take adamw"
             )
         for samples, side in self.data.crop_changes:
-            if samples % self.recipe.global_batch or samples >= self.recipe.samples:
+            if samples < self.recipe.samples and samples % self.recipe.global_batch:
                 raise ValueError(
                     f"data.later_crops changes to crops of {side} after {samples} samples, which "
-                    f"must be a multiple of recipe.global_batch ({self.recipe.global_batch}) below "
-                    f"recipe.samples ({self.recipe.samples})"
+                    f"must be a multiple of recipe.global_batch ({self.recipe.global_batch})"
                 )
         workers, _ = self.scaling.bounds
         if not self.scaling.elastic and self.recipe.micro_batches % workers:

@@ -8,6 +8,7 @@ More GPUs share the same global batch; the time to exchange gradients is not inc
 one CPU machine share its cores, so more of them are not faster.
 """
 
+import dataclasses
 import statistics
 import sys
 import time
@@ -54,14 +55,39 @@ class Arguments:
     steps: int = 3
     """Micro-batches to time, after one warm-up."""
     step_seconds: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 0.0
-    """Seconds per micro-batch on one GPU, if measured elsewhere; 0 measures it on this machine."""
+    """Seconds per micro-batch on one GPU, mean of the run, if measured elsewhere; 0 measures it on
+    this machine."""
     price: float = 0.0
     """Price of one GPU, or of one CPU machine, per hour, in any currency."""
 
 
 def measure(config: TrainConfig, steps: int) -> Rate:
-    """The median of some micro-batches, as one worker trains them on this machine's device: by a
-    CUDA graph where training takes one, and with its part of an update."""
+    """The rate of one worker on this machine's device; the mean of the run, if its crops change."""
+    stages = config.data.crop_stages(config.recipe.samples)
+    measured = [_measure_step(_with_crops(config, side), steps) for _, side in stages]
+    parts = zip(stages, measured, strict=True)
+    seconds = sum(samples * step.seconds for (samples, _), step in parts) / config.recipe.samples
+    first = measured[0]
+    return rate_of(seconds, config, f"measured on {first.device}", cpu=first.cpu)
+
+
+class Step(NamedTuple):
+    """A measured micro-batch."""
+
+    seconds: float
+    """Of one micro-batch, with its part of an update."""
+    device: str
+    """Device and precision, in words."""
+    cpu: bool
+
+
+def _with_crops(config: TrainConfig, side: int) -> TrainConfig:
+    data = dataclasses.replace(config.data, crop=side, later_crops="")
+    return dataclasses.replace(config, data=data)
+
+
+def _measure_step(config: TrainConfig, steps: int) -> Step:
+    """The median of some micro-batches, by a CUDA graph where training takes one."""
     import torch
 
     from distributed.decisions import accumulation_steps
@@ -107,29 +133,16 @@ def measure(config: TrainConfig, steps: int) -> Rate:
     a_pass, an_update = (statistics.median(part) for part in zip(*rounds[1:], strict=True))
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    return rate_of(
-        a_pass + an_update / accumulated,
-        config,
-        f"measured on {name}, {decisions.precision.choice}",
-        cpu=not on_gpu,
-    )
-
-
-def work(config: TrainConfig) -> float:
-    """Pixels of a run's crops, in crops of `data.crop`."""
-    ends = [*(samples for samples, _ in config.data.crop_changes), config.recipe.samples]
-    sides = [config.data.crop, *(side for _, side in config.data.crop_changes)]
-    begins = [0, *ends[:-1]]
-    return sum(
-        (end - begin) * (side / config.data.crop) ** 2
-        for begin, end, side in zip(begins, ends, sides, strict=True)
-    )
+    where = f"{name}, {decisions.precision.choice}"
+    return Step(a_pass + an_update / accumulated, where, cpu=not on_gpu)
 
 
 def rate_of(seconds: float, config: TrainConfig, source: str, *, cpu: bool = False) -> Rate:
-    """Samples per second, where a micro-batch takes `seconds`."""
-    crops, side = config.recipe.micro_batch, config.data.crop
-    step = f"a micro-batch of {crops} crops of {side} takes {seconds:.3g} s"
+    """Samples per second, where a micro-batch takes `seconds` on average."""
+    crops = config.recipe.micro_batch
+    sides = [str(side) for _, side in config.data.crop_stages(config.recipe.samples)]
+    mean = " on average" if len(sides) > 1 else ""
+    step = f"a micro-batch of {crops} crops of {', '.join(sides)} takes {seconds:.3g} s{mean}"
     return Rate(crops / seconds, crops / seconds, f"{step}, {source}", cpu)
 
 
@@ -173,7 +186,7 @@ def rows(config: TrainConfig, rate: Rate, price: float) -> list[tuple[str, ...]]
     for workers in (n for n in config.recipe.worker_counts if n <= MOST_WORKERS):
         paid = 1 if rate.cpu else workers  # GPUs, or the one machine
         low, high = rate.low * paid, rate.high * paid
-        long, short = (work(config) / one / 3600 for one in (low, high))
+        long, short = (config.recipe.samples / one / 3600 for one in (low, high))
         found.append(
             (
                 str(workers),

@@ -94,7 +94,7 @@ def predict_fit(config: TrainConfig, world: int, card: Card, *, kernels: bool = 
         card,
         config.model,
         micro_batch=config.recipe.micro_batch,
-        crop=config.data.largest_crop,
+        crop=max(side for _, side in config.data.crop_stages(config.recipe.samples)),
         precision="bf16"
         if choose_precision(config.engine.precision, card).choice == "bf16"
         else "fp32",

@@ -424,11 +424,14 @@ def _outcome(config: TrainConfig, ended: dict[str, Any], signals: list[str]) -> 
 
 def _show_plan(console: Console, config: TrainConfig, plan: Plan) -> None:
     epochs = config.recipe.samples / plan.epoch_samples
+    stages = config.data.crop_stages(config.recipe.samples)
+    crops = ", then ".join(f"{samples:,} of {side}" for samples, side in stages)
     console.print(
         f"[bold]{config.name}[/bold]: {config.recipe.samples:,} samples = {config.recipe.steps:,} "
         f"steps of {config.recipe.global_batch} = {epochs:.1f} epochs of {plan.epoch_samples:,}, "
-        f"workers {config.scaling.workers}",
+        f"workers {config.scaling.workers}; crops: {crops}",
         highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -43,7 +43,8 @@ class DataConfig:
     """Side of the square training crops, in pixels."""
     later_crops: str = ""
     """Other sides later on, as `12000:96,15000:128`: from 12,000 samples of the run on crops of 96
-    pixels, from 15,000 on crops of 128. SAMPLES are a multiple of `recipe.global_batch`."""
+    pixels, from 15,000 on crops of 128. SAMPLES are a multiple of `recipe.global_batch`; after the
+    end of the run they have no effect."""
     augment: Literal["flips", "dihedral", "none"] = "flips"
     """`flips`: horizontal and vertical, as in the paper; `dihedral`: all eight combinations of
     flips and quarter turns."""
@@ -136,10 +137,14 @@ class DataConfig:
             self.crop,
         )
 
-    @property
-    def largest_crop(self) -> int:
-        """Side of the largest crops of the run, in pixels."""
-        return max([self.crop, *(side for _, side in self.crop_changes)])
+    def crop_stages(self, samples: int) -> list[tuple[int, int]]:
+        """Number of samples and side of the crops, stage by stage, of a run of `samples`.
+
+        Changes after its end do not happen.
+        """
+        starts = [(0, self.crop), *(row for row in self.crop_changes if row[0] < samples)]
+        ends = [*(start for start, _ in starts[1:]), samples]
+        return [(end - start, side) for (start, side), end in zip(starts, ends, strict=True)]
 
 
 def parse_levels(name: str, text: str) -> tuple[bool, tuple[float, ...]]:

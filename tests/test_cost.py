@@ -1,15 +1,17 @@
 import pytest
 
 from distributed import cost
+from distributed.config import TrainConfig
 from distributed.cost import (
     MEASURED,
     Rate,
+    Step,
     amount,
     choose_rate,
     duration,
     main,
+    measure,
     rows,
-    work,
 )
 from distributed.presets import PRESETS
 from measnet.config import replace_dotted
@@ -51,12 +53,16 @@ def test_a_short_run_costs_minutes_and_cents() -> None:
     ]
 
 
-def test_larger_crops_cost_more() -> None:
-    alone = replace_dotted(PRESETS["demo"](), {"recipe.samples": 9600, "data.crop": 48})
-    config = replace_dotted(alone, {"data.later_crops": "4800:96"})
-    assert work(config) == 4800 + 4 * 4800
-    rate = Rate(10.0, 10.0, "measured", cpu=True)
-    assert [rows(one, rate, 0)[0][2] for one in (config, alone)] == ["40.0 min", "16.0 min"]
+def test_the_rate_is_the_mean_of_all_crops(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(config: TrainConfig, steps: int) -> Step:
+        assert not config.data.later_crops
+        return Step(config.data.crop / 48, "a CPU, fp32", cpu=True)
+
+    monkeypatch.setattr(cost, "_measure_step", step)
+    fields = {"recipe.samples": 4800, "data.later_crops": "3600:96,9600:480"}
+    rate = measure(replace_dotted(PRESETS["demo"](), fields), 1)
+    assert rate.low == pytest.approx(2 / 1.25)
+    assert "2 crops of 48, 96 takes 1.25 s on average, measured on a CPU, fp32" in rate.source
 
 
 def test_without_a_gpu_a_run_for_one_is_taken_from_a_measurement(

@@ -148,12 +148,15 @@ def test_classical_methods_stand_beside_the_network(
             "denoise_25": {"pictures": 2, "input_psnr": 20.0},
         },
         "about": ["CBM3D"],
-        "methods": {"small": {"denoise": 30.0}, "cbm3d": {"denoise": 31.0}},
+        "methods": {
+            "small": {"denoise_15": 32.0, "denoise_25": 28.0},
+            "cbm3d": {"denoise_15": 33.0, "denoise_25": 29.0},
+        },
     }
     (tmp_path / "methods" / "cbsd68.json").write_text(json.dumps(record))
     lines = list(results.page())
-    assert "| cbsd68 | denoise | 4 | 22.00 | small | 30.00 |" in lines
-    assert "| cbsd68 | denoise | 4 | 22.00 | cbm3d | 31.00 |" in lines
+    assert "| cbsd68 | denoise_15 | 2 | 24.00 | small | 32.00 |" in lines
+    assert "| cbsd68 | denoise_25 | 2 | 20.00 | cbm3d | 29.00 |" in lines
     assert lines.count("* CBM3D") == 1
 
 

@@ -99,7 +99,8 @@ def test_crops_change_their_side_at_a_place_of_the_run(packed: Path) -> None:
     assert [batch.keys for batch in before] == [batch.keys for batch in changed]
     assert equal(before[:6], changed[:6])
     assert equal(changed, run(later, 2, 0, 48) + run(later, 3, 48, 96))
-    assert later.largest_crop == 64
+    assert later.crop_stages(100) == [(24, later.crop), (48, 64), (28, 32)]
+    assert later.crop_stages(72) == [(24, later.crop), (48, 64)]
 
 
 @pytest.mark.parametrize("order", ["uniform", "local"])

@@ -110,6 +110,7 @@ def test_the_command_takes_several_sets_and_methods(
     assert same["mean"] == 0 and same["better"] == 0
     gamma = methods["gamma"]
     assert gamma["psnr"]["lowlight"] > methods["first.safetensors"]["psnr"]["lowlight"]
+    assert gamma["degradations"]["lowlight"] == gamma["psnr"]["lowlight"]
     text = (tmp_path / "out" / "tables.md").read_text()
     assert FIELD.digest in text and "MEASNet (paper)" in text
 
