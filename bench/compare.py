@@ -85,6 +85,8 @@ ROUTING: dict[str, dict[str, str]] = {
     "renormalise": {"model.routing.renormalise": ""},
     "z-loss": {"model.routing.z-loss": "0.001"},
     "temperature": {"model.routing.temperature": "2"},
+    "prompt-temperature": {"model.routing.prompt-temperature": "2"},
+    "level-weights": {"model.routing.level-weights": "10 1 1"},
 }
 """The paper's lambda, that of the preset `small`, larger ones, and each option of the choice by
 itself. A run has 300 steps, so the rate of the bias is ten times the usual one."""
@@ -142,7 +144,8 @@ def _one(given: Arguments, name: str, seed: int) -> int:
     command = ["distributed.train", "small", "--name", run.name, "--storage", str(run.parent)]
     command += ["--seed", str(seed), "--data.train", given.train, "--data.validation", given.test]
     command += ["--data.crop", str(given.crop), "--scaling.workers", given.workers]
-    command += [part for key, value in options.items() for part in (f"--{key}", value) if part]
+    for key, value in options.items():
+        command += [f"--{key}", *value.split()]
     # Validation is the evaluation at the end.
     command += ["--every.validate", str(given.samples), "--every.validation-pictures", "1"]
     began = time.monotonic()
