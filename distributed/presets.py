@@ -25,7 +25,7 @@ def demo() -> TrainConfig:
     """All five tasks at tiny width, on the photographs that `make demo` packs.
 
     Command: `make demo`, or `python -m distributed.train demo` on shards that are already there.
-    Cost: 8 to 11 minutes on two CPU cores. Result: README.md.
+    Cost: 7 minutes on two CPU cores. Result: README.md.
     """
     repeats = {"derain": 3, "dehaze": 4, "deblur": 6, "lowlight": 4}
     return TrainConfig(
