@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import tyro
@@ -35,6 +35,8 @@ TITLES = {
     "task": "One network for each task",
 }
 """Folders of `bench/compare.py` -> their headings."""
+PAPER = "lambda-1e-4"
+"""The ways to choose experts are compared with this one."""
 KEPT = ("protocol", "held", "degradations", "arithmetic")
 
 
@@ -378,14 +380,13 @@ def _compared(what: str, records: Mapping[str, Mapping[str, Any]]) -> Iterator[s
         yield ""
         if what == "routing":
             yield from _choices(rows)
-    first = next(iter(records.values()))
+    origins = dict.fromkeys(
+        f"{one['date']}, {one['machine']}, commit {one['commit']}" for one in records.values()
+    )
     names = " ".join(dict.fromkeys(one["name"] for one in records.values()))
     seeds = " ".join(map(str, sorted({one["seed"] for one in records.values()})))
     command = f"python bench/compare.py {what} --train SHARDS --test SHARDS"
-    yield (
-        f"`{command} --names {names} --seeds {seeds}`, {first['date']}, {first['machine']}, "
-        f"commit {first['commit']}"
-    )
+    yield f"`{command} --names {names} --seeds {seeds}`, {'; '.join(origins)}"
 
 
 def _choices(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
@@ -395,15 +396,22 @@ def _choices(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
     picture = [one for one in libraries if one not in pixel]
     yield (
         "Effective experts and information of task and choice (nat): means of the seeds. Worth of "
-        "the choice per pixel, less `fixed`, in dB:"
+        "the choice per pixel, less `fixed`, in dB, seed by seed. *Better by*: mean PSNR less that "
+        f"of `{PAPER}` with the same seed, seed by seed, and the mean with its standard error:"
     )
     yield ""
     kinds = ("per pixel", "per picture")
     measured = (f"{name}, {kind}" for name in ("experts", "information") for kind in kinds)
-    yield _row("routing", *measured, "worth, each seed", "mean worth")
-    yield "|---" * 7 + "|"
+    yield _row("routing", *measured, "worth", "mean worth", "better by", "mean")
+    yield "|---" * 9 + "|"
+    paper = {run["seed"]: run["mean_psnr"] for run in rows.get(PAPER, ())}
     for name, runs in sorted(rows.items(), key=lambda row: fmean(_means(row[1]))):
         worth = [run["worth"]["mean"] for run in runs]
+        better = [
+            run["mean_psnr"] - paper[run["seed"]]
+            for run in runs
+            if run["seed"] in paper and name != PAPER
+        ]
         yield _row(
             name,
             *(
@@ -413,8 +421,17 @@ def _choices(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str]:
             ),
             ", ".join(f"{one:+.2f}" for one in worth),
             f"{fmean(worth):+.2f}",
+            ", ".join(f"{one:+.2f}" for one in better) or "–",
+            _with_error(better) or "–",
         )
     yield ""
+
+
+def _with_error(values: Sequence[float]) -> str:
+    """Mean ± standard error; the mean alone if there is one value."""
+    if len(values) < 2:
+        return "".join(f"{one:+.2f}" for one in values)
+    return f"{fmean(values):+.2f} ± {stdev(values) / len(values) ** 0.5:.2f}"
 
 
 def _means(runs: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -197,22 +197,26 @@ def test_the_choice_of_experts_is_shown_beside_the_gain(
 ) -> None:
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     (tmp_path / "routing").mkdir()
-    for seed, worth in ((0, 0.5), (1, -0.1)):
+    rows = [("noise", 0, 0.5, 21.0), ("noise", 1, -0.1, 21.5)]
+    for name, seed, worth, psnr in [*rows, (results.PAPER, 0, 0, 20), (results.PAPER, 1, 0, 21)]:
         record = {
             "date": "2026-11-27",
             "commit": "abc",
             "machine": "a card",
-            "name": "noise",
+            "name": name,
             "seed": seed,
             "samples": 80,
             "crop": 48,
             "pictures": {"derain": 3},
             "gain": {"derain": 1.0},
-            "mean_psnr": 21.0,
+            "mean_psnr": psnr,
             "effective_experts": {"encoder1": 3.0, "encoder2": 4.0, "decoder1.low": 2.0},
             "information": {"encoder1": 0.1, "encoder2": 0.3, "decoder1.low": 0.0},
             "worth": {"derain": worth, "mean": worth},
         }
-        (tmp_path / "routing" / f"noise-{seed}.json").write_text(json.dumps(record))
+        (tmp_path / "routing" / f"{name}-{seed}.json").write_text(json.dumps(record))
     page = list(results.page())
-    assert "| noise | 3.50 | 2.00 | 0.20 | 0.00 | +0.50, -0.10 | +0.20 |" in page
+    measured = "3.50 | 2.00 | 0.20 | 0.00"
+    better = "+1.00, +0.50 | +0.75 ± 0.25"
+    assert f"| noise | {measured} | +0.50, -0.10 | +0.20 | {better} |" in page
+    assert f"| {results.PAPER} | {measured} | +0.00, +0.00 | +0.00 | – | – |" in page
