@@ -150,7 +150,7 @@ def test_ranges(field: str, text: Any, expected: tuple) -> None:
         (["--vary", "model.dim=15,16"], "multiple of 4"),
         (["--vary", "model.dim=8,12"], "trial 0 needs 16"),
         (["--vary", "model.pixel_top_k=1,2"], "needs a range"),
-        (["--vary", "recipe.global_batch=8,9"], "recipe.global_batch 9"),
+        (["--vary", "recipe.global_batch=4,9"], "recipe.global_batch 9"),
         (["--space", "--vary", "model.pixel_experts=1..8"], "search it too"),
         (["--space", "expert"], "unknown --space"),
         (["--space"], "nothing to search"),
@@ -172,7 +172,7 @@ def test_what_cannot_be_searched_is_refused_with_the_reason(
     ("arguments", "message"),
     [
         (["--trials", "0"], "--trials is 0"),
-        (["--samples", "16"], "2 steps of 8, fewer than --validations 9"),
+        (["--samples", "16"], "4 steps of 4, fewer than --validations 9"),
         (["--recipe.lr", "-1"], "recipe.lr"),
         (["--scheduler", "hyper"], "hyper"),
     ],
@@ -258,7 +258,7 @@ def test_a_trial_has_one_worker_by_default(tmp_path: Path) -> None:
         ({"every.validation_pictures": 9}, []),
         ({"recipe.lr": 0.5}, ["recipe.lr 0.003 (now 0.5)"]),
         ({"model.dim": 8, "seed": 1}, ["seed 0 (now 1)", "model.dim 16 (now 8)"]),
-        ({"data.crop": 32}, ["data.crop 64 (now 32)"]),
+        ({"data.crop": 32}, ["data.crop 48 (now 32)"]),
         ({"data.repeats": {"derain": 1}}, ["data.repeats"]),
     ],
 )
