@@ -80,7 +80,8 @@ class Run:
         arguments = [
             *(sys.executable, "-m", module, "demo"),
             *("--data.train", str(data / "train"), "--data.validation", str(data / "test")),
-            *("--data.crop", "32", "--model.dim", "8", "--scaling.workers", "2"),
+            *("--data.crop", "32", "--data.later-crops", "", "--model.dim", "8"),
+            *("--scaling.workers", "2"),
             *("--scaling.cpus-per-worker", "1", "--scaling.max-failures", "-1"),
             *("--scaling.health-timeout-s", "10"),  # here nobody is so busy for so long
             *("--recipe.samples", str(STEPS * BATCH), "--recipe.global-batch", str(BATCH)),
