@@ -107,8 +107,8 @@ def prepare(
 ) -> Run:
     """Open the store and the run; called once, by the driver, before any worker starts.
 
-    A SQLite database is created here, as several processes that create it at once damage it. If
-    MLflow does not answer, the run's id stays empty and the workers' tracker tries again later.
+    A SQLite database is created here, by one driver at a time: several at once damage it. If MLflow
+    does not answer, the run's id stays empty and the workers' tracker tries again later.
 
     Raises:
         ValueError: a tracking URI that cannot be used.

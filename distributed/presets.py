@@ -25,7 +25,7 @@ def demo() -> TrainConfig:
     """All five tasks at tiny width, on the photographs that `make demo` packs.
 
     Command: `make demo`, or `python -m distributed.train demo` on shards that are already there.
-    Cost: 7 minutes on two CPU cores. Result: README.md.
+    Cost: 7 to 9 minutes on two CPU cores. Result: README.md.
     """
     repeats = {"derain": 3, "dehaze": 4, "deblur": 6, "lowlight": 4}
     return TrainConfig(
@@ -193,8 +193,8 @@ def _paper_single(task: str) -> Callable[[], TrainConfig]:
 def improved(preset: Callable[[], TrainConfig]) -> Callable[[], TrainConfig]:
     """The preset with the recipe that won on the tiny network, as `NAME-improved`.
 
-    Muon with warm-up and an average of the weights, and the frequency loss. Against the field's
-    recipe at equal samples: results/README.md, "Recipes".
+    Muon with warm-up and an average of the weights, the frequency loss, and a larger lambda.
+    Measured apart from each other: results/README.md, "Recipes" and "Choice of experts".
     """
 
     def make() -> TrainConfig:
@@ -213,7 +213,8 @@ def improved(preset: Callable[[], TrainConfig]) -> Callable[[], TrainConfig]:
 
     name = preset().name
     make.__doc__ = (
-        f"{name} with Muon, warm-up and the frequency loss; measured at tiny width only.\n\n"
+        f"{name} with Muon, warm-up, the frequency loss and a larger lambda; measured at tiny "
+        "width only.\n\n"
         f"Command: `python -m distributed.train {name}-improved`. Its result at this width is not "
         "measured yet."
     )
